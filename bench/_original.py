@@ -1,0 +1,172 @@
+"""The original's own stage-1 code, unchanged, out of the salesforce-lavis 1.0.2 wheel.
+
+LAVIS does not install beside today's packages, so two of its files are loaded by path: Qformer.py and blip2_qformer.py of
+lavis/models/blip2_models. What they import of LAVIS and of transformers 4.26 is put in their way first. Nothing of the
+wheel is copied into this repository; ``make .cache/lavis`` fetches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import socket
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+import transformers.modeling_utils
+import transformers.pytorch_utils
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from qformer_fast import Blip2QFormer, QFormerConfig
+
+LAVIS = Path(__file__).resolve().parents[1] / ".cache" / "lavis"
+FOLDER = LAVIS / "lavis" / "models" / "blip2_models"
+
+
+def why_missing() -> str | None:
+    """None when the original's files are there, else what to do."""
+    return None if (FOLDER / "Qformer.py").exists() else "salesforce-lavis 1.0.2 is not unpacked: run `make .cache/lavis`"
+
+
+def load_qformer_module() -> ModuleType:
+    """The original's Qformer.py with the names that transformers 5 moved or dropped."""
+    name = "lavis.models.blip2_models.Qformer"
+    if name in sys.modules:
+        return sys.modules[name]
+    modeling_utils, pytorch_utils = transformers.modeling_utils, transformers.pytorch_utils
+    for moved in ("apply_chunking_to_forward", "prune_linear_layer"):
+        setattr(modeling_utils, moved, getattr(pytorch_utils, moved))
+    modeling_utils.find_pruneable_heads_and_indices = None
+    module = _load(name, FOLDER / "Qformer.py")
+    base = module.BertPreTrainedModel
+    base.get_head_mask = lambda self, head_mask, layers: [None] * layers
+    base.invert_attention_mask = lambda self, mask: (1.0 - mask[:, None, None, :].to(self.dtype)) * torch.finfo(self.dtype).min
+    base.init_weights = lambda self: self.apply(self._init_weights)
+    return module
+
+
+def build_qformer(config: QFormerConfig) -> nn.Module:
+    """The original's ``BertLMHeadModel`` at these sizes, decoder tied to the word embeddings."""
+    bert_config = BertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        hidden_dropout_prob=config.hidden_dropout_prob,
+        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+    bert_config.encoder_width = config.encoder_hidden_size
+    bert_config.add_cross_attention = True
+    bert_config.cross_attention_freq = config.cross_attention_frequency
+    bert_config.query_length = config.num_query_tokens
+    qformer = load_qformer_module().BertLMHeadModel(bert_config)
+    qformer.cls.predictions.decoder.weight = qformer.bert.embeddings.word_embeddings.weight
+    return qformer
+
+
+def build_stage1(model: Blip2QFormer) -> nn.Module:
+    """The original's ``Blip2Qformer`` with the weights and the training mode of ``model``.
+
+    Its image encoder is the identity, so ``forward({"image": image_embeds, "text_input": (input_ids, attention_mask)})``
+    takes what :meth:`Blip2QFormer.forward` takes.
+    """
+    original_class = _load_blip2_qformer_module().Blip2Qformer
+    original = original_class.__new__(original_class)
+    nn.Module.__init__(original)
+    config = model.config
+    original.visual_encoder = nn.Identity()
+    original.ln_vision = nn.LayerNorm(config.encoder_hidden_size)
+    original.Qformer = build_qformer(config)
+    original.query_tokens = nn.Parameter(torch.zeros_like(model.query_tokens))
+    original.vision_proj = nn.Linear(config.hidden_size, model.embed_dim)
+    original.text_proj = nn.Linear(config.hidden_size, model.embed_dim)
+    original.itm_head = nn.Linear(config.hidden_size, 2)
+    original.temp = nn.Parameter(torch.zeros([]))
+    original.max_txt_len = 32
+    original.tokenizer = _Tokenizer(model.dec_token_id, config.pad_token_id)
+    original.load_state_dict(model.to_lavis_state_dict(), strict=True)
+    return original.to(model.temp.device, model.query_tokens.dtype).train(model.training)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """The group of one process that the original's forward asks for its rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def fixed_negatives(image_index: Tensor, text_index: Tensor) -> Iterator[None]:
+    """Makes the original draw these: it asks multinomial for each text's image first, then for each image's text."""
+    draws = iter([*image_index.tolist(), *text_index.tolist()])
+    multinomial = torch.multinomial
+    torch.multinomial = lambda weights, count: torch.tensor([next(draws)])
+    try:
+        yield
+    finally:
+        torch.multinomial = multinomial
+
+
+class _Tokens(types.SimpleNamespace):
+    def to(self, device: torch.device) -> _Tokens:
+        return _Tokens(input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
+
+
+class _Tokenizer:
+    """Gives back the ids that it is called with."""
+
+    def __init__(self, bos_token_id: int, pad_token_id: int):
+        self.bos_token_id, self.pad_token_id = bos_token_id, pad_token_id
+
+    def __call__(self, text: tuple[Tensor, Tensor], **_options) -> _Tokens:
+        return _Tokens(input_ids=text[0], attention_mask=text[1])
+
+
+class _Base(nn.Module):
+    pass
+
+
+class _Registry:
+    @staticmethod
+    def register_model(_name: str):
+        return lambda registered: registered
+
+
+def _load_blip2_qformer_module() -> ModuleType:
+    name = "lavis.models.blip2_models.blip2_qformer"
+    if name not in sys.modules:
+        load_qformer_module()
+        _stub("lavis.common.registry", registry=_Registry())
+        _stub("lavis.models.base_model", all_gather_with_grad=lambda x: x, concat_all_gather=lambda x: x.detach())
+        _stub("lavis.models.blip2_models.blip2", Blip2Base=_Base, compute_sim_matrix=None, disabled_train=None)
+        _stub("lavis.models.blip_models.blip_outputs", BlipOutput=types.SimpleNamespace, BlipOutputFeatures=None)
+        _load(name, FOLDER / "blip2_qformer.py")
+    return sys.modules[name]
+
+
+def _stub(name: str, **attributes) -> None:
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    sys.modules[name] = module
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

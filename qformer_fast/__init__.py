@@ -1,0 +1,28 @@
+"""qformer_fast: BLIP-2's Q-Former, made fast without changing what it computes."""
+
+from qformer_fast.backend import available, use_backend
+from qformer_fast.config import QFormerConfig
+from qformer_fast.integrations.checkpoints import convert, load_checkpoint
+from qformer_fast.layout import Mask, PackedText, SequenceLayout
+from qformer_fast.models.blip2 import ImageEncoder
+from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
+from qformer_fast.models.qformer import ImageKV, QFormer, QFormerOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Blip2QFormer",
+    "ImageEncoder",
+    "ImageKV",
+    "Mask",
+    "PackedText",
+    "QFormer",
+    "QFormerConfig",
+    "QFormerOutput",
+    "SequenceLayout",
+    "Stage1Output",
+    "available",
+    "convert",
+    "load_checkpoint",
+    "use_backend",
+]

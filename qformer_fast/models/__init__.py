@@ -1,0 +1,1 @@
+"""The Q-Former and the models around it."""

@@ -1,0 +1,447 @@
+"""BLIP-2 stage 1: image-text contrast, image-text matching and image-grounded text generation on one Q-Former."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qformer_fast import ops
+from qformer_fast.config import QFormerConfig
+from qformer_fast.integrations.checkpoints import CheckpointMixin, LoadReport, load_into
+from qformer_fast.layout import Mask, PackedText, SequenceLayout
+from qformer_fast.models.generation import CaptionDecoder
+from qformer_fast.models.padded import padded_layout
+from qformer_fast.models.qformer import DenseLayerNorm, ImageKV, QFormer
+
+LABEL_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Stage1Output:
+    """What :meth:`Blip2QFormer.forward` returns.
+
+    Args:
+        loss (Tensor): 0-dim, the unweighted sum of the three losses.
+        loss_itc, loss_itm, loss_itg (Tensor): 0-dim, nats.
+        sim_i2t, sim_t2i (Tensor): (batch, batch), cosine over temperature, row = image or text; detached.
+        itm_logits (Tensor): (3*batch, 2), detached; pairs in the order matching, negative image, negative text.
+        itm_labels (Tensor): (3*batch,), 1 = match.
+        negatives (tuple): (image_index, text_index), each (batch,): of each text the negative image, of each image the
+            negative text.
+    """
+
+    loss: Tensor
+    loss_itc: Tensor
+    loss_itm: Tensor
+    loss_itg: Tensor
+    sim_i2t: Tensor
+    sim_t2i: Tensor
+    itm_logits: Tensor
+    itm_labels: Tensor
+    negatives: tuple[Tensor, Tensor]
+
+
+class LMHead(nn.Module):
+    """BERT's prediction head without its decoder matrix, which is the word embeddings (Qformer.py:575-625)."""
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.transform = DenseLayerNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """layer_norm(gelu(dense(rows))): (rows, hidden) -> (rows, hidden)."""
+        return self.transform.LayerNorm(F.gelu(self.transform.dense(rows)))
+
+
+class Blip2QFormer(CheckpointMixin, nn.Module):
+    """Stage 1 of BLIP-2 (Li et al. 2023, arXiv:2301.12597, sec. 3.2), as LAVIS ``Blip2Qformer`` computes it, in two sweeps.
+
+    The original runs the Q-Former four times over padded text. Here sweep 1 encodes each pair as [queries | caption] under
+    the multi-modal causal mask, which gives ITC's image side and ITG, and each caption alone, which gives ITC's text side;
+    sweep 2 encodes the three ITM pairs of each image. Keys and values are projected once per image, text is not padded.
+    The losses and gradients are the original's (LAVIS 506965b, blip2_qformer.py:90-300).
+
+    Args:
+        config (QFormerConfig): sizes; with a text branch.
+        embed_dim (int): width of the ITC features. Default: 256.
+        local_gradients (bool): with True an image's ITC gradient comes from image-to-text rows alone and a text's from
+            text-to-image rows, as in the original, which detaches what it gathers (base_model.py:240-256). With False both
+            flow, as in CLIP. Default: True.
+        dec_token_id (int): [DEC], which a caption to be generated begins with. Default: 30522.
+        sep_token_id (int): [SEP], which ends captions. Default: 102.
+
+    Raises:
+        ValueError: a config without a text branch, or whose vocabulary lacks [DEC] or [SEP].
+    """
+
+    def __init__(
+        self,
+        config: QFormerConfig,
+        *,
+        embed_dim: int = 256,
+        local_gradients: bool = True,
+        dec_token_id: int = 30522,
+        sep_token_id: int = 102,
+    ):
+        super().__init__()
+        if not config.use_qformer_text_input:
+            raise ValueError("config.use_qformer_text_input must be True for stage 1, got False")
+        for name, token in (("dec_token_id", dec_token_id), ("sep_token_id", sep_token_id)):
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(f"{name} must lie in the vocabulary [0, {config.vocab_size}), got {token}")
+        self.config = config
+        self.embed_dim = embed_dim
+        self.local_gradients = local_gradients
+        self.dec_token_id = dec_token_id
+        self.sep_token_id = sep_token_id
+        self.ln_vision = nn.LayerNorm(config.encoder_hidden_size)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        self.qformer = QFormer(config)
+        self.lm_head = LMHead(config)
+        self.vision_proj = nn.Linear(config.hidden_size, embed_dim)
+        self.text_proj = nn.Linear(config.hidden_size, embed_dim)
+        self.itm_head = nn.Linear(config.hidden_size, 2)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+        nn.init.normal_(self.query_tokens, std=config.initializer_range)
+        nn.init.normal_(self.lm_head.transform.dense.weight, std=config.initializer_range)
+        nn.init.zeros_(self.lm_head.transform.dense.bias)
+
+    def init_options(self) -> dict[str, Any]:
+        names = ("embed_dim", "local_gradients", "dec_token_id", "sep_token_id")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def options_from_hf(cls, config: Any) -> dict[str, Any]:
+        return {"embed_dim": config.image_text_hidden_size}
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keeps only each layer's input for backward and computes the layer again; works with all three losses."""
+        self.qformer.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.qformer.gradient_checkpointing = False
+
+    def image_kv(self, image_embeds: Tensor) -> ImageKV:
+        """``ln_vision`` and the keys and values of all cross-attention layers.
+
+        Args:
+            image_embeds (Tensor): (images, tokens, encoder_hidden), the image encoder's tokens, finite.
+        """
+        return self.qformer.image_kv(image_embeds, norm=self.ln_vision)
+
+    def forward(
+        self,
+        image_embeds: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_ids: Sequence[str | int] | Tensor | None = None,
+        negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> Stage1Output:
+        """The three losses of a batch of image-caption pairs.
+
+        Args:
+            image_embeds (Tensor): (batch, tokens, encoder_hidden), the image encoder's tokens before ``ln_vision``. No
+                gradient product is run for them unless they require grad.
+            input_ids (Tensor): (batch, length) int64, [CLS] ... [SEP] and padding.
+            attention_mask (Tensor, Optional): (batch, length), nonzero for tokens. Default: `None`, no padding.
+            image_ids (Sequence or Tensor, Optional): (batch,) names or numbers; pairs of one image are each other's matches
+                in ITC and never each other's negatives. Default: `None`, all images differ.
+            negatives (tuple, Optional): (image_index, text_index), each (batch,) int64 in [0, batch), instead of the draw:
+                the negative image of each text and the negative text of each image.
+
+        Returns:
+            Stage1Output: losses, and what metrics need.
+
+        Raises:
+            ValueError: sizes that disagree, an empty caption, indices out of range, non-finite image tokens (on CPU); the
+                message names the argument.
+        """
+        batch = image_embeds.shape[0]
+        if input_ids.shape[0] != batch:
+            raise ValueError(f"input_ids must have batch size {batch} as image_embeds, got {input_ids.shape[0]}")
+        device = image_embeds.device
+        text = self.qformer.pack_text(input_ids, attention_mask).to(device)
+        if text.num_rows == batch:
+            raise ValueError("attention_mask must keep at least two tokens of some caption, or ITG has nothing to predict")
+        image_kv = self.image_kv(image_embeds)
+        itg_text = text.with_first_token(self.dec_token_id)
+
+        both = PackedText.concatenate(itg_text, text)
+        layout = SequenceLayout(
+            num_queries=self.query_tokens.shape[1],
+            image_index=torch.arange(batch, device=device),
+            text_offsets=both.offsets,
+            masks=torch.tensor([Mask.MULTIMODAL_CAUSAL, Mask.UNIMODAL], device=device).repeat_interleave(batch),
+            num_text_rows=both.num_rows,
+            max_text_length=both.max_length,
+        )
+        rows = self.qformer.encode(layout, query_embeds=self.query_tokens, text=both, image_kv=image_kv)
+        query_rows, itg_rows, text_rows = rows.split([layout.num_query_rows, text.num_rows, text.num_rows])
+
+        image_features = self._image_features(query_rows)
+        text_features = self._text_features(text_rows[text.offsets[:-1]])
+        sim_i2t, sim_t2i = self._similarities(image_features, text_features)
+        same_image = self._same_image(image_ids, batch, device)
+        loss_itc = self._contrastive_loss(sim_i2t, sim_t2i, same_image)
+
+        if negatives is None:
+            negatives = self._draw_negatives(sim_i2t.detach(), sim_t2i.detach(), same_image)
+        image_index, text_index = self._check_negatives(negatives, batch, device)
+        itm_text, itm_layout = self._matching_pairs(text, image_index, text_index)
+        loss_itg = self._caption_loss(itg_rows, itg_text)
+
+        itm_rows = self.qformer.encode(itm_layout, query_embeds=self.query_tokens, text=itm_text, image_kv=image_kv)
+        itm_logits = self._match_logits(itm_rows[: itm_layout.num_query_rows])
+        itm_labels = (torch.arange(3 * batch, device=device) < batch).long()
+        loss_itm = F.cross_entropy(itm_logits, itm_labels)
+        return Stage1Output(
+            loss=loss_itc + loss_itm + loss_itg,
+            loss_itc=loss_itc,
+            loss_itm=loss_itm,
+            loss_itg=loss_itg,
+            sim_i2t=sim_i2t.detach(),
+            sim_t2i=sim_t2i.detach(),
+            itm_logits=itm_logits.detach(),
+            itm_labels=itm_labels,
+            negatives=(image_index, text_index),
+        )
+
+    def _image_features(self, query_rows: Tensor) -> Tensor:
+        features = F.normalize(_at_least_fp32(self.vision_proj(query_rows)), dim=-1)
+        return features.unflatten(0, (-1, self.query_tokens.shape[1]))
+
+    def _text_features(self, first_rows: Tensor) -> Tensor:
+        return F.normalize(_at_least_fp32(self.text_proj(first_rows)), dim=-1)
+
+    def _similarities(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, batch) each, over the temperature; values agree up to transposition, gradients do not when local.
+
+        Outside autocast: a bf16 cosine near 1 is exact to 1/256 only, which the temperature makes 0.06.
+        """
+        with torch.autocast(image_features.device.type, enabled=False):
+            if self.local_gradients:
+                i2t = ops.contrastive_similarity(image_features, text_features.detach())
+                t2i = ops.contrastive_similarity(image_features.detach(), text_features).T
+            else:
+                i2t = ops.contrastive_similarity(image_features, text_features)
+                t2i = i2t.T
+            return i2t / self.temp, t2i / self.temp
+
+    def _same_image(
+        self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device
+    ) -> Tensor:
+        """(batch, batch) bool, True where two pairs show one image."""
+        if image_ids is None:
+            return torch.eye(batch, dtype=torch.bool, device=device)
+        if not isinstance(image_ids, Tensor):
+            numbers = {name: number for number, name in enumerate(dict.fromkeys(image_ids))}
+            image_ids = torch.tensor([numbers[name] for name in image_ids], dtype=torch.int64)
+        image_ids = image_ids.to(device).flatten()
+        if image_ids.shape != (batch,):
+            raise ValueError(f"image_ids must name {batch} images, got {image_ids.shape[0]}")
+        return image_ids[:, None] == image_ids[None, :]
+
+    def _contrastive_loss(self, sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor) -> Tensor:
+        """Cross-entropy with targets spread over the pairs of one image and smoothed (blip2_qformer.py:152-178)."""
+        targets = same_image.to(sim_i2t.dtype) / same_image.sum(1, keepdim=True)
+        targets = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / same_image.shape[1]
+        return (F.cross_entropy(sim_i2t, targets) + F.cross_entropy(sim_t2i, targets)) / 2
+
+    def _draw_negatives(self, sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.sample_negatives(sim_t2i, same_image), ops.sample_negatives(sim_i2t, same_image)
+
+    def _check_negatives(
+        self, negatives: tuple[Tensor, Tensor], batch: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        image_index, text_index = (torch.as_tensor(index, device=device) for index in negatives)
+        for index in (image_index, text_index):
+            if index.shape != (batch,):
+                raise ValueError(f"negatives must be two indices of shape ({batch},), got {tuple(index.shape)}")
+        return image_index, text_index
+
+    def _matching_pairs(
+        self, text: PackedText, image_index: Tensor, text_index: Tensor
+    ) -> tuple[PackedText, SequenceLayout]:
+        """Text and layout of sweep 2: text [own, own, negative] with image [own, negative, own] (blip2_qformer.py:211-238).
+
+        The number of text rows depends on the draw: the step's one host sync after the captions were packed.
+        """
+        batch = len(text)
+        own = torch.arange(batch, device=image_index.device)
+        negative_rows, *ends = torch.stack(
+            [text.lengths[text_index.clamp(0, batch - 1)].sum(), *image_index.aminmax(), *text_index.aminmax()]
+        ).tolist()
+        if min(ends) < 0 or max(ends) >= batch:
+            raise ValueError(f"negatives must lie in [0, {batch}), got {min(ends) if min(ends) < 0 else max(ends)}")
+        pairs = text.select(torch.cat([own, own, text_index]), 2 * text.num_rows + negative_rows)
+        layout = SequenceLayout(
+            num_queries=self.query_tokens.shape[1],
+            image_index=torch.cat([own, image_index, own]),
+            text_offsets=pairs.offsets,
+            masks=torch.full((3 * batch,), int(Mask.BIDIRECTIONAL), device=own.device),
+            num_text_rows=pairs.num_rows,
+            max_text_length=pairs.max_length,
+        )
+        return pairs, layout
+
+    def _caption_loss(self, itg_rows: Tensor, itg_text: PackedText) -> Tensor:
+        """Next-token loss on the rows that have a next token (Qformer.py:1069-1083)."""
+        rows, labels = itg_text.next_tokens()
+        labels = labels.masked_fill(labels == self.config.pad_token_id, -100)
+        return ops.linear_cross_entropy(
+            self.lm_head(itg_rows[rows]),
+            self.qformer.embeddings.word_embeddings.weight,
+            self.lm_head.bias,
+            labels,
+            label_smoothing=LABEL_SMOOTHING,
+        )
+
+    def _match_logits(self, query_rows: Tensor) -> Tensor:
+        """Mean over the queries of the head's logits: (pairs * queries, hidden) -> (pairs, 2)."""
+        return self.itm_head(query_rows).unflatten(0, (-1, self.query_tokens.shape[1])).mean(1)
+
+    def image_features(self, image_embeds: Tensor | ImageKV) -> Tensor:
+        """ITC features of images: (images, tokens, encoder_hidden) or their keys and values -> (images, queries, embed_dim).
+
+        L2-normalised; the cosine with a text is the largest over the queries.
+        """
+        image_kv = self._as_image_kv(image_embeds)
+        layout = self._query_layout(image_kv.num_images)
+        return self._image_features(self.qformer.encode(layout, query_embeds=self.query_tokens, image_kv=image_kv))
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """ITC features of captions: (batch, length) ids and mask -> (batch, embed_dim), L2-normalised."""
+        text = self.qformer.pack_text(input_ids, attention_mask).to(self.temp.device)
+        layout = padded_layout(Mask.UNIMODAL, None, text, len(text), 0, self.temp.device)
+        return self._text_features(self.qformer.encode(layout, text=text)[text.offsets[:-1]])
+
+    def match(
+        self,
+        image_embeds: Tensor | ImageKV,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """ITM logits of image-text pairs; class 1 = match.
+
+        Args:
+            image_embeds (Tensor or ImageKV): (images, tokens, encoder_hidden), or their keys and values.
+            input_ids, attention_mask (Tensor): (pairs, length).
+            image_index (Tensor or Sequence, Optional): (pairs,) in [0, images). Default: `None`, text i with image i.
+
+        Returns:
+            Tensor: (pairs, 2).
+
+        Raises:
+            ValueError: an index out of range, sizes that disagree, an empty caption.
+        """
+        image_kv = self._as_image_kv(image_embeds)
+        text = self.qformer.pack_text(input_ids, attention_mask).to(self.temp.device)
+        index = torch.arange(image_kv.num_images) if image_index is None else image_index
+        if len(index) != len(text):
+            raise ValueError(f"image_index must name one image for each of {len(text)} texts, got {len(index)}")
+        layout = SequenceLayout.build(
+            num_queries=self.query_tokens.shape[1],
+            image_index=index,
+            text_lengths=text.lengths,
+            masks=Mask.BIDIRECTIONAL,
+            num_images=image_kv.num_images,
+            device=self.temp.device,
+        )
+        rows = self.qformer.encode(layout, query_embeds=self.query_tokens, text=text, image_kv=image_kv)
+        return self._match_logits(rows[: layout.num_query_rows])
+
+    @torch.no_grad()
+    def generate(self, image_embeds: Tensor | ImageKV, *, max_new_tokens: int = 30, **options) -> Tensor:
+        """Captions from the text branch: greedy, beam search or nucleus sampling, with cached keys and values.
+
+        Args:
+            image_embeds (Tensor or ImageKV): (images, tokens, encoder_hidden), or their keys and values.
+            max_new_tokens (int): longest caption, in tokens after [DEC]. Default: 30.
+            options: of transformers' ``generate``: ``num_beams``, ``do_sample``, ``top_p``, ``min_new_tokens``,
+                ``length_penalty``, ``repetition_penalty``, ``num_return_sequences`` and their like.
+
+        Returns:
+            Tensor: (images * num_return_sequences, length) int64: [DEC], the caption, [SEP], padding.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            prefix = self.qformer.query_prefix(self.query_tokens, self._as_image_kv(image_embeds))
+            start = torch.full((prefix.shape[0], 1), self.dec_token_id, device=prefix.device)
+            return CaptionDecoder(self).generate(start, prefix=prefix, max_new_tokens=max_new_tokens, **options)
+        finally:
+            self.train(was_training)
+
+    def next_token_logits(self, rows: Tensor) -> Tensor:
+        """LM head: (rows, hidden) -> (rows, vocab_size)."""
+        return F.linear(self.lm_head(rows), self.qformer.embeddings.word_embeddings.weight, self.lm_head.bias)
+
+    def cross_attention_maps(
+        self, image_embeds: Tensor | ImageKV, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """Where each query looks, with text i beside image i (as in ITM) or without text.
+
+        Returns:
+            list: per cross-attention layer (images, nheads, queries, tokens), each row summing to 1.
+        """
+        image_kv = self._as_image_kv(image_embeds)
+        text = None
+        if input_ids is not None:
+            text = self.qformer.pack_text(input_ids, attention_mask).to(self.temp.device)
+        queries = self.query_tokens.shape[1]
+        layout = padded_layout(Mask.BIDIRECTIONAL, None, text, image_kv.num_images, queries, self.temp.device)
+        return self.qformer.cross_attention_maps(layout, query_embeds=self.query_tokens, text=text, image_kv=image_kv)
+
+    def _query_layout(self, images: int) -> SequenceLayout:
+        return padded_layout(Mask.UNIMODAL, None, None, images, self.query_tokens.shape[1], self.temp.device)
+
+    def _as_image_kv(self, images: Tensor | ImageKV) -> ImageKV:
+        return images if isinstance(images, ImageKV) else self.image_kv(images)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def init_from_bert(model: Blip2QFormer, state_dict: Mapping[str, Tensor]) -> LoadReport:
+    """BERT's weights into a new stage-1 model, as the original does it (blip2.py:47-62, blip2_qformer.py:72-78).
+
+    Embeddings, self-attention and text feed-forward layers come from BERT, the query feed-forward layers are copies of the
+    text ones; cross-attention, queries, [DEC] and the heads keep their fresh values. BERT's token types and pooler are not
+    used. A prediction head (``cls.predictions``) is taken where there is one.
+
+    Args:
+        model (Blip2QFormer): of BERT's width, with at most its layers.
+        state_dict (Mapping): of a ``BertModel`` or a BERT with heads, old LayerNorm names (gamma, beta) included.
+
+    Returns:
+        LoadReport: missing = what keeps fresh values, unexpected = what of BERT was not used.
+
+    Raises:
+        ValueError: a shape that differs.
+    """
+    renamed = {}
+    for name, tensor in state_dict.items():
+        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if name.startswith("cls.predictions."):
+            renamed["lm_head." + name.removeprefix("cls.predictions.")] = tensor
+        else:
+            name = name.replace("embeddings.LayerNorm.", "layernorm.").replace(".attention.self.", ".attention.attention.")
+            renamed["qformer." + name] = tensor
+    for name in [name for name in renamed if ".layer." in name]:
+        twin = name.replace(".intermediate.", ".intermediate_query.").replace(".output.", ".output_query.")
+        if twin != name and ".attention.output." not in name:
+            renamed[twin] = renamed[name]
+    own = model.state_dict()
+    for name in ("qformer.embeddings.word_embeddings.weight", "lm_head.bias"):
+        if name in renamed and len(renamed[name]) < len(own[name]):
+            renamed[name] = torch.cat([renamed[name].to(own[name]), own[name][len(renamed[name]) :]])
+    return load_into(model, renamed, strict=False)

@@ -1,0 +1,84 @@
+"""From the padded batches and masks of LAVIS and Hugging Face to packed rows and layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from qformer_fast.layout import Mask, PackedText, SequenceLayout
+
+
+def text_attention_mask(attention_mask: Tensor | None, batch: int, num_queries: int, text_width: int) -> Tensor | None:
+    """The text columns of a 2-D mask, (batch, text), or None where the mask says nothing of the text alone.
+
+    Raises:
+        ValueError: not one of the shapes that :meth:`QFormer.forward` lists.
+    """
+    if attention_mask is None:
+        return None
+    width = num_queries + text_width
+    shapes = {(batch, text_width), (batch, width), (batch, width, width), (batch, 1, width, width)}
+    if tuple(attention_mask.shape) not in shapes:
+        raise ValueError(f"attention_mask must have one of the shapes {sorted(shapes)}, got {tuple(attention_mask.shape)}")
+    if attention_mask.ndim > 2 or hides_queries(attention_mask, num_queries, text_width):
+        return None
+    return attention_mask[:, -text_width:] if text_width else None
+
+
+def hides_queries(attention_mask: Tensor, num_queries: int, text_width: int) -> bool:
+    covers_queries = num_queries > 0 and attention_mask.shape[1] == num_queries + text_width
+    return covers_queries and not bool(attention_mask[:, :num_queries].all())
+
+
+def padded_layout(
+    mask: Mask, attention_mask: Tensor | None, text: PackedText | None, batch: int, num_queries: int, device: torch.device
+) -> SequenceLayout:
+    """The layout of a padded batch in which sequence i looks at image i."""
+    layout = SequenceLayout(
+        num_queries=num_queries,
+        image_index=torch.arange(batch if num_queries else 0, device=device),
+        text_offsets=torch.zeros(batch + 1, dtype=torch.int64, device=device) if text is None else text.offsets,
+        masks=torch.full((batch,), int(mask), device=device),
+        num_text_rows=0 if text is None else text.num_rows,
+        max_text_length=0 if text is None else text.max_length,
+    )
+    if attention_mask is None:
+        return layout
+    if attention_mask.ndim == 2:
+        if not hides_queries(attention_mask, num_queries, layout.max_text_length):
+            return layout
+        allowed = layout.padded_mask[:, 0] & attention_mask[:, None, :].bool()
+    elif attention_mask.ndim == 4 and attention_mask.is_floating_point():
+        allowed = attention_mask[:, 0]
+    else:
+        allowed = attention_mask.reshape(batch, *attention_mask.shape[-2:]).bool()
+    return dataclasses.replace(layout, attention_mask=allowed)
+
+
+def image_attention_mask(attention_mask: Tensor | None, image_embeds: Tensor, num_queries: int) -> Tensor | None:
+    """The mask of :class:`ImageKV`: (images, 1 or num_queries, tokens), or None where nothing is hidden.
+
+    Raises:
+        ValueError: not one of the shapes that :meth:`QFormer.forward` lists.
+    """
+    if attention_mask is None:
+        return None
+    images, tokens, _ = image_embeds.shape
+    shape = tuple(attention_mask.shape)
+    readers = (1, num_queries)
+    shapes = {(images, tokens), *((images, n, tokens) for n in readers), *((images, 1, n, tokens) for n in readers)}
+    if shape not in shapes:
+        raise ValueError(f"encoder_attention_mask must have one of the shapes {sorted(shapes, key=len)}, got {shape}")
+    if attention_mask.ndim == 4 and attention_mask.is_floating_point():
+        return attention_mask[:, 0]
+    mask = attention_mask.bool().reshape(images, shape[-2] if len(shape) > 2 else 1, tokens)
+    return None if bool(mask.all()) else mask
+
+
+def unpack_text(rows: Tensor, text: PackedText, width: int) -> Tensor:
+    """Text rows (rows, hidden) at their columns of (batch, width, hidden), zeros elsewhere."""
+    captions = torch.arange(len(text), device=rows.device)
+    captions = torch.repeat_interleave(captions, text.lengths, output_size=text.num_rows)
+    return rows.new_zeros(len(text), width, rows.shape[-1]).index_put((captions, text.position_ids), rows)

@@ -1,0 +1,465 @@
+"""The Q-Former encoder on packed rows, and its padded interface.
+
+Parameter names are Hugging Face's ``Blip2QFormerModel``'s; the modules hold parameters, the ops do the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+
+from qformer_fast import ops, reference
+from qformer_fast.config import QFormerConfig
+from qformer_fast.layout import Mask, PackedText, SequenceLayout
+from qformer_fast.models import padded
+
+
+@dataclass(frozen=True, eq=False)
+class ImageKV:
+    """Keys and values of every cross-attention layer for a bank of images, computed once.
+
+    Args:
+        buffer (Tensor): (images, tokens, cross-attention layers, 2, nheads, headdim); keys at 0, values at 1.
+        mask (Tensor, Optional): (images, 1 or num_queries, tokens), bool (True = may look) or float (added to the scores).
+    """
+
+    buffer: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def num_images(self) -> int:
+        return self.buffer.shape[0]
+
+    @cached_property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (images, tokens, nheads, headdim) of each cross-attention layer, views of the buffer."""
+        return [tuple(layer.unbind(2)) for layer in self.buffer.unbind(2)]
+
+    def select(self, index: Tensor) -> ImageKV:
+        """The images ``index``, copied."""
+        return ImageKV(self.buffer[index], None if self.mask is None else self.mask[index])
+
+
+class QFormerOutput(NamedTuple):
+    """What :class:`QFormer` returns.
+
+    Args:
+        last_hidden_state (Tensor): (batch, num_queries + text, hidden), zeros at padding.
+        query_output (Tensor, Optional): (batch, num_queries, hidden); None without queries.
+        text_output (Tensor, Optional): (batch, text, hidden), zeros at padding; None without text.
+    """
+
+    last_hidden_state: Tensor
+    query_output: Tensor | None
+    text_output: Tensor | None
+
+
+class QKVProjection(nn.Module):
+    def __init__(self, hidden: int, kv_input: int):
+        super().__init__()
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(kv_input, hidden)
+        self.value = nn.Linear(kv_input, hidden)
+
+
+class DenseLayerNorm(nn.Module):
+    def __init__(self, inputs: int, hidden: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(inputs, hidden)
+        self.LayerNorm = nn.LayerNorm(hidden, eps=eps)
+
+    @property
+    def parameters_in_order(self) -> tuple[Tensor, ...]:
+        return self.dense.weight, self.dense.bias, self.LayerNorm.weight, self.LayerNorm.bias
+
+
+class Dense(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.dense = nn.Linear(inputs, outputs)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.config = config
+        self.attention = QKVProjection(config.hidden_size, config.hidden_size)
+        self.output = DenseLayerNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
+
+    def _stacked(self, *names: str) -> tuple[Tensor, Tensor]:
+        projections = [getattr(self.attention, name) for name in names]
+        return torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
+
+    def forward(self, rows: Tensor, layout: SequenceLayout) -> Tensor:
+        return ops.self_attention_block(
+            rows,
+            layout,
+            *self._stacked("query", "key", "value"),
+            *self.output.parameters_in_order,
+            nheads=self.config.num_attention_heads,
+            eps=self.config.layer_norm_eps,
+            attention_dropout_p=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            hidden_dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
+        )
+
+    def project(self, rows: Tensor, *names: str) -> tuple[Tensor, ...]:
+        """The named projections of rows (..., hidden), each (..., nheads, headdim)."""
+        out = F.linear(rows, *self._stacked(*names))
+        return out.unflatten(-1, (len(names), self.config.num_attention_heads, self.config.headdim)).unbind(-3)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.config = config
+        self.attention = QKVProjection(config.hidden_size, config.encoder_hidden_size)
+        self.output = DenseLayerNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, query_rows: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, image_mask: Tensor | None) -> Tensor:
+        return ops.cross_attention_block(
+            query_rows,
+            k,
+            v,
+            layout,
+            self.attention.query.weight,
+            self.attention.query.bias,
+            *self.output.parameters_in_order,
+            image_mask=image_mask,
+            eps=self.config.layer_norm_eps,
+            attention_dropout_p=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            hidden_dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
+        )
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention over queries and text, cross-attention of the queries, feed-forward layers of their own."""
+
+    def __init__(self, config: QFormerConfig, index: int):
+        super().__init__()
+        self.config = config
+        hidden, wide = config.hidden_size, config.intermediate_size
+        self.attention = SelfAttention(config)
+        if config.has_cross_attention(index):
+            self.crossattention = CrossAttention(config)
+        if config.use_qformer_text_input:
+            self.intermediate = Dense(hidden, wide)
+            self.output = DenseLayerNorm(wide, hidden, config.layer_norm_eps)
+        self.intermediate_query = Dense(hidden, wide)
+        self.output_query = DenseLayerNorm(wide, hidden, config.layer_norm_eps)
+
+    def forward(
+        self,
+        rows: Tensor,
+        layout: SequenceLayout,
+        image_kv: tuple[Tensor, Tensor] | None,
+        image_mask: Tensor | None,
+    ) -> Tensor:
+        rows = self.attention(rows, layout)
+        split = layout.num_query_rows
+        if image_kv is not None and split:
+            query_rows = self.crossattention(rows[:split], *image_kv, layout, image_mask)
+            rows = torch.cat([query_rows, rows[split:]]) if layout.num_text_rows else query_rows
+        return self.feed_forward(rows, split)
+
+    def feed_forward(self, rows: Tensor, num_query_rows: int) -> Tensor:
+        query = (*self.intermediate_query.dense.parameters(), *self.output_query.parameters_in_order)
+        text = None
+        if self.config.use_qformer_text_input:
+            text = (*self.intermediate.dense.parameters(), *self.output.parameters_in_order)
+        return ops.split_feed_forward_block(
+            rows,
+            num_query_rows,
+            query,
+            text,
+            eps=self.config.layer_norm_eps,
+            dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
+        )
+
+    def decode(self, rows: Tensor, prefix: Tensor, cache: Cache, index: int) -> Tensor:
+        """One more text token of each caption; arguments as :meth:`QFormer.decode`, ``index`` is this layer's."""
+        q, k, v = (x.unsqueeze(2) for x in self.attention.project(rows, "query", "key", "value"))
+        k, v = (torch.cat(x, dim=2) for x in zip(prefix.unbind(1), cache.update(k, v, index), strict=True))
+        context = F.scaled_dot_product_attention(q, k, v).flatten(1)
+        out_weight, out_bias, *norm = self.attention.output.parameters_in_order
+        out = F.linear(context, out_weight, out_bias)
+        return self.feed_forward(ops.dropout_add_layer_norm(out, rows, *norm, eps=self.config.layer_norm_eps), 0)
+
+
+class QFormerEncoder(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(QFormerLayer(config, i) for i in range(config.num_hidden_layers))
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+
+class QFormer(nn.Module):
+    """The Querying Transformer of BLIP-2 (Li et al. 2023, arXiv:2301.12597, sec. 3.1).
+
+    Computes what LAVIS ``BertModel`` (Qformer.py:675-940) and Hugging Face's ``Blip2QFormerModel`` compute, on packed rows
+    (:meth:`encode`); :meth:`forward` is the padded interface around it. Queries are a caller's tensor, not a parameter here.
+
+    Args:
+        config (QFormerConfig): sizes.
+    """
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.use_qformer_text_input:
+            self.embeddings = TextEmbeddings(config)
+        self.encoder = QFormerEncoder(config)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """BERT's: N(0, initializer_range) weights, zero biases (Qformer.py:638-648); the padding word keeps its draw."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def dropout_p(self) -> float:
+        return self.config.hidden_dropout_prob if self.training else 0.0
+
+    def image_kv(
+        self, image_embeds: Tensor, *, norm: nn.LayerNorm | None = None, image_mask: Tensor | None = None
+    ) -> ImageKV:
+        """Keys and values of all cross-attention layers, one matrix product.
+
+        Args:
+            image_embeds (Tensor): (images, tokens, encoder_hidden).
+            norm (nn.LayerNorm, Optional): applied to the tokens first, folded into the weights.
+            image_mask (Tensor, Optional): see :class:`ImageKV`.
+
+        Raises:
+            ValueError: another width than ``config.encoder_hidden_size``, no token, or, where a look costs no host sync, NaN
+                or Inf.
+        """
+        width = self.config.encoder_hidden_size
+        if image_embeds.ndim != 3 or image_embeds.shape[-1] != width or 0 in image_embeds.shape:
+            raise ValueError(f"image_embeds must be (images, tokens, {width}), got {tuple(image_embeds.shape)}")
+        if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):
+            raise ValueError("image_embeds must be finite, got NaN or Inf")
+        layers = [self.encoder.layer[i].crossattention.attention for i in self.config.cross_attention_layers]
+        weight = torch.cat([p.weight for layer in layers for p in (layer.key, layer.value)])
+        bias = torch.cat([p.bias for layer in layers for p in (layer.key, layer.value)])
+        folded = () if norm is None else (norm.weight, norm.bias)
+        out = ops.image_key_value(image_embeds, weight, bias, *folded, eps=1e-5 if norm is None else norm.eps)
+        heads = (self.config.num_attention_heads, self.config.headdim)
+        return ImageKV(out.unflatten(-1, (len(layers), 2, *heads)), image_mask)
+
+    def embed_queries(self, query_embeds: Tensor, num_sequences: int) -> Tensor:
+        """LayerNorm and dropout of the queries: (1 or num_sequences, queries, hidden) -> (num_sequences * queries, hidden)."""
+        rows = self.layernorm(query_embeds).expand(num_sequences, -1, -1).flatten(0, 1)
+        return F.dropout(rows, self.dropout_p)
+
+    def embed_text(self, text: PackedText) -> Tensor:
+        """Word and position embeddings, LayerNorm and dropout: (text rows, hidden)."""
+        return ops.embeddings(
+            text.input_ids,
+            text.position_ids,
+            self.embeddings.word_embeddings.weight,
+            self.embeddings.position_embeddings.weight,
+            self.layernorm.weight,
+            self.layernorm.bias,
+            eps=self.config.layer_norm_eps,
+            padding_idx=self.config.pad_token_id,
+            dropout_p=self.dropout_p,
+        )
+
+    def encode(
+        self,
+        layout: SequenceLayout,
+        *,
+        query_embeds: Tensor | None = None,
+        text: PackedText | None = None,
+        image_kv: ImageKV | None = None,
+    ) -> Tensor:
+        """Runs the packed rows through all layers.
+
+        Args:
+            layout (SequenceLayout): which rows form which sequence.
+            query_embeds (Tensor, Optional): (1 or query sequences, num_queries, hidden).
+            text (PackedText, Optional): the text rows in the order of the sequences.
+            image_kv (ImageKV, Optional): must be given with queries.
+
+        Returns:
+            Tensor: (rows, hidden), query rows first.
+        """
+        parts = []
+        if query_embeds is not None:
+            parts.append(self.embed_queries(query_embeds, layout.num_query_sequences))
+        if text is not None:
+            parts.append(self.embed_text(text))
+        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        for layer, layer_kv in self._layers(image_kv):
+            inputs = (rows, layout, layer_kv, None if image_kv is None else image_kv.mask)
+            if self.gradient_checkpointing and self.training:
+                rows = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                rows = layer(*inputs)
+        return rows
+
+    def _layers(self, image_kv: ImageKV | None) -> list[tuple[QFormerLayer, tuple[Tensor, Tensor] | None]]:
+        """Each layer with its slice of ``image_kv``, or None where it has no cross-attention."""
+        kv = dict(zip(self.config.cross_attention_layers, image_kv.layers, strict=True)) if image_kv else {}
+        return [(layer, kv.get(i)) for i, layer in enumerate(self.encoder.layer)]
+
+    def forward(
+        self,
+        query_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        mask: str = "bidirectional",
+    ) -> QFormerOutput:
+        """The padded interface.
+
+        Args:
+            query_embeds (Tensor, Optional): (1 or batch, queries, hidden); one row of queries is broadcast over the images.
+            input_ids (Tensor, Optional): (batch, text) integers.
+            attention_mask (Tensor, Optional): nonzero = may be looked at. 2-D (batch, text) or (batch, queries + text), left-
+                or right-padded or with holes; 3-D (batch, width, width) or 4-D (batch, 1, width, width) with width = queries
+                + text, where a float 4-D mask is added to the scores. 3-D and 4-D masks, and 2-D masks that hide queries,
+                replace ``mask`` where they say less, and run on the reference backend.
+            encoder_hidden_states (Tensor, Optional): (batch, tokens, encoder_hidden), used as they are; needed with queries.
+            encoder_attention_mask (Tensor, Optional): nonzero = may be looked at; (batch, tokens), (batch, queries or 1,
+                tokens) or (batch, 1, queries or 1, tokens).
+            mask (str): "bidirectional", "multimodal_causal" or "unimodal", see :class:`Mask`.
+
+        Returns:
+            QFormerOutput: padded; text that ``attention_mask`` hides gives zeros.
+
+        Raises:
+            ValueError: nothing to encode, sizes that disagree, an unknown mask; the message names the argument.
+        """
+        if query_embeds is None and input_ids is None:
+            raise ValueError("query_embeds or input_ids must be given, got neither")
+        if mask.upper() not in Mask.__members__:
+            raise ValueError(f"mask must be one of {[m.name.lower() for m in Mask]}, got {mask!r}")
+        given = [x for x in (input_ids, encoder_hidden_states, query_embeds) if x is not None]
+        batch, device = max(x.shape[0] for x in given), given[-1].device
+        num_queries, text, text_width, image_kv = 0, None, 0, None
+        if query_embeds is not None:
+            self._check_queries(query_embeds, encoder_hidden_states, batch)
+            num_queries = query_embeds.shape[1]
+            readers = padded.image_attention_mask(encoder_attention_mask, encoder_hidden_states, num_queries)
+            image_kv = self.image_kv(encoder_hidden_states, image_mask=readers)
+        if input_ids is not None:
+            if input_ids.shape[0] != batch:
+                raise ValueError(f"input_ids must have batch size {batch}, got {input_ids.shape[0]}")
+            text_width = input_ids.shape[1]
+        text_mask = padded.text_attention_mask(attention_mask, batch, num_queries, text_width)
+        if input_ids is not None:
+            text = self.pack_text(input_ids, text_mask)
+        layout = padded.padded_layout(Mask[mask.upper()], attention_mask, text, batch, num_queries, device)
+        rows = self.encode(layout, query_embeds=query_embeds, text=text, image_kv=image_kv)
+        query_output = text_output = None
+        if num_queries:
+            query_output = rows[: layout.num_query_rows].unflatten(0, (batch, num_queries))
+        if text is not None:
+            text_output = padded.unpack_text(rows[layout.num_query_rows :], text, text_width)
+        parts = [part for part in (query_output, text_output) if part is not None]
+        return QFormerOutput(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], query_output, text_output)
+
+    def _check_queries(self, query_embeds: Tensor, encoder_hidden_states: Tensor | None, batch: int) -> None:
+        hidden = self.config.hidden_size
+        if query_embeds.ndim != 3 or query_embeds.shape[0] not in (1, batch) or 0 in query_embeds.shape[1:]:
+            raise ValueError(f"query_embeds must be (1 or {batch}, queries, {hidden}), got {tuple(query_embeds.shape)}")
+        if query_embeds.shape[2] != hidden:
+            raise ValueError(f"query_embeds must be {hidden} wide, got {query_embeds.shape[2]}")
+        if encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states must be given with query_embeds, got None")
+        if encoder_hidden_states.shape[0] != batch:
+            raise ValueError(f"encoder_hidden_states must have batch size {batch}, got {encoder_hidden_states.shape[0]}")
+
+    def pack_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> PackedText:
+        """Captions (batch, text) without their padding; see :meth:`PackedText.from_padded`."""
+        if not self.config.use_qformer_text_input:
+            raise ValueError("input_ids need a text branch, but config.use_qformer_text_input is False")
+        return PackedText.from_padded(
+            input_ids,
+            attention_mask,
+            vocab_size=self.config.vocab_size,
+            max_position_embeddings=self.config.max_position_embeddings,
+        )
+
+    def query_prefix(self, query_embeds: Tensor, image_kv: ImageKV) -> Tensor:
+        """Self-attention keys and values of the queries, which captions being generated look back at.
+
+        Args:
+            query_embeds (Tensor): (1 or images, queries, hidden).
+            image_kv (ImageKV): the images.
+
+        Returns:
+            Tensor: (images, layers, 2, nheads, queries, headdim); keys at 0, values at 1.
+        """
+        images, num_queries = image_kv.num_images, query_embeds.shape[1]
+        layout = padded.padded_layout(Mask.UNIMODAL, None, None, images, num_queries, query_embeds.device)
+        rows = self.embed_queries(query_embeds, images)
+        prefix = []
+        for layer, layer_kv in self._layers(image_kv):
+            keys_values = layer.attention.project(rows.unflatten(0, (images, num_queries)), "key", "value")
+            prefix.append(torch.stack(keys_values, dim=1).transpose(2, 3))
+            rows = layer(rows, layout, layer_kv, image_kv.mask)
+        return torch.stack(prefix, dim=1)
+
+    def decode(self, input_ids: Tensor, prefix: Tensor, cache: Cache) -> Tensor:
+        """One more token of each caption, after :meth:`query_prefix`; in eval mode.
+
+        Args:
+            input_ids (Tensor): (captions,) int64.
+            prefix (Tensor): (captions, layers, 2, nheads, queries, headdim), as :meth:`query_prefix` returns it.
+            cache (transformers.Cache): keys and values of the captions' earlier tokens; this token's are added.
+
+        Returns:
+            Tensor: (captions, hidden).
+        """
+        position_ids = torch.full_like(input_ids, cache.get_seq_length())
+        rows = self.embed_text(PackedText(input_ids, position_ids, torch.arange(len(input_ids) + 1), 1))
+        for index, (layer, layer_prefix) in enumerate(zip(self.encoder.layer, prefix.unbind(1), strict=True)):
+            rows = layer.decode(rows, layer_prefix, cache, index)
+        return rows
+
+    @torch.no_grad()
+    def cross_attention_maps(
+        self,
+        layout: SequenceLayout,
+        *,
+        query_embeds: Tensor,
+        text: PackedText | None = None,
+        image_kv: ImageKV,
+    ) -> list[Tensor]:
+        """Where each query looks: per cross-attention layer (sequences, nheads, queries, tokens), rows summing to 1."""
+        maps: list[Tensor] = []
+
+        def record(module: CrossAttention, inputs: tuple, _output: Tensor) -> None:
+            query_rows, k, _v, seq_layout, image_mask = inputs
+            q = F.linear(query_rows, module.attention.query.weight, module.attention.query.bias)
+            q = q.unflatten(-1, (self.config.num_attention_heads, self.config.headdim))
+            maps.append(reference.image_attention_probs(q, k, seq_layout, image_mask=image_mask))
+
+        layers = [self.encoder.layer[i].crossattention for i in self.config.cross_attention_layers]
+        handles = [layer.register_forward_hook(record) for layer in layers]
+        try:
+            self.encode(layout, query_embeds=query_embeds, text=text, image_kv=image_kv)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return maps

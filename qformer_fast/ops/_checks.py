@@ -1,0 +1,42 @@
+"""What every public op checks before anything runs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qformer_fast.layout import SequenceLayout
+
+
+def check_shape(name: str, x: Tensor, *expected: int | str) -> None:
+    """Raises ValueError unless ``x`` has these sizes; a word instead of a number accepts any size."""
+    sizes_agree = all(isinstance(want, str) or want == have for want, have in zip(expected, x.shape, strict=False))
+    if x.ndim != len(expected) or not sizes_agree:
+        shape = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name} must be ({shape}), got {tuple(x.shape)}")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raises TypeError unless every tensor is floating-point."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"{name} must be floating-point, got {x.dtype}")
+
+
+def check_device(expected: Tensor, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless every tensor lies where ``expected`` does."""
+    for name, x in tensors.items():
+        if x is not None and x.device != expected.device:
+            raise ValueError(f"{name} must be on {expected.device}, got {x.device}")
+
+
+def check_probability(name: str, p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {p}")
+
+
+def check_rows(name: str, x: Tensor, rows: int, layout: SequenceLayout) -> None:
+    """Raises ValueError unless ``x`` has the ``rows`` that ``layout`` speaks of and lies on its device."""
+    if x.shape[0] != rows:
+        raise ValueError(f"{name} must have the {rows} rows of the layout, got {x.shape[0]}")
+    if x.device != layout.masks.device:
+        raise ValueError(f"{name} must be on the layout's device {layout.masks.device}, got {x.device}")

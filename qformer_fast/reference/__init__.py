@@ -1,0 +1,23 @@
+"""Pure PyTorch definitions of every op and of the original-order stage 1: the truth in tests, the baseline in benchmarks."""
+
+from qformer_fast.reference.attention import image_attention_probs, image_cross_attention, query_text_attention
+from qformer_fast.reference.blocks import cross_attention_block, self_attention_block, split_feed_forward_block
+from qformer_fast.reference.image_kv import image_key_value
+from qformer_fast.reference.losses import contrastive_similarity, linear_cross_entropy, sample_negatives
+from qformer_fast.reference.rowwise import bias_gelu, dropout_add_layer_norm, embeddings
+
+__all__ = [
+    "bias_gelu",
+    "contrastive_similarity",
+    "cross_attention_block",
+    "dropout_add_layer_norm",
+    "embeddings",
+    "image_attention_probs",
+    "image_cross_attention",
+    "image_key_value",
+    "linear_cross_entropy",
+    "query_text_attention",
+    "sample_negatives",
+    "self_attention_block",
+    "split_feed_forward_block",
+]
