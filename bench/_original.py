@@ -1,8 +1,8 @@
 """The original's own stage-1 code, unchanged, out of the salesforce-lavis 1.0.2 wheel.
 
-LAVIS does not install beside today's packages, so two of its files are loaded by path: Qformer.py and blip2_qformer.py of
-lavis/models/blip2_models. What they import of LAVIS and of transformers 4.26 is put in their way first. Nothing of the
-wheel is copied into this repository; ``make .cache/lavis`` fetches it.
+LAVIS does not install beside today's packages, so two of its files are loaded by path: Qformer.py and
+blip2_qformer.py of lavis/models/blip2_models. What they import of LAVIS and of transformers 4.26 is put in their way
+first. Nothing of the wheel is copied into this repository; ``make .cache/lavis`` fetches it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ FOLDER = LAVIS / "lavis" / "models" / "blip2_models"
 
 def why_missing() -> str | None:
     """None when the original's files are there, else what to do."""
-    return None if (FOLDER / "Qformer.py").exists() else "salesforce-lavis 1.0.2 is not unpacked: run `make .cache/lavis`"
+    return (
+        None if (FOLDER / "Qformer.py").exists() else "salesforce-lavis 1.0.2 is not unpacked: run `make .cache/lavis`"
+    )
 
 
 def load_qformer_module() -> ModuleType:
@@ -46,7 +48,9 @@ def load_qformer_module() -> ModuleType:
     module = _load(name, FOLDER / "Qformer.py")
     base = module.BertPreTrainedModel
     base.get_head_mask = lambda self, head_mask, layers: [None] * layers
-    base.invert_attention_mask = lambda self, mask: (1.0 - mask[:, None, None, :].to(self.dtype)) * torch.finfo(self.dtype).min
+    base.invert_attention_mask = lambda self, mask: (
+        (1.0 - mask[:, None, None, :].to(self.dtype)) * torch.finfo(self.dtype).min
+    )
     base.init_weights = lambda self: self.apply(self._init_weights)
     return module
 
@@ -75,7 +79,8 @@ def build_qformer(config: QFormerConfig) -> nn.Module:
 def build_stage1(model: Blip2QFormer) -> nn.Module:
     """The original's ``Blip2Qformer`` with the weights and the training mode of ``model``.
 
-    Its image encoder is the identity, so ``forward({"image": image_embeds, "text_input": (input_ids, attention_mask)})``
+    Its image encoder is the identity, so ``forward({"image": image_embeds, "text_input": (input_ids,
+    attention_mask)})``
     takes what :meth:`Blip2QFormer.forward` takes.
     """
     original_class = _load_blip2_qformer_module().Blip2Qformer

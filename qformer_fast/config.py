@@ -11,8 +11,8 @@ from typing import Any
 class QFormerConfig:
     """Sizes of a Q-Former; the fields of Hugging Face's ``Blip2QFormerConfig`` and ``num_query_tokens``.
 
-    The defaults are BLIP-2's: bert-base with the ``[DEC]`` token added, 32 queries, cross-attention in every other layer
-    to image tokens of EVA-CLIP ViT-g (1408 wide).
+    The defaults are BLIP-2's: bert-base with the ``[DEC]`` token added, 32 queries, cross-attention in every other
+    layer to image tokens of EVA-CLIP ViT-g (1408 wide).
 
     Args:
         vocab_size (int): words of the text branch, ``[DEC]`` included.

@@ -1,7 +1,7 @@
 """Which packed rows form which sequence, under which mask.
 
-Packed rows are one matrix ``(rows, hidden)`` without padding: the query rows of all sequences first, then the text rows of
-all sequences, each block in the order of the sequences.
+Packed rows are one matrix ``(rows, hidden)`` without padding: the query rows of all sequences first, then the text
+rows of all sequences, each block in the order of the sequences.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ class PackedText:
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must be shaped as input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-            )
+            have, want = tuple(attention_mask.shape), tuple(input_ids.shape)
+            raise ValueError(f"attention_mask must be {want} as input_ids, got {have}")
         keep = attention_mask.to(device=input_ids.device).bool()
         lengths = keep.sum(1)
         ends = torch.stack(input_ids.aminmax()) if length else input_ids.new_zeros(2)
@@ -126,7 +125,9 @@ class PackedText:
         """The rows that predict a next token, all but each caption's last, and the ids of those next tokens."""
         lengths = self.lengths - 1
         offsets = _lengths_to_offsets(lengths)
-        rows = _rows_of(torch.arange(len(self), device=offsets.device), self.offsets, offsets, self.num_rows - len(self))
+        rows = _rows_of(
+            torch.arange(len(self), device=offsets.device), self.offsets, offsets, self.num_rows - len(self)
+        )
         return rows, self.input_ids[rows + 1]
 
     def select(self, index: Tensor, num_rows: int) -> PackedText:
@@ -150,8 +151,8 @@ class SequenceLayout:
     """Which packed rows form which sequence, under which mask, looking at which image.
 
     Sequences with queries come first and all have ``num_queries`` of them: sequence ``s`` owns query rows
-    ``s * num_queries`` up to ``(s + 1) * num_queries``. Its text rows are ``text_offsets[s]`` to ``text_offsets[s + 1]``,
-    counted from the first text row. :meth:`build` checks its arguments; the bare constructor trusts them.
+    ``s * num_queries`` up to ``(s + 1) * num_queries``. Its text rows are ``text_offsets[s]`` to ``text_offsets[s +
+    1]``, counted from the first text row. :meth:`build` checks its arguments; the bare constructor trusts them.
 
     Args:
         num_queries (int): queries of each sequence that has any; 0 when none has.
@@ -208,7 +209,9 @@ class SequenceLayout:
         if len(images) > len(lengths):
             raise ValueError(f"image_index has {len(images)} sequences, but text_lengths only {len(lengths)}")
         if any(not 0 <= i < num_images for i in images):
-            raise ValueError(f"image_index must lie in [0, {num_images}), got {[i for i in images if not 0 <= i < num_images]}")
+            raise ValueError(
+                f"image_index must lie in [0, {num_images}), got {[i for i in images if not 0 <= i < num_images]}"
+            )
         if min(lengths) < 0 or any(n == 0 for n in lengths[len(images) :]):
             raise ValueError(f"text_lengths must be positive (0 only beside queries), got {lengths}")
         each = [masks] * len(lengths) if isinstance(masks, Mask) else list(masks)
@@ -257,7 +260,9 @@ class SequenceLayout:
 
     @cached_property
     def padded_rows(self) -> Tensor:
-        """(sequences, width) int64: the packed row at each place of the padded form [queries | text]; row 0 at padding."""
+        """(sequences, width) int64: the packed row at each place of the padded form [queries | text]; row 0 at
+        padding.
+        """
         sequences = torch.arange(self.num_sequences, device=self.masks.device)[:, None]
         queries = sequences * self.num_queries + torch.arange(self.num_queries, device=self.masks.device)
         columns = torch.arange(self.max_text_length, device=self.masks.device)

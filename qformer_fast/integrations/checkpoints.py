@@ -132,11 +132,12 @@ def convert(state_dict: Mapping[str, Tensor], source: str, target: str) -> State
     """Renames a whole-model state dict from one format to another; tensors are shared, not copied.
 
     Args:
-        state_dict (Mapping): of LAVIS ``Blip2Qformer``, Hugging Face ``Blip2ForImageTextRetrieval`` or ``InstructBlip*``, or
-            :class:`Blip2QFormer`.
+        state_dict (Mapping): of LAVIS ``Blip2Qformer``, Hugging Face ``Blip2ForImageTextRetrieval`` or
+            ``InstructBlip*``, or :class:`Blip2QFormer`.
         source (str): "lavis", "hf" (BLIP-2's or InstructBLIP's) or "qformer_fast".
-        target (str): "lavis", "hf", "instructblip" or "qformer_fast". What has no home in Hugging Face's models (``temp``,
-            ``lm_head.*``) keeps its name here, which their ``load_state_dict(strict=False)`` reports as unexpected.
+        target (str): "lavis", "hf", "instructblip" or "qformer_fast". What has no home in Hugging Face's models
+            (``temp``, ``lm_head.*``) keeps its name here, which their ``load_state_dict(strict=False)`` reports as
+            unexpected.
 
     Raises:
         ValueError: an unknown format; tied tensors that differ; an image-encoder key bias that LAVIS can't hold.
@@ -151,7 +152,8 @@ def convert(state_dict: Mapping[str, Tensor], source: str, target: str) -> State
 
 
 def load_checkpoint(path: str | os.PathLike) -> StateDict:
-    """Reads a state dict: ``.safetensors``, a ``torch.save`` file (LAVIS's {"model": ...} is unwrapped), or a folder of them.
+    """Reads a state dict: ``.safetensors``, a ``torch.save`` file (LAVIS's {"model": ...} is unwrapped), or a folder
+    of them.
 
     Raises:
         FileNotFoundError: nothing there. ValueError: a file that is truncated or no checkpoint; the message names it.
@@ -228,10 +230,14 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bo
 
 
 def warn_identical_queries(module: nn.Module) -> None:
-    """Identical queries stay identical in eval mode; Hugging Face's models are built with zeros (modeling_blip_2.py:442)."""
+    """Identical queries stay identical in eval mode; Hugging Face's models are built with zeros
+    (modeling_blip_2.py:442).
+    """
     queries = getattr(module, "query_tokens", None)
     if queries is not None and queries.shape[1] > 1 and bool((queries == queries[:, :1]).all()):
-        warnings.warn("all query_tokens are identical, so all queries compute the same; draw them from N(0, 0.02)", stacklevel=3)
+        warnings.warn(
+            "all query_tokens are identical, so all queries compute the same; draw them from N(0, 0.02)", stacklevel=3
+        )
 
 
 class CheckpointMixin:
@@ -246,7 +252,8 @@ class CheckpointMixin:
     def load_hf_state_dict(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
         """Loads a state dict of a Hugging Face BLIP-2 or InstructBLIP model; see :func:`load_into`.
 
-        Hugging Face's models have no ``temp`` and no LM head, so ``strict`` refuses what they save themselves and accepts
+        Hugging Face's models have no ``temp`` and no LM head, so ``strict`` refuses what they save themselves and
+        accepts
         what :meth:`to_hf_state_dict` gave.
         """
         return load_into(self, convert(state_dict, "hf", "qformer_fast"), strict=strict)
@@ -256,7 +263,9 @@ class CheckpointMixin:
         return convert(self.state_dict(), "qformer_fast", "lavis")
 
     def to_hf_state_dict(self) -> StateDict:
-        """This model under the names of ``Blip2ForImageTextRetrieval``; ``temp`` and ``lm_head.*``, unknown there, stay."""
+        """This model under the names of ``Blip2ForImageTextRetrieval``; ``temp`` and ``lm_head.*``, unknown there,
+        stay.
+        """
         return convert(self.state_dict(), "qformer_fast", "hf")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -277,8 +286,8 @@ class CheckpointMixin:
         """A model in eval mode from :meth:`save_pretrained`'s folder, or from a Hugging Face BLIP-2 checkpoint.
 
         Args:
-            path_or_id (str or path): a folder, or the id of a model on the Hugging Face hub. What a checkpoint lacks keeps
-                fresh values, and a warning names it.
+            path_or_id (str or path): a folder, or the id of a model on the Hugging Face hub. What a checkpoint lacks
+                keeps fresh values, and a warning names it.
 
         Raises:
             FileNotFoundError: no config there. ValueError: another class's checkpoint, a truncated file.

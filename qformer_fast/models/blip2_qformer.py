@@ -60,19 +60,20 @@ class LMHead(nn.Module):
 
 
 class Blip2QFormer(CheckpointMixin, nn.Module):
-    """Stage 1 of BLIP-2 (Li et al. 2023, arXiv:2301.12597, sec. 3.2), as LAVIS ``Blip2Qformer`` computes it, in two sweeps.
+    """Stage 1 of BLIP-2 (Li et al. 2023, arXiv:2301.12597, sec. 3.2), as LAVIS ``Blip2Qformer`` computes it, in two
+    sweeps.
 
-    The original runs the Q-Former four times over padded text. Here sweep 1 encodes each pair as [queries | caption] under
-    the multi-modal causal mask, which gives ITC's image side and ITG, and each caption alone, which gives ITC's text side;
-    sweep 2 encodes the three ITM pairs of each image. Keys and values are projected once per image, text is not padded.
-    The losses and gradients are the original's (LAVIS 506965b, blip2_qformer.py:90-300).
+    The original runs the Q-Former four times over padded text. Here sweep 1 encodes each pair as [queries | caption]
+    under the multi-modal causal mask, which gives ITC's image side and ITG, and each caption alone, which gives ITC's
+    text side; sweep 2 encodes the three ITM pairs of each image. Keys and values are projected once per image, text
+    is not padded. The losses and gradients are the original's (LAVIS 506965b, blip2_qformer.py:90-300).
 
     Args:
         config (QFormerConfig): sizes; with a text branch.
         embed_dim (int): width of the ITC features. Default: 256.
         local_gradients (bool): with True an image's ITC gradient comes from image-to-text rows alone and a text's from
-            text-to-image rows, as in the original, which detaches what it gathers (base_model.py:240-256). With False both
-            flow, as in CLIP. Default: True.
+            text-to-image rows, as in the original, which detaches what it gathers (base_model.py:240-256). With False
+            both flow, as in CLIP. Default: True.
         dec_token_id (int): [DEC], which a caption to be generated begins with. Default: 30522.
         sep_token_id (int): [SEP], which ends captions. Default: 102.
 
@@ -150,17 +151,17 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
                 gradient product is run for them unless they require grad.
             input_ids (Tensor): (batch, length) int64, [CLS] ... [SEP] and padding.
             attention_mask (Tensor, Optional): (batch, length), nonzero for tokens. Default: `None`, no padding.
-            image_ids (Sequence or Tensor, Optional): (batch,) names or numbers; pairs of one image are each other's matches
-                in ITC and never each other's negatives. Default: `None`, all images differ.
-            negatives (tuple, Optional): (image_index, text_index), each (batch,) int64 in [0, batch), instead of the draw:
-                the negative image of each text and the negative text of each image.
+            image_ids (Sequence or Tensor, Optional): (batch,) names or numbers; pairs of one image are each other's
+                matches in ITC and never each other's negatives. Default: `None`, all images differ.
+            negatives (tuple, Optional): (image_index, text_index), each (batch,) int64 in [0, batch), instead of the
+                draw: the negative image of each text and the negative text of each image.
 
         Returns:
             Stage1Output: losses, and what metrics need.
 
         Raises:
-            ValueError: sizes that disagree, an empty caption, indices out of range, non-finite image tokens (on CPU); the
-                message names the argument.
+            ValueError: sizes that disagree, an empty caption, indices out of range, non-finite image tokens (on CPU);
+                the message names the argument.
         """
         batch = image_embeds.shape[0]
         if input_ids.shape[0] != batch:
@@ -168,7 +169,9 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         device = image_embeds.device
         text = self.qformer.pack_text(input_ids, attention_mask).to(device)
         if text.num_rows == batch:
-            raise ValueError("attention_mask must keep at least two tokens of some caption, or ITG has nothing to predict")
+            raise ValueError(
+                "attention_mask must keep at least two tokens of some caption, or ITG has nothing to predict"
+            )
         image_kv = self.image_kv(image_embeds)
         itg_text = text.with_first_token(self.dec_token_id)
 
@@ -233,9 +236,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
                 t2i = i2t.T
             return i2t / self.temp, t2i / self.temp
 
-    def _same_image(
-        self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device
-    ) -> Tensor:
+    def _same_image(self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device) -> Tensor:
         """(batch, batch) bool, True where two pairs show one image."""
         if image_ids is None:
             return torch.eye(batch, dtype=torch.bool, device=device)
@@ -268,7 +269,8 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
     def _matching_pairs(
         self, text: PackedText, image_index: Tensor, text_index: Tensor
     ) -> tuple[PackedText, SequenceLayout]:
-        """Text and layout of sweep 2: text [own, own, negative] with image [own, negative, own] (blip2_qformer.py:211-238).
+        """Text and layout of sweep 2: text [own, own, negative] with image [own, negative, own]
+        (blip2_qformer.py:211-238).
 
         The number of text rows depends on the draw: the step's one host sync after the captions were packed.
         """
@@ -307,7 +309,8 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         return self.itm_head(query_rows).unflatten(0, (-1, self.query_tokens.shape[1])).mean(1)
 
     def image_features(self, image_embeds: Tensor | ImageKV) -> Tensor:
-        """ITC features of images: (images, tokens, encoder_hidden) or their keys and values -> (images, queries, embed_dim).
+        """ITC features of images: (images, tokens, encoder_hidden) or their keys and values -> (images, queries,
+        embed_dim).
 
         L2-normalised; the cosine with a text is the largest over the queries.
         """
@@ -413,9 +416,9 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 def init_from_bert(model: Blip2QFormer, state_dict: Mapping[str, Tensor]) -> LoadReport:
     """BERT's weights into a new stage-1 model, as the original does it (blip2.py:47-62, blip2_qformer.py:72-78).
 
-    Embeddings, self-attention and text feed-forward layers come from BERT, the query feed-forward layers are copies of the
-    text ones; cross-attention, queries, [DEC] and the heads keep their fresh values. BERT's token types and pooler are not
-    used. A prediction head (``cls.predictions``) is taken where there is one.
+    Embeddings, self-attention and text feed-forward layers come from BERT, the query feed-forward layers are copies
+    of the text ones; cross-attention, queries, [DEC] and the heads keep their fresh values. BERT's token types and
+    pooler are not used. A prediction head (``cls.predictions``) is taken where there is one.
 
     Args:
         model (Blip2QFormer): of BERT's width, with at most its layers.
@@ -434,7 +437,9 @@ def init_from_bert(model: Blip2QFormer, state_dict: Mapping[str, Tensor]) -> Loa
         if name.startswith("cls.predictions."):
             renamed["lm_head." + name.removeprefix("cls.predictions.")] = tensor
         else:
-            name = name.replace("embeddings.LayerNorm.", "layernorm.").replace(".attention.self.", ".attention.attention.")
+            name = name.replace("embeddings.LayerNorm.", "layernorm.").replace(
+                ".attention.self.", ".attention.attention."
+            )
             renamed["qformer." + name] = tensor
     for name in [name for name in renamed if ".layer." in name]:
         twin = name.replace(".intermediate.", ".intermediate_query.").replace(".output.", ".output_query.")

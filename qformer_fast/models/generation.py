@@ -20,8 +20,8 @@ class CaptionDecoderConfig(PretrainedConfig):
 class CaptionDecoder(PreTrainedModel, GenerationMixin):
     """Image-grounded text generation, one token at a time (BLIP-2 sec. 3.2, ITG).
 
-    Takes the queries' keys and values (``prefix``, from :meth:`QFormer.query_prefix`) once per image; each step adds one
-    token's keys and values to the cache. Holds the stage-1 model without registering its parameters again.
+    Takes the queries' keys and values (``prefix``, from :meth:`QFormer.query_prefix`) once per image; each step adds
+    one token's keys and values to the cache. Holds the stage-1 model without registering its parameters again.
     """
 
     config_class = CaptionDecoderConfig

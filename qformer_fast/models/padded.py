@@ -21,7 +21,9 @@ def text_attention_mask(attention_mask: Tensor | None, batch: int, num_queries: 
     width = num_queries + text_width
     shapes = {(batch, text_width), (batch, width), (batch, width, width), (batch, 1, width, width)}
     if tuple(attention_mask.shape) not in shapes:
-        raise ValueError(f"attention_mask must have one of the shapes {sorted(shapes)}, got {tuple(attention_mask.shape)}")
+        raise ValueError(
+            f"attention_mask must have one of the shapes {sorted(shapes)}, got {tuple(attention_mask.shape)}"
+        )
     if attention_mask.ndim > 2 or hides_queries(attention_mask, num_queries, text_width):
         return None
     return attention_mask[:, -text_width:] if text_width else None
@@ -33,7 +35,12 @@ def hides_queries(attention_mask: Tensor, num_queries: int, text_width: int) -> 
 
 
 def padded_layout(
-    mask: Mask, attention_mask: Tensor | None, text: PackedText | None, batch: int, num_queries: int, device: torch.device
+    mask: Mask,
+    attention_mask: Tensor | None,
+    text: PackedText | None,
+    batch: int,
+    num_queries: int,
+    device: torch.device,
 ) -> SequenceLayout:
     """The layout of a padded batch in which sequence i looks at image i."""
     layout = SequenceLayout(

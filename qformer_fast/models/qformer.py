@@ -27,7 +27,8 @@ class ImageKV:
 
     Args:
         buffer (Tensor): (images, tokens, cross-attention layers, 2, nheads, headdim); keys at 0, values at 1.
-        mask (Tensor, Optional): (images, 1 or num_queries, tokens), bool (True = may look) or float (added to the scores).
+        mask (Tensor, Optional): (images, 1 or num_queries, tokens), bool (True = may look) or float (added to the
+            scores).
     """
 
     buffer: Tensor
@@ -40,7 +41,8 @@ class ImageKV:
     @cached_property
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (images, tokens, nheads, headdim) of each cross-attention layer, views of the buffer."""
-        return [tuple(layer.unbind(2)) for layer in self.buffer.unbind(2)]
+        keys_values = self.buffer.flatten(2, 3).unbind(2)
+        return list(zip(keys_values[::2], keys_values[1::2], strict=True))
 
     def select(self, index: Tensor) -> ImageKV:
         """The images ``index``, copied."""
@@ -122,7 +124,9 @@ class CrossAttention(nn.Module):
         self.attention = QKVProjection(config.hidden_size, config.encoder_hidden_size)
         self.output = DenseLayerNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, query_rows: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, image_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, query_rows: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, image_mask: Tensor | None
+    ) -> Tensor:
         return ops.cross_attention_block(
             query_rows,
             k,
@@ -162,20 +166,19 @@ class QFormerLayer(nn.Module):
         image_mask: Tensor | None,
     ) -> Tensor:
         rows = self.attention(rows, layout)
-        split = layout.num_query_rows
-        if image_kv is not None and split:
-            query_rows = self.crossattention(rows[:split], *image_kv, layout, image_mask)
-            rows = torch.cat([query_rows, rows[split:]]) if layout.num_text_rows else query_rows
-        return self.feed_forward(rows, split)
+        query_rows, text_rows = rows.split([layout.num_query_rows, layout.num_text_rows])
+        if image_kv is not None:
+            query_rows = self.crossattention(query_rows, *image_kv, layout, image_mask)
+        return self.feed_forward(query_rows, text_rows)
 
-    def feed_forward(self, rows: Tensor, num_query_rows: int) -> Tensor:
+    def feed_forward(self, query_rows: Tensor, text_rows: Tensor) -> Tensor:
         query = (*self.intermediate_query.dense.parameters(), *self.output_query.parameters_in_order)
         text = None
         if self.config.use_qformer_text_input:
             text = (*self.intermediate.dense.parameters(), *self.output.parameters_in_order)
         return ops.split_feed_forward_block(
-            rows,
-            num_query_rows,
+            query_rows,
+            text_rows,
             query,
             text,
             eps=self.config.layer_norm_eps,
@@ -189,7 +192,8 @@ class QFormerLayer(nn.Module):
         context = F.scaled_dot_product_attention(q, k, v).flatten(1)
         out_weight, out_bias, *norm = self.attention.output.parameters_in_order
         out = F.linear(context, out_weight, out_bias)
-        return self.feed_forward(ops.dropout_add_layer_norm(out, rows, *norm, eps=self.config.layer_norm_eps), 0)
+        rows = ops.dropout_add_layer_norm(out, rows, *norm, eps=self.config.layer_norm_eps)
+        return self.feed_forward(rows[:0], rows)
 
 
 class QFormerEncoder(nn.Module):
@@ -208,8 +212,9 @@ class TextEmbeddings(nn.Module):
 class QFormer(nn.Module):
     """The Querying Transformer of BLIP-2 (Li et al. 2023, arXiv:2301.12597, sec. 3.1).
 
-    Computes what LAVIS ``BertModel`` (Qformer.py:675-940) and Hugging Face's ``Blip2QFormerModel`` compute, on packed rows
-    (:meth:`encode`); :meth:`forward` is the padded interface around it. Queries are a caller's tensor, not a parameter here.
+    Computes what LAVIS ``BertModel`` (Qformer.py:675-940) and Hugging Face's ``Blip2QFormerModel`` compute, on packed
+    rows (:meth:`encode`); :meth:`forward` is the padded interface around it. Queries are a caller's tensor, not a
+    parameter here.
 
     Args:
         config (QFormerConfig): sizes.
@@ -226,7 +231,9 @@ class QFormer(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """BERT's: N(0, initializer_range) weights, zero biases (Qformer.py:638-648); the padding word keeps its draw."""
+        """BERT's: N(0, initializer_range) weights, zero biases (Qformer.py:638-648); the padding word keeps its
+        draw.
+        """
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
@@ -247,8 +254,8 @@ class QFormer(nn.Module):
             image_mask (Tensor, Optional): see :class:`ImageKV`.
 
         Raises:
-            ValueError: another width than ``config.encoder_hidden_size``, no token, or, where a look costs no host sync, NaN
-                or Inf.
+            ValueError: another width than ``config.encoder_hidden_size``, no token, or, where a look costs no host
+                sync, NaN or Inf.
         """
         width = self.config.encoder_hidden_size
         if image_embeds.ndim != 3 or image_embeds.shape[-1] != width or 0 in image_embeds.shape:
@@ -264,7 +271,9 @@ class QFormer(nn.Module):
         return ImageKV(out.unflatten(-1, (len(layers), 2, *heads)), image_mask)
 
     def embed_queries(self, query_embeds: Tensor, num_sequences: int) -> Tensor:
-        """LayerNorm and dropout of the queries: (1 or num_sequences, queries, hidden) -> (num_sequences * queries, hidden)."""
+        """LayerNorm and dropout of the queries: (1 or num_sequences, queries, hidden) -> (num_sequences * queries,
+        hidden).
+        """
         rows = self.layernorm(query_embeds).expand(num_sequences, -1, -1).flatten(0, 1)
         return F.dropout(rows, self.dropout_p)
 
@@ -332,15 +341,17 @@ class QFormer(nn.Module):
         """The padded interface.
 
         Args:
-            query_embeds (Tensor, Optional): (1 or batch, queries, hidden); one row of queries is broadcast over the images.
+            query_embeds (Tensor, Optional): (1 or batch, queries, hidden); one row of queries is broadcast over the
+                images.
             input_ids (Tensor, Optional): (batch, text) integers.
-            attention_mask (Tensor, Optional): nonzero = may be looked at. 2-D (batch, text) or (batch, queries + text), left-
-                or right-padded or with holes; 3-D (batch, width, width) or 4-D (batch, 1, width, width) with width = queries
-                + text, where a float 4-D mask is added to the scores. 3-D and 4-D masks, and 2-D masks that hide queries,
-                replace ``mask`` where they say less, and run on the reference backend.
-            encoder_hidden_states (Tensor, Optional): (batch, tokens, encoder_hidden), used as they are; needed with queries.
-            encoder_attention_mask (Tensor, Optional): nonzero = may be looked at; (batch, tokens), (batch, queries or 1,
-                tokens) or (batch, 1, queries or 1, tokens).
+            attention_mask (Tensor, Optional): nonzero = may be looked at. 2-D (batch, text) or (batch, queries +
+                text), left- or right-padded or with holes; 3-D (batch, width, width) or 4-D (batch, 1, width, width)
+                with width = queries + text, where a float 4-D mask is added to the scores. 3-D and 4-D masks, and 2-D
+                masks that hide queries, replace ``mask`` where they say less, and run on the reference backend.
+            encoder_hidden_states (Tensor, Optional): (batch, tokens, encoder_hidden), used as they are; needed with
+                queries.
+            encoder_attention_mask (Tensor, Optional): nonzero = may be looked at; (batch, tokens), (batch, queries or
+                1, tokens) or (batch, 1, queries or 1, tokens).
             mask (str): "bidirectional", "multimodal_causal" or "unimodal", see :class:`Mask`.
 
         Returns:
@@ -387,7 +398,9 @@ class QFormer(nn.Module):
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states must be given with query_embeds, got None")
         if encoder_hidden_states.shape[0] != batch:
-            raise ValueError(f"encoder_hidden_states must have batch size {batch}, got {encoder_hidden_states.shape[0]}")
+            raise ValueError(
+                f"encoder_hidden_states must have batch size {batch}, got {encoder_hidden_states.shape[0]}"
+            )
 
     def pack_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> PackedText:
         """Captions (batch, text) without their padding; see :meth:`PackedText.from_padded`."""

@@ -23,8 +23,8 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
         Tensor: (rows, width).
 
     Raises:
-        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for can't
-            run, with the reason.
+        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for
+            can't run, with the reason.
 
     Source: Hendrycks and Gimpel 2016 (arXiv:1606.08415) sec. 2.
     """

@@ -25,8 +25,8 @@ def contrastive_similarity(image_features: Tensor, text_features: Tensor, *, bac
         Tensor: (images, texts).
 
     Raises:
-        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for can't
-            run, with the reason.
+        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for
+            can't run, with the reason.
     """
     check_shape("image_features", image_features, "images", "queries", "dim")
     check_shape("text_features", text_features, "texts", image_features.shape[2])

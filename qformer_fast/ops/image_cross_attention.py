@@ -25,8 +25,8 @@ def image_cross_attention(
 ) -> Tensor:
     """softmax(q k^T * softmax_scale) v, where sequence s reads the keys and values of image ``layout.image_index[s]``.
 
-    Replaces LAVIS's cross-attention between its projections (Qformer.py:187-270); an image that several sequences look at
-    is stored once.
+    Replaces LAVIS's cross-attention between its projections (Qformer.py:187-270); an image that several sequences
+    look at is stored once.
 
     Args:
         q (Tensor): (query rows, nheads, headdim); fp32, fp16 or bf16.

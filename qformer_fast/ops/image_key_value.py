@@ -38,8 +38,8 @@ def image_key_value(
         Tensor: (images, tokens, out).
 
     Raises:
-        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for can't
-            run, with the reason.
+        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for
+            can't run, with the reason.
     """
     check_shape("x", x, "images", "tokens", weight.shape[-1])
     check_shape("weight", weight, "out", x.shape[-1])

@@ -40,8 +40,8 @@ def linear_cross_entropy(
         Tensor: 0-dim, or (rows,) with "none"; nats.
 
     Raises:
-        ValueError: shapes, devices or options that do not fit. TypeError: integer x. RuntimeError: the backend asked for
-            can't run, with the reason.
+        ValueError: shapes, devices or options that do not fit. TypeError: integer x. RuntimeError: the backend asked
+            for can't run, with the reason.
     """
     check_shape("x", x, "rows", "hidden")
     check_shape("weight", weight, "vocab", x.shape[1])
@@ -55,6 +55,4 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     run = backends.resolve("linear_cross_entropy", IMPLEMENTATIONS, backend)
-    return run(
-        x, weight, bias, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction
-    )
+    return run(x, weight, bias, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction)

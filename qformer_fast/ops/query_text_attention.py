@@ -36,8 +36,8 @@ def query_text_attention(
         Tensor: (rows, nheads, headdim), qkv.dtype.
 
     Raises:
-        ValueError: shapes, rows or probability that do not fit. TypeError: integer input. RuntimeError: the backend asked
-            for can't run, with the reason.
+        ValueError: shapes, rows or probability that do not fit. TypeError: integer input. RuntimeError: the backend
+            asked for can't run, with the reason.
     """
     check_shape("qkv", qkv, "rows", 3, "nheads", "headdim")
     check_floating(qkv=qkv)

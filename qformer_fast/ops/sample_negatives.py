@@ -15,8 +15,8 @@ IMPLEMENTATIONS = {"reference": reference.sample_negatives}
 def sample_negatives(logits: Tensor, excluded: Tensor, *, backend: str | None = None) -> Tensor:
     """One column a row, drawn from softmax(logits) over the columns that are not excluded; stays on the device.
 
-    Replaces LAVIS's softmax and multinomial with a host round trip a row (blip2_qformer.py:181-209 of LAVIS 506965b). A row
-    that excludes everything draws uniformly.
+    Replaces LAVIS's softmax and multinomial with a host round trip a row (blip2_qformer.py:181-209 of LAVIS 506965b).
+    A row that excludes everything draws uniformly.
 
     Args:
         logits (Tensor): (rows, candidates), divided by the temperature.
@@ -27,8 +27,8 @@ def sample_negatives(logits: Tensor, excluded: Tensor, *, backend: str | None = 
         Tensor: (rows,) int64 in [0, candidates).
 
     Raises:
-        ValueError: shapes or devices that do not fit. TypeError: ``excluded`` is not bool. RuntimeError: the backend asked
-            for can't run, with the reason.
+        ValueError: shapes or devices that do not fit. TypeError: ``excluded`` is not bool. RuntimeError: the backend
+            asked for can't run, with the reason.
     """
     check_shape("logits", logits, "rows", "candidates")
     check_shape("excluded", excluded, *logits.shape)

@@ -1,4 +1,6 @@
-"""Pure PyTorch definitions of every op and of the original-order stage 1: the truth in tests, the baseline in benchmarks."""
+"""Pure PyTorch definitions of every op and of the original-order stage 1: the truth in tests, the baseline in
+benchmarks.
+"""
 
 from qformer_fast.reference.attention import image_attention_probs, image_cross_attention, query_text_attention
 from qformer_fast.reference.blocks import cross_attention_block, self_attention_block, split_feed_forward_block

@@ -26,7 +26,9 @@ def self_attention_block(
     attention_dropout_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
 ) -> Tensor:
-    """layer_norm(rows + dropout(out(attention(qkv(rows))))); shapes as :func:`qformer_fast.ops.self_attention_block`."""
+    """layer_norm(rows + dropout(out(attention(qkv(rows))))); shapes as
+    :func:`qformer_fast.ops.self_attention_block`.
+    """
     qkv = F.linear(rows, qkv_weight, qkv_bias).unflatten(-1, (3, nheads, -1))
     context = query_text_attention(qkv, layout, dropout_p=attention_dropout_p).flatten(1)
     out = F.linear(context, out_weight, out_bias)
@@ -50,7 +52,9 @@ def cross_attention_block(
     attention_dropout_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
 ) -> Tensor:
-    """layer_norm(rows + dropout(out(attention(q(rows), k, v)))); shapes as :func:`qformer_fast.ops.cross_attention_block`."""
+    """layer_norm(rows + dropout(out(attention(q(rows), k, v)))); shapes as
+    :func:`qformer_fast.ops.cross_attention_block`.
+    """
     q = F.linear(query_rows, q_weight, q_bias).unflatten(-1, (k.shape[-2], -1))
     context = image_cross_attention(q, k, v, layout, image_mask=image_mask, dropout_p=attention_dropout_p).flatten(1)
     out = F.linear(context, out_weight, out_bias)
@@ -58,16 +62,18 @@ def cross_attention_block(
 
 
 def split_feed_forward_block(
-    rows: Tensor,
-    num_query_rows: int,
+    query_rows: Tensor,
+    text_rows: Tensor,
     query_parameters: tuple[Tensor, ...] | None,
     text_parameters: tuple[Tensor, ...] | None,
     *,
     eps: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Feed-forward layers of their own for query and text rows; as :func:`qformer_fast.ops.split_feed_forward_block`."""
-    parts = [(rows[:num_query_rows], query_parameters), (rows[num_query_rows:], text_parameters)]
+    """Feed-forward layers of their own for query and text rows, as
+    :func:`qformer_fast.ops.split_feed_forward_block`.
+    """
+    parts = [(query_rows, query_parameters), (text_rows, text_parameters)]
     outs = [_feed_forward(x, *parameters, eps=eps, dropout_p=dropout_p) for x, parameters in parts if x.shape[0]]
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 

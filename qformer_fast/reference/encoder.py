@@ -74,7 +74,9 @@ def _layer(
     return queries, keys_values
 
 
-def _attention(block, x: Tensor, read: Tensor, mask: Tensor | None, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+def _attention(
+    block, x: Tensor, read: Tensor, mask: Tensor | None, past: KeysValues | None
+) -> tuple[Tensor, KeysValues]:
     config, projections = block.config, block.attention
 
     def heads(projection: torch.nn.Linear, rows: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ def linear_cross_entropy(
 def sample_negatives(logits: Tensor, excluded: Tensor) -> Tensor:
     """One index a row, drawn from softmax(logits) over what is not excluded, by Gumbel-max.
 
-    argmax(logits + g) with g = -log(-log(u)) has the distribution of softmax followed by multinomial (Gumbel 1954), needs
-    no probabilities and can't meet NaN. Where a row excludes everything the draw is uniform, as the original's softmax over
-    equal -10000 is.
+    argmax(logits + g) with g = -log(-log(u)) has the distribution of softmax followed by multinomial (Gumbel 1954),
+    needs no probabilities and can't meet NaN. Where a row excludes everything the draw is uniform, as the original's
+    softmax over equal -10000 is.
 
     Shapes: logits, excluded (rows, candidates) -> (rows,) int64.
     """
