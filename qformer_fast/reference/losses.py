@@ -38,5 +38,7 @@ def sample_negatives(logits: Tensor, excluded: Tensor) -> Tensor:
 
     Shapes: logits, excluded (rows, candidates) -> (rows,) int64.
     """
-    noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
-    return (logits.float().masked_fill(excluded, -1e4) + noise).argmax(1)
+    nothing_left = excluded.all(1, keepdim=True)
+    logits = logits.float().masked_fill(nothing_left, 0.0).masked_fill(excluded & ~nothing_left, -torch.inf)
+    noise = -torch.empty_like(logits).exponential_().log()
+    return (logits + noise).argmax(1)

@@ -1,0 +1,117 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+# the installed package is what is tested, also where pytest puts the root on the path
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+from qformer_fast import Blip2QFormer, QFormerConfig  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def original():
+    """bench/_original.py: the original's own code, loaded by file path."""
+    spec = importlib.util.spec_from_file_location("_original", ROOT / "bench" / "_original.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.why_missing():
+        pytest.skip(module.why_missing())
+    return module
+
+
+TINY = dict(
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=128,
+    encoder_hidden_size=48,
+    num_query_tokens=8,
+)
+
+
+@pytest.fixture
+def tiny_config() -> QFormerConfig:
+    return QFormerConfig(**TINY)
+
+
+def spread_weights(model: torch.nn.Module, std: float = 0.05) -> None:
+    """Moves every parameter off its initial value, so that no bias is zero and no LayerNorm the identity."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * std)
+
+
+@pytest.fixture
+def tiny_model(tiny_config: QFormerConfig) -> Blip2QFormer:
+    """A small stage-1 model in fp64 and eval mode, no parameter at its initial value."""
+    model = Blip2QFormer(tiny_config, embed_dim=32).double().eval()
+    spread_weights(model)
+    return model
+
+
+def make_captions(lengths: list[int], width: int, vocab_size: int = 30522) -> tuple[Tensor, Tensor]:
+    """Random captions [CLS] ... [SEP], right-padded to ``width``: (batch, width) ids and mask."""
+    input_ids = torch.zeros(len(lengths), width, dtype=torch.int64)
+    for row, length in zip(input_ids, lengths, strict=True):
+        row[:length] = torch.randint(1000, vocab_size, (length,))
+        row[0], row[length - 1] = 101, 102
+    return input_ids, (input_ids != 0).long()
+
+
+@pytest.fixture(name="make_captions")
+def _make_captions():
+    return make_captions
+
+
+@pytest.fixture(name="spread_weights")
+def _spread_weights():
+    return spread_weights
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||"""
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+@pytest.fixture
+def assert_gradients_close():
+    """Compares gradients name by name, relative to their norm.
+
+    The true gradient of a key bias is zero (softmax does not see a shift), so key biases are compared with what a value
+    bias's gradient is instead.
+    """
+
+    def check(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+        assert actual.keys() == expected.keys()
+        errors = {}
+        for name, gradient in actual.items():
+            if name.endswith("key.bias"):
+                scale = expected[name.replace("key.bias", "value.bias")].norm()
+                errors[name] = float((gradient - expected[name]).norm() / scale)
+            else:
+                errors[name] = relative_error(gradient, expected[name])
+        worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
+        assert worst[0][1] <= tolerance, f"gradients differ by more than {tolerance}: {worst}"
+
+    return check
