@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -241,32 +241,35 @@ def warn_identical_queries(module: nn.Module) -> None:
 
 
 class CheckpointMixin:
-    """Loading and saving of whole models; the class gives ``config``, ``init_options`` and ``options_from_hf``."""
+    """Loading and saving of models; ``name_prefixes`` says where in a whole model's state dict this one's names are."""
 
     config: QFormerConfig
+    name_prefixes: ClassVar[dict[str, str]] = {"lavis": "", "hf": "", "qformer_fast": ""}
 
     def load_lavis_state_dict(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
-        """Loads a state dict of the original (its "model" entry); see :func:`load_into`."""
-        return load_into(self, convert(state_dict, "lavis", "qformer_fast"), strict=strict)
+        """Loads a state dict of the original; see :func:`load_into`."""
+        return load_into(self, self._convert(state_dict, "lavis", "qformer_fast"), strict=strict)
 
     def load_hf_state_dict(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
-        """Loads a state dict of a Hugging Face BLIP-2 or InstructBLIP model; see :func:`load_into`.
+        """Loads a state dict of Hugging Face's BLIP-2 or InstructBLIP twin of this model; see :func:`load_into`.
 
-        Hugging Face's models have no ``temp`` and no LM head, so ``strict`` refuses what they save themselves and
-        accepts
+        Their whole models have no ``temp`` and no LM head: ``strict`` refuses what those save themselves and accepts
         what :meth:`to_hf_state_dict` gave.
         """
-        return load_into(self, convert(state_dict, "hf", "qformer_fast"), strict=strict)
+        return load_into(self, self._convert(state_dict, "hf", "qformer_fast"), strict=strict)
 
     def to_lavis_state_dict(self) -> StateDict:
         """This model under the original's names, with its tied decoder and position buffer."""
-        return convert(self.state_dict(), "qformer_fast", "lavis")
+        return self._convert(self.state_dict(), "qformer_fast", "lavis")
 
     def to_hf_state_dict(self) -> StateDict:
-        """This model under the names of ``Blip2ForImageTextRetrieval``; ``temp`` and ``lm_head.*``, unknown there,
-        stay.
-        """
-        return convert(self.state_dict(), "qformer_fast", "hf")
+        """This model under Hugging Face's BLIP-2 names; ``temp`` and ``lm_head.*``, unknown there, keep theirs."""
+        return self._convert(self.state_dict(), "qformer_fast", "hf")
+
+    def _convert(self, state_dict: Mapping[str, Tensor], source: str, target: str) -> StateDict:
+        into, out_of = self.name_prefixes[source], self.name_prefixes[target]
+        converted = convert({into + name: tensor for name, tensor in state_dict.items()}, source, target)
+        return {name.removeprefix(out_of): tensor for name, tensor in converted.items()}
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes ``config.json`` and ``model.safetensors``; each appears whole or not at all."""
@@ -315,9 +318,9 @@ class CheckpointMixin:
 
     def init_options(self) -> dict[str, Any]:
         """Arguments of the constructor beside ``config``."""
-        raise NotImplementedError
+        return {}
 
     @classmethod
     def options_from_hf(cls, config: Any) -> dict[str, Any]:
         """Arguments of the constructor as a Hugging Face config tells them."""
-        raise NotImplementedError
+        return {}

@@ -17,6 +17,7 @@ from transformers import Cache
 
 from qformer_fast import ops, reference
 from qformer_fast.config import QFormerConfig
+from qformer_fast.integrations.checkpoints import CheckpointMixin
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models import padded
 
@@ -209,16 +210,21 @@ class TextEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
 
-class QFormer(nn.Module):
+class QFormer(CheckpointMixin, nn.Module):
     """The Querying Transformer of BLIP-2 (Li et al. 2023, arXiv:2301.12597, sec. 3.1).
 
     Computes what LAVIS ``BertModel`` (Qformer.py:675-940) and Hugging Face's ``Blip2QFormerModel`` compute, on packed
     rows (:meth:`encode`); :meth:`forward` is the padded interface around it. Queries are a caller's tensor, not a
     parameter here.
 
+    State dicts convert to and from the original's ``BertModel`` and Hugging Face's ``Blip2QFormerModel`` and
+    ``InstructBlipQFormerModel``.
+
     Args:
         config (QFormerConfig): sizes.
     """
+
+    name_prefixes = {"lavis": "Qformer.bert.", "hf": "qformer.", "qformer_fast": "qformer."}
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
