@@ -94,8 +94,8 @@ def _spread_weights():
 def assert_gradients_close():
     """Compares gradients name by name, relative to their norm.
 
-    Where the true gradient is zero the same value projection's gradient is the scale: always for key biases, since softmax
-    does not see a shift, and for what ``zero`` matches besides.
+    Where the true gradient is zero the same value projection's gradient is the scale: always for key biases, since
+    softmax does not see a shift, and for what ``zero`` matches besides.
     """
 
     def check(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, zero: str = "$^") -> None:

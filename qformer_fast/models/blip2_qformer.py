@@ -76,6 +76,8 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             both flow, as in CLIP. Default: True.
         dec_token_id (int): [DEC], which a caption to be generated begins with. Default: 30522.
         sep_token_id (int): [SEP], which ends captions. Default: 102.
+        ln_vision_eps (float): added to the image tokens' variance. Default: 1e-5, LAVIS's (blip2.py:81); checkpoints of
+            Hugging Face say their own, 1e-6.
 
     Raises:
         ValueError: a config without a text branch, or whose vocabulary lacks [DEC] or [SEP].
@@ -89,6 +91,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         local_gradients: bool = True,
         dec_token_id: int = 30522,
         sep_token_id: int = 102,
+        ln_vision_eps: float = 1e-5,
     ):
         super().__init__()
         if not config.use_qformer_text_input:
@@ -101,7 +104,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         self.local_gradients = local_gradients
         self.dec_token_id = dec_token_id
         self.sep_token_id = sep_token_id
-        self.ln_vision = nn.LayerNorm(config.encoder_hidden_size)
+        self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=ln_vision_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
         self.qformer = QFormer(config)
         self.lm_head = LMHead(config)
@@ -115,11 +118,11 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
 
     def init_options(self) -> dict[str, Any]:
         names = ("embed_dim", "local_gradients", "dec_token_id", "sep_token_id")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"ln_vision_eps": self.ln_vision.eps}
 
     @classmethod
     def options_from_hf(cls, config: Any) -> dict[str, Any]:
-        return {"embed_dim": config.image_text_hidden_size}
+        return {"embed_dim": config.image_text_hidden_size, "ln_vision_eps": config.vision_config.layer_norm_eps}
 
     def gradient_checkpointing_enable(self) -> None:
         """Keeps only each layer's input for backward and computes the layer again; works with all three losses."""

@@ -1,0 +1,42 @@
+# `make demo` and `make test` need Python >= 3.10 and nothing else; both build .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAVIS := .cache/lavis
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench doctor clean
+
+help: ## this list
+	@grep -hE '^[a-z.$$()A-Z/]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 12
+
+demo: $(VENV)/installed ## train stage 1 on real pictures, evaluate it and write a report
+	$(BIN)/qformer-fast demo
+
+test: $(VENV)/installed $(LAVIS)/lavis ## run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/installed $(LAVIS)/lavis ## time stage 1 against the original's own code on this machine
+	$(BIN)/python bench/bench_stage1.py
+
+doctor: $(VENV)/installed ## versions, devices, and which backend each op uses
+	$(BIN)/qformer-fast doctor
+
+clean: ## remove everything that the other targets made
+	rm -rf $(VENV) .cache build dist *.egg-info
+
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+	touch $@
+
+# the original's code, which tests and benchmarks compare with; it can't be installed beside today's packages
+$(LAVIS)/lavis: | $(VENV)/installed
+	rm -rf $(LAVIS) && mkdir -p $(LAVIS)
+	$(BIN)/python -m pip download --quiet --no-deps --dest .cache salesforce-lavis==1.0.2
+	$(BIN)/python -m zipfile --extract .cache/salesforce_lavis-1.0.2-py3-none-any.whl $(LAVIS)
