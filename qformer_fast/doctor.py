@@ -19,8 +19,8 @@ def report() -> dict[str, Any]:
     """Versions, devices and backends, ready for JSON.
 
     Returns:
-        dict: "versions" {package: version or None}, "devices" [{"name", ...}], "backends" {backend: None or the reason why
-            it can't run}, "ops" {op: {"uses": backend, "unavailable": {backend: reason}}}.
+        dict: "versions" {package: version or None}, "devices" [{"name", ...}], "backends" {backend: None or the reason
+            why it can't run}, "ops" {op: {"uses": backend, "unavailable": {backend: reason}}}.
     """
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
