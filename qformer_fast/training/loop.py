@@ -1,0 +1,256 @@
+"""The stage-1 training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qformer_fast.data.batches import Batch, PairDataset, ShuffledBatches, batch_loader
+from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
+from qformer_fast.training.checkpoint import list_checkpoints, load_checkpoint_state, save_checkpoint
+from qformer_fast.training.config import OptimizerConfig, RunConfig
+from qformer_fast.training.optimizer import build_optimizer, lr_at
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOSSES = ("loss_itc", "loss_itm", "loss_itg")
+METRICS = ("loss", *LOSSES, "r1_i2t", "r1_t2i", "itm_accuracy")
+
+Entry = dict[str, float | int]
+
+
+def resolve_device(name: str) -> torch.device:
+    """A torch device; "auto" is a GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def train(
+    model: Blip2QFormer,
+    dataset: PairDataset,
+    run: RunConfig,
+    optimizer_config: OptimizerConfig | None = None,
+    *,
+    encoder: nn.Module | None = None,
+    num_workers: int = 0,
+    on_log: Callable[[Entry], None] | None = None,
+) -> list[Entry]:
+    """Trains ``model`` in place and writes log and checkpoints to ``run.output_dir``.
+
+    The order of the data, the negatives and the dropout depend on ``run.seed`` and the step alone, so a run that was
+    interrupted and resumed has the losses of one that was not (bit for bit on a CPU). SIGINT and SIGTERM end the run
+    after the step at hand, with a checkpoint.
+
+    Args:
+        model (Blip2QFormer): moved to the device; trainable parameters are those that require grad.
+        dataset (PairDataset): pairs with cached tokens, or with pixels.
+        run (RunConfig): length, precision, places.
+        optimizer_config (OptimizerConfig, Optional): Default: `None`, the paper's.
+        encoder (nn.Module, Optional): pixels to image tokens; needed when the dataset gives pixels.
+        num_workers (int): processes that read data. Default: 0.
+        on_log (Callable, Optional): called with each entry as it is logged.
+
+    Returns:
+        list: the entries of ``log.jsonl``, earlier ones of a resumed run included: step, epoch, lr, the losses,
+        in-batch r1_i2t and r1_t2i, itm_accuracy (means over the step's forward passes), grad_norm, temp,
+        samples_per_second.
+
+    Raises:
+        ValueError: checkpoints in ``output_dir`` but ``run.resume`` is False, or of a run with another seed or batch; a
+            damaged checkpoint. FloatingPointError: a loss or gradient that is NaN or Inf; names it and the step.
+    """
+    optimizer_config = optimizer_config or OptimizerConfig()
+    if (encoder is None) == (dataset.cache is None):
+        raise ValueError("encoder must be given exactly when the dataset gives pixels instead of cached tokens")
+    device = resolve_device(run.device)
+    output_dir = Path(run.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(run.seed)
+    model.to(device).train()
+    if encoder is not None:
+        encoder.to(device)
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = build_optimizer(model, optimizer_config)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+    identity = dict(seed=run.seed, batch_size=run.batch_size, accumulation=run.accumulation, pairs=len(dataset))
+    step = _resume(output_dir, run, model, optimizer, scaler, identity)
+    log = _Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log)
+    order = ShuffledBatches(len(dataset), run.batch_size, seed=run.seed, start=step * run.accumulation)
+    loader = iter(batch_loader(dataset, order, num_workers=num_workers, pin_memory=device.type == "cuda"))
+
+    def save(step: int) -> Path:
+        state = {"step": step, "identity": identity, "scaler": scaler.state_dict(), "run": dataclasses.asdict(run)}
+        return save_checkpoint(output_dir, model, optimizer, state, keep=run.keep)
+
+    saved_at = step
+    clock = _Clock(step, run.batch_size * run.accumulation)
+    with _stop_signals() as stopped, tqdm(total=run.steps, initial=step, unit="step", disable=None) as progress:
+        while step < run.steps and not stopped.is_set():
+            lr = lr_at(step, run.steps, optimizer_config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            metrics = torch.zeros(len(METRICS), device=device)
+            for _ in range(run.accumulation):
+                batch = next(loader)
+                out = _forward(model, encoder, batch, device, run.precision)
+                scaler.scale(out.loss / run.accumulation).backward()
+                metrics += _metrics(out, batch.image_ids.to(device)) / run.accumulation
+            scaler.unscale_(optimizer)
+            limit = optimizer_config.max_grad_norm or float("inf")
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+            *values, norm, temp = torch.cat([metrics, torch.stack([grad_norm, model.temp.detach()])]).tolist()
+            entry: Entry = dict(zip(METRICS, values, strict=True))
+            _stop_on_nonfinite(entry, norm, step, output_dir, check_norm=not scaler.is_enabled())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            progress.update()
+            if step % run.log_every == 0 or step == run.steps:
+                epoch = step * run.accumulation // order.per_epoch
+                entry |= {"grad_norm": norm, "temp": temp, "samples_per_second": clock.rate(step)}
+                log.write({"step": step, "epoch": epoch, "lr": lr, **entry})
+                progress.set_postfix({name: f"{entry[name]:.3f}" for name in (*LOSSES, "r1_i2t", "itm_accuracy")})
+            if step % run.save_every == 0 or step == run.steps:
+                save(step)
+                saved_at = step
+        if stopped.is_set() and step < run.steps:
+            if saved_at < step:
+                save(step)
+            progress.write(f"stopped at step {step} of {run.steps}; go on with run.resume=true and the same output_dir")
+    log.close()
+    return log.entries
+
+
+def _forward(
+    model: Blip2QFormer, encoder: nn.Module | None, batch: Batch, device: torch.device, precision: str
+) -> Stage1Output:
+    images = batch.images.to(device, non_blocking=True)
+    with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+        if encoder is not None:
+            images = encoder(images)
+        elif precision == "fp32":
+            images = images.float()
+        return model(images, batch.input_ids, batch.attention_mask, image_ids=batch.image_ids)
+
+
+def _metrics(out: Stage1Output, image_ids: Tensor) -> Tensor:
+    """The values of METRICS in one tensor; a retrieval counts when it shows the same image."""
+
+    def recall(similarity: Tensor) -> Tensor:
+        return (image_ids[similarity.argmax(1)] == image_ids).float().mean()
+
+    accuracy = (out.itm_logits.argmax(1) == out.itm_labels).float().mean()
+    losses = [getattr(out, name).detach().float() for name in ("loss", *LOSSES)]
+    return torch.stack([*losses, recall(out.sim_i2t), recall(out.sim_t2i), accuracy])
+
+
+def _stop_on_nonfinite(entry: Entry, grad_norm: float, step: int, output_dir: Path, *, check_norm: bool) -> None:
+    values = {name: entry[name] for name in LOSSES} | ({"grad_norm": grad_norm} if check_norm else {})
+    for name, value in values.items():
+        if value != value or value in (float("inf"), float("-inf")):
+            last = list_checkpoints(output_dir)
+            where = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was written yet"
+            raise FloatingPointError(f"{name} is {value} at step {step + 1}; the weights were not updated, {where}")
+
+
+def _resume(
+    output_dir: Path,
+    run: RunConfig,
+    model: Blip2QFormer,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    identity: dict[str, int],
+) -> int:
+    """The step to go on from: 0, or the last checkpoint's when resuming."""
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return 0
+    if not run.resume:
+        raise ValueError(
+            f"run.output_dir has checkpoints in it ({output_dir}): set run.resume or choose another folder"
+        )
+    state = load_checkpoint_state(checkpoints[-1], model, optimizer)
+    for name, value in identity.items():
+        if state["identity"][name] != value:
+            saved = state["identity"][name]
+            raise ValueError(f"run.resume: {name} must be {saved} as in {checkpoints[-1]}, got {value}")
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+class _Log:
+    """``log.jsonl``, and TensorBoard events where asked for."""
+
+    def __init__(self, output_dir: Path, *, after: int, tensorboard: bool, on_log: Callable[[Entry], None] | None):
+        path = output_dir / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if after and path.exists() else []
+        self.entries: list[Entry] = [entry for entry in map(json.loads, lines) if entry["step"] <= after]
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
+        os.replace(scratch, path)
+        self._file = path.open("a", encoding="utf-8")
+        self._on_log = on_log
+        self._events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(output_dir, purge_step=after + 1)
+
+    def write(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in entry.items():
+                self._events.add_scalar(name, value, entry["step"])
+        if self._on_log is not None:
+            self._on_log(entry)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class _Clock:
+    """Samples a second since the last reading."""
+
+    def __init__(self, step: int, samples_per_step: int):
+        self._step, self._samples, self._time = step, samples_per_step, time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        now = time.perf_counter()
+        rate = (step - self._step) * self._samples / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return rate
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; outside the main thread, where no handler can be put, nothing sets it."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda *_: stopped.set())
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

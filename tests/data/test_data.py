@@ -1,0 +1,161 @@
+"""Captions, tokens and batches."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from qformer_fast.data.batches import PairDataset, ShuffledBatches, batch_loader
+from qformer_fast.data.captions import Pair, clean_caption, read_pairs
+from qformer_fast.data.features import FeatureCache
+from qformer_fast.data.tokenizer import load_tokenizer, tokenize
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+def test_tokenizer_is_berts_with_dec(tokenizer):
+    assert len(tokenizer) == 30523 and tokenizer.bos_token_id == 30522 and tokenizer.bos_token == "[DEC]"
+    ids, mask = tokenize(tokenizer, ["a cat", "a cat sleeping"])
+    assert ids.tolist() == [[101, 1037, 4937, 102, 0], [101, 1037, 4937, 5777, 102]]
+    assert mask.tolist() == [[1, 1, 1, 1, 0], [1] * 5]
+
+
+def test_long_captions_are_cut_before_sep(tokenizer):
+    ids, mask = tokenize(tokenizer, ["cat " * 600], max_length=512)
+    assert ids.shape == (1, 512) and ids[0, -1] == 102 and mask.all()
+
+
+@pytest.mark.parametrize(
+    ("captions", "max_length", "match"),
+    [
+        ([], 32, "captions must hold at least one caption"),
+        (["cat", "  "], 32, r"captions must each have a word, none in rows \[1\]"),
+        (["cat"], 513, r"max_length must lie in \(2, 512\]"),
+    ],
+)
+def test_bad_captions_are_named(tokenizer, captions, max_length, match):
+    with pytest.raises(ValueError, match=match):
+        tokenize(tokenizer, captions, max_length=max_length)
+
+
+def test_no_vocabulary_says_how_to_get_one(tmp_path):
+    with pytest.raises(OSError, match=r"path_or_name: no BERT vocabulary at .*qformer_fast\[demo\]"):
+        load_tokenizer(tmp_path)
+
+
+def test_clean_caption_is_the_originals():
+    assert clean_caption('A "Cat"; sleeps (well)! #nap *  ~ on: it.') == "a cat sleeps well nap on it"
+    assert clean_caption("word " * 60).split() == ["word"] * 50
+    assert clean_caption("it's 3-fold, isn't it?") == "it's 3-fold, isn't it?"
+
+
+def test_pairs_of_a_json_list(tmp_path):
+    entries = [
+        {"image": "a.png", "caption": ["One Cat.", "a cat"], "image_id": "coco_1"},
+        {"image": "b.png", "caption": "A dog"},
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(entries))
+    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    expected = [Pair(a, "one cat", "coco_1"), Pair(a, "a cat", "coco_1"), Pair(b, "a dog", b)]
+    assert read_pairs(tmp_path / "pairs.json") == expected
+
+
+def test_pairs_of_a_folder(tmp_path):
+    for name in ("b.png", "a.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("A cat\n\nOne cat.\n")
+    (tmp_path / "b.txt").write_text("dog")
+    a, b = str(tmp_path / "a.jpg"), str(tmp_path / "b.png")
+    assert read_pairs(tmp_path) == [Pair(a, "a cat", a), Pair(a, "one cat", a), Pair(b, "dog", b)]
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ValueError, match=r"b.png has no captions, expected b.txt beside it"):
+        read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("[", "is no JSON"),
+        ("{}", "must hold a list, got dict"),
+        ("[]", "pairs must hold at least one image-caption pair"),
+        ('[{"image": "a.png"}]', 'entry 0 must have "image" and "caption"'),
+        ('[{"image": "a.png", "caption": "..."}]', "entry 0 must have a caption with a word in it"),
+        ('[{"image": "a.png", "caption": 3}]', "entry 0 must have a caption with a word in it, got 3"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path, content, match):
+    (tmp_path / "pairs.json").write_text(content)
+    with pytest.raises(ValueError, match=match):
+        read_pairs(tmp_path / "pairs.json")
+
+
+def test_missing_pairs(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pairs: no file or folder"):
+        read_pairs(tmp_path / "none.json")
+
+
+def test_epochs_are_permutations_and_positions_are_enough():
+    order = ShuffledBatches(10, 3, seed=5)
+    batches = [batch for batch, _ in zip(order, range(9), strict=False)]
+    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(len(set(epoch)) == 9 and set(epoch) <= set(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    for start in range(9):
+        later = ShuffledBatches(10, 3, seed=5, start=start)
+        assert [batch for batch, _ in zip(later, range(9 - start), strict=False)] == batches[start:]
+    other = ShuffledBatches(10, 3, seed=6)
+    assert [batch for batch, _ in zip(other, range(3), strict=False)] != batches[:3]
+    with pytest.raises(ValueError, match=r"batch_size must lie in \[1, 10\]"):
+        ShuffledBatches(10, 11, seed=0)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    keys = [f"image{i}" for i in range(6)]
+    batches = torch.arange(6 * 2 * 3).view(3, 2, 2, 3).float().unbind(0)
+    return FeatureCache.create(tmp_path / "cache", keys, batches, metadata={"encoder": "test"})
+
+
+def test_batches_are_the_same_with_workers(cache, tokenizer):
+    pairs = [Pair(f"image{i}", f"dog {'cat ' * (i + 1)}", f"id{i // 2}") for i in range(6)]
+    dataset = PairDataset(pairs, tokenizer, cache=cache)
+    seen = []
+    for workers in (0, 2):
+        state = torch.get_rng_state()
+        loader = batch_loader(dataset, ShuffledBatches(6, 4, seed=1), num_workers=workers, pin_memory=False)
+        seen.append([batch for batch, _ in zip(loader, range(3), strict=False)])
+        assert torch.equal(torch.get_rng_state(), state)
+    for ours, theirs in zip(*seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(vars(ours).values(), vars(theirs).values(), strict=True))
+    batch, indices = seen[0][0], next(iter(ShuffledBatches(6, 4, seed=1)))
+    assert torch.equal(batch.images, cache.rows([pairs[i].image for i in indices]))
+    assert batch.image_ids.tolist() == [i // 2 for i in indices]
+    assert batch.attention_mask.sum(1).tolist() == [i + 4 for i in indices]
+
+
+def test_pixels_come_through_the_transform(tmp_path, tokenizer):
+    Image.new("L", (2, 2), 255).save(tmp_path / "a.png")
+
+    def transform(picture):
+        assert picture.mode == "RGB"
+        return torch.full((3, 4, 4), float(picture.getpixel((0, 0))[0]))
+
+    dataset = PairDataset([Pair(str(tmp_path / "a.png"), "white", "a")], tokenizer, transform=transform)
+    assert torch.equal(dataset[[0, 0]].images, torch.full((2, 3, 4, 4), 255.0))
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="a.png is no readable picture"):
+        dataset[[0]]
+
+
+def test_bad_datasets_are_named(cache, tokenizer):
+    pair = Pair("image0", "cat", "0")
+    with pytest.raises(ValueError, match="pairs must hold at least one"):
+        PairDataset([], tokenizer, cache=cache)
+    with pytest.raises(ValueError, match="cache or transform must be given"):
+        PairDataset([pair], tokenizer)
+    with pytest.raises(ValueError, match=r"1 images that the feature cache lacks: \['image9'\]"):
+        PairDataset([pair, Pair("image9", "cat", "9")], tokenizer, cache=cache)
