@@ -172,12 +172,13 @@ def test_training_learns_the_pairs(dataset, build, tmp_path):
                 module.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
             )
     config = OptimizerConfig(lr=2e-3, warmup_steps=10, max_grad_norm=1.0)
-    run = run_config(tmp_path, steps=160, batch_size=9, log_every=20, save_every=500)
-    first, *_, last = train(model, dataset, run, config)
-    assert last["loss_itg"] < 0.5 * first["loss_itg"]
-    assert last["loss_itc"] < 0.6 * first["loss_itc"]
-    assert last["loss_itm"] < 0.6 * first["loss_itm"]
-    assert last["r1_i2t"] == last["r1_t2i"] == 1.0
+    run = run_config(tmp_path, steps=260, batch_size=9, log_every=1, save_every=500)
+    entries = train(model, dataset, run, config)
+    start, end = ({name: sum(e[name] for e in part) / 20 for name in part[0]} for part in (entries[:20], entries[-20:]))
+    assert end["loss_itg"] < 0.5 * start["loss_itg"]
+    assert end["loss_itc"] < 0.6 * start["loss_itc"]
+    assert end["loss_itm"] < 0.6 * start["loss_itm"]
+    assert end["r1_i2t"] == end["r1_t2i"] == 1.0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
