@@ -1,0 +1,163 @@
+"""Forward + backward of stage 1: the packed two-sweep path, the original-order reference and the original's own code.
+
+All rows come from one run: the same weights, the same batch, taken in turn. Before anything is timed the three losses
+of all rows must agree. FLOPs are counted, not estimated: those of the matrix products that each row really ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _original
+import torch
+from _machine import write_result
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from qformer_fast import Blip2QFormer, QFormerConfig
+from qformer_fast.reference.stage1 import original_order_stage1
+
+LOSSES = ("loss_itc", "loss_itm", "loss_itg")
+PADDED_LENGTH = 32
+# losses of one batch in one precision, different orders of summation: fp32 path error, and bf16's 8 bits under autocast
+AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+def make_batch(batch: int, tokens: int, shortest: int, longest: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Image tokens, and captions of uniformly drawn lengths padded to 32 as the original does."""
+    lengths = torch.randint(shortest, longest + 1, (batch,))
+    input_ids = torch.randint(1000, 30522, (batch, PADDED_LENGTH))
+    columns = torch.arange(PADDED_LENGTH)
+    input_ids[:, 0] = 101
+    input_ids[torch.arange(batch), lengths - 1] = 102
+    input_ids[columns >= lengths[:, None]] = 0
+    images = torch.randn(batch, tokens, 1408)
+    return images.to(device), input_ids.to(device), (input_ids != 0).long().to(device)
+
+
+def build_rows(
+    model: Blip2QFormer, batch: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, tuple[torch.nn.Module, Callable]]:
+    """Name -> (module whose gradients count, forward of the batch)."""
+    images, input_ids, mask = batch
+    original = _original.build_stage1(model)
+    return {
+        "packed": (model, lambda **o: model(images, input_ids, mask, **o)),
+        "reference": (model, lambda **o: original_order_stage1(model, images, input_ids, mask, **o)),
+        "original": (original, lambda: original({"image": images, "text_input": (input_ids, mask)})),
+    }
+
+
+def check_agreement(model, rows, batch: int, autocast, tolerance: float) -> dict[str, list[float]]:
+    """The three losses of every row with dropout off and fixed negatives.
+
+    Raises:
+        AssertionError: they differ; nothing is timed then.
+    """
+    negatives = ((torch.arange(batch) + 1) % batch, (torch.arange(batch) + 2) % batch)
+    losses = {}
+    for name, (module, forward) in rows.items():
+        module.eval()
+        with torch.no_grad(), autocast():
+            if name == "original":
+                with _original.fixed_negatives(*negatives):
+                    out = forward()
+                out.loss_itg = out.loss_lm
+            else:
+                out = forward(negatives=negatives)
+        losses[name] = [float(getattr(out, loss)) for loss in LOSSES]
+        module.train()
+    for name, values in losses.items():
+        worst = max(abs(a - b) for a, b in zip(values, losses["reference"], strict=True))
+        assert worst <= tolerance, f"losses of {name} differ from the reference by {worst}: {losses}"
+    return losses
+
+
+def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, Any]]:
+    def step(module: torch.nn.Module, forward: Callable) -> float:
+        module.zero_grad(set_to_none=True)
+        _synchronize(device)
+        begin = time.perf_counter()
+        with autocast():
+            loss = forward().loss
+        loss.backward()
+        _synchronize(device)
+        return time.perf_counter() - begin
+
+    results: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        step(*row)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with FlopCounterMode(display=False) as flops:
+            step(*row)
+        results[name] = {"gflop": round(flops.get_total_flops() / 1e9, 1), "seconds": []}
+        if device == "cuda":
+            results[name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    for _ in range(repeats):
+        for name, row in rows.items():
+            results[name]["seconds"].append(round(step(*row), 4))
+    return results
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=16, help="pairs")
+    parser.add_argument("--tokens", type=int, default=257, help="image tokens")
+    parser.add_argument("--lengths", type=int, nargs=2, default=(6, 18), help="shortest and longest caption, in tokens")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", choices=sorted(AGREEMENT), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, help="a JSON file for the result")
+    options = parser.parse_args()
+    if reason := _original.why_missing():
+        parser.exit(1, reason + "\n")
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+
+    torch.manual_seed(0)
+    config = QFormerConfig(
+        num_hidden_layers=options.layers,
+        hidden_dropout_prob=options.dropout,
+        attention_probs_dropout_prob=options.dropout,
+    )
+    model = Blip2QFormer(config).to(options.device).train()
+    batch = make_batch(options.batch, options.tokens, *options.lengths, options.device)
+    with _original.process_group():
+        rows = build_rows(model, batch)
+        losses = check_agreement(model, rows, options.batch, autocast, AGREEMENT[options.precision])
+        results = measure(rows, autocast, options.repeats, options.device)
+    ours = results["packed"]
+    print(f"{'row':<10} {'median s':>9} {'min s':>8} {'GFLOP':>9} {'time/packed':>12} {'FLOP/packed':>12}")
+    for row in results.values():
+        row["median"] = statistics.median(row["seconds"])
+        ratios = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=True)]
+        row["time_ratio"] = round(statistics.median(ratios), 3)
+        row["flop_ratio"] = round(row["gflop"] / ours["gflop"], 3)
+    for name, row in results.items():
+        print(
+            f"{name:<10} {row['median']:>9.3f} {min(row['seconds']):>8.3f} {row['gflop']:>9.1f} "
+            f"{row['time_ratio']:>12.2f} {row['flop_ratio']:>12.2f}"
+        )
+    speed, flops = results["original"]["time_ratio"], 1 / results["original"]["flop_ratio"]
+    print(f"the packed path is {speed:.2f}x as fast as the original's code, with {flops:.0%} of its FLOPs")
+    if options.output:
+        settings = {name: value for name, value in vars(options).items() if name != "output"}
+        write_result(options.output, {"bench": "stage1", "settings": settings, "losses": losses, "rows": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The same stage 1 on a GPU: fp32 against the CPU's fp64, bf16 against the reference in bf16, and its host syncs."""
+
+import warnings
+
+import pytest
+import torch
+
+from qformer_fast import Blip2QFormer, QFormerConfig
+from qformer_fast.reference.stage1 import original_order_stage1
+
+pytestmark = pytest.mark.cuda
+LOSSES = ("loss_itc", "loss_itm", "loss_itg")
+
+
+@pytest.fixture
+def inputs(make_captions):
+    ids, mask = make_captions([2, 32, 9, 5, 17, 3, 12], 32)
+    images = torch.randn(7, 257, 1408)
+    negatives = (torch.arange(7) + 1) % 7, (torch.arange(7) + 2) % 7
+    return (images, ids, mask), dict(negatives=negatives, image_ids=["a", "b", "a", "c", "b", "a", "d"])
+
+
+def build(layers=3):
+    torch.manual_seed(0)
+    model = Blip2QFormer(QFormerConfig(num_hidden_layers=layers)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def run(model, forward, args, options):
+    model.zero_grad()
+    out = forward(*args, **options)
+    out.loss.backward()
+    gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters()}
+    return torch.stack([getattr(out, name).detach().double().cpu() for name in LOSSES]), gradients
+
+
+def test_fp32_equals_the_cpu_in_fp64(inputs, assert_gradients_close):
+    args, options = inputs
+    model = build()
+    exact = build().double()
+    expected = run(exact, exact, (args[0].double(), *args[1:]), options)
+    model.cuda()
+    actual = run(model, model, [x.cuda() for x in args], options)
+    assert (actual[0] - expected[0]).abs().max() <= 1e-5
+    assert_gradients_close(actual[1], expected[1], 1e-3)
+
+
+def test_bf16_errs_no_more_than_the_reference_in_bf16(inputs):
+    """Whole model: at most three times the error that the original order makes in the same precision."""
+    args, options = inputs
+    exact_model = build().double()
+    exact = run(exact_model, exact_model, (args[0].double(), *args[1:]), options)
+    model, device_args = build().cuda(), [x.cuda() for x in args]
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = run(model, model, device_args, options)
+        theirs = run(model, lambda *a, **k: original_order_stage1(model, *a, **k), device_args, options)
+    error, allowed = ((x[0] - exact[0]).abs().max() for x in (ours, theirs))
+    assert error <= 3 * allowed + 1e-3
+    for name, gradient in exact[1].items():
+        if name.endswith("key.bias"):
+            continue
+        error, allowed = ((x[1][name] - gradient).norm() / gradient.norm() for x in (ours, theirs))
+        assert error <= 3 * allowed + 1e-3, name
+
+
+def test_one_host_sync_a_step_with_captions_from_the_cpu(inputs):
+    (images, ids, mask), _ = inputs
+    model, images = build().cuda().train(), images.cuda()
+    model(images, ids, mask).loss.backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(images, ids, mask).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    syncs = [str(w.message) for w in caught if "synchronizing" in str(w.message)]
+    assert len(syncs) == 1, syncs
+
+
+def test_generation_equals_the_cpus(inputs):
+    (images, *_), _ = inputs
+    model = build()
+    expected = model.generate(images[:2], max_new_tokens=6, num_beams=2)
+    actual = model.cuda().generate(images[:2].cuda(), max_new_tokens=6, num_beams=2)
+    assert torch.equal(actual.cpu(), expected)
+
+
+def test_negatives_are_drawn_on_the_device(inputs):
+    (images, ids, mask), _ = inputs
+    out = build().cuda()(images.cuda(), ids, mask)
+    assert all(index.is_cuda and (index != torch.arange(7, device="cuda")).all() for index in out.negatives)
