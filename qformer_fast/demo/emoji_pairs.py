@@ -111,7 +111,7 @@ def _drawings(folder: Path) -> dict[tuple[int, ...], Path]:
 
 
 def _words(name: str) -> str:
-    """":face_with_tears_of_joy:" -> "face with tears of joy"."""
+    """ ":face_with_tears_of_joy:" -> "face with tears of joy"."""
     return clean_caption(name.strip(":").replace("_", " "))
 
 

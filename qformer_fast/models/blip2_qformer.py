@@ -183,7 +183,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_queries=self.query_tokens.shape[1],
             image_index=torch.arange(batch, device=device),
             text_offsets=both.offsets,
-            masks=torch.tensor([Mask.MULTIMODAL_CAUSAL, Mask.UNIMODAL], device=device).repeat_interleave(batch),
+            masks=torch.cat([_filled(batch, Mask.MULTIMODAL_CAUSAL, device), _filled(batch, Mask.UNIMODAL, device)]),
             num_text_rows=both.num_rows,
             max_text_length=both.max_length,
         )
@@ -289,7 +289,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_queries=self.query_tokens.shape[1],
             image_index=torch.cat([own, image_index, own]),
             text_offsets=pairs.offsets,
-            masks=torch.full((3 * batch,), int(Mask.BIDIRECTIONAL), device=own.device),
+            masks=_filled(3 * batch, Mask.BIDIRECTIONAL, own.device),
             num_text_rows=pairs.num_rows,
             max_text_length=pairs.max_length,
         )
@@ -410,6 +410,10 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
 
     def _as_image_kv(self, images: Tensor | ImageKV) -> ImageKV:
         return images if isinstance(images, ImageKV) else self.image_kv(images)
+
+
+def _filled(sequences: int, mask: Mask, device: torch.device) -> Tensor:
+    return torch.full((sequences,), int(mask), device=device)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
