@@ -34,11 +34,12 @@ class ImageEncoder(nn.Module):
         self.transform: Callable = transform
         self.requires_grad_(False)
         self.train()
-        if not hasattr(self.visual, "forward_intermediates"):
-            raise ValueError(f"name must be a model whose image tower gives tokens, got {name!r}")
         size = self.visual.image_size if isinstance(self.visual.image_size, tuple) else (self.visual.image_size,) * 2
         self.image_size: tuple[int, int] = size
-        self.width: int = self(torch.zeros(1, 3, *size)).shape[-1]
+        try:
+            self.width: int = self(torch.zeros(1, 3, *size)).shape[-1]
+        except (AssertionError, AttributeError, TypeError) as error:
+            raise ValueError(f"name must be a model whose image tower gives tokens, got {name!r}") from error
 
     def train(self, mode: bool = True) -> ImageEncoder:
         return super().train(False)
