@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from PIL import Image
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
 from qformer_fast import doctor
-from qformer_fast.data.batches import PairDataset
-from qformer_fast.data.captions import read_pairs
+from qformer_fast.data.batches import PairDataset, read_pixels
+from qformer_fast.data.captions import image_folder, read_pairs
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.data.files import write_text
 from qformer_fast.data.tokenizer import load_tokenizer
 from qformer_fast.demo.run import DemoConfig
 from qformer_fast.demo.run import main as run_demo
@@ -26,7 +26,7 @@ from qformer_fast.integrations.checkpoints import load_checkpoint
 from qformer_fast.models.blip2 import ImageEncoder
 from qformer_fast.models.blip2_qformer import Blip2QFormer, init_from_bert
 from qformer_fast.training.config import DataConfig, ModelConfig, TrainConfig
-from qformer_fast.training.loop import resolve_device, train
+from qformer_fast.training.loop import check_output_dir, resolve_device, train
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ExtractConfig:
         output (str): the cache's folder, made new.
         encoder (str): an open_clip model.
         encoder_pretrained (str, Optional): its open_clip tag or a file.
+        image_root (str, Optional): the folder that the pairs' images are in. Default: `None`, that of ``pairs``.
         random_encoder (bool): accept an encoder with random weights.
         batch_size (int): pictures at once.
         dtype (str): "float16", "bfloat16" or "float32", as stored.
@@ -49,6 +50,7 @@ class ExtractConfig:
     encoder: str
     encoder_pretrained: str | None = None
     random_encoder: bool = False
+    image_root: str | None = None
     batch_size: int = 32
     dtype: str = "float16"
     device: str = "auto"
@@ -56,50 +58,55 @@ class ExtractConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    parser = _parser()
+    parser, commands = _parsers()
     options = parser.parse_args(arguments)
     command = options.subcommand
+    chosen = options[command]
     if command == "doctor":
         found = doctor.report()
-        print(json.dumps(found, indent=2) if options.doctor.json else doctor.as_text(found))
+        print(json.dumps(found, indent=2) if chosen.json else doctor.as_text(found))
         return 0
-    chosen = parser.instantiate_classes(options)[command]
+    chosen.pop("config")
     try:
+        config = CONFIGS[command][0](**vars(commands[command].instantiate(chosen)))
         if command == "train":
-            _train(_dataclass(TrainConfig, chosen), parser, options)
+            _train(config, commands[command].dump(chosen))
         elif command == "extract-features":
-            extract_features(_dataclass(ExtractConfig, chosen))
+            extract_features(config)
         else:
-            run_demo(_dataclass(DemoConfig, chosen))
+            run_demo(config)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"qformer-fast {command}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _parser() -> ArgumentParser:
+CONFIGS = {
+    "train": (TrainConfig, "train stage 1"),
+    "extract-features": (ExtractConfig, "write the image tokens of a data set to a cache"),
+    "demo": (DemoConfig, "train and evaluate on real pictures from packages, and write a report"),
+}
+
+
+def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The program's parser and each command's."""
     parser = ArgumentParser(prog="qformer-fast", description="BLIP-2's Q-Former: training, features, demo.")
-    commands = parser.add_subcommands()
-    for name, config, about in (
-        ("train", TrainConfig, "train stage 1"),
-        ("extract-features", ExtractConfig, "write the image tokens of a data set to a cache"),
-        ("demo", DemoConfig, "train and evaluate on real pictures from packages, and write a report"),
-    ):
-        command = ArgumentParser(description=about)
-        command.add_argument("--config", action="config", help="a YAML file with the options below")
-        command.add_class_arguments(config)
-        commands.add_subcommand(name, command, help=about)
-    command = ArgumentParser(description="versions, devices, and which backend each op uses")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    commands.add_subcommand("doctor", command, help="say what can run here and why not")
-    return parser
+    subcommands = parser.add_subcommands()
+    commands = {}
+    for name, (config, about) in CONFIGS.items():
+        commands[name] = ArgumentParser(description=about)
+        commands[name].add_argument("--config", action="config", help="a YAML file with the options below")
+        commands[name].add_class_arguments(config)
+        subcommands.add_subcommand(name, commands[name], help=about)
+    commands["doctor"] = ArgumentParser(description="versions, devices, and which backend each op uses")
+    commands["doctor"].add_argument("--json", action="store_true", help="print JSON")
+    subcommands.add_subcommand("doctor", commands["doctor"], help="say what can run here and why not")
+    return parser, commands
 
 
-def _dataclass(cls: type, options: Namespace):
-    return cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__})
-
-
-def _train(config: TrainConfig, parser: ArgumentParser, options: Namespace) -> None:
+def _train(config: TrainConfig, used: str) -> None:
+    """Trains, with the options in use kept as ``config.yaml``, which ``train --config`` takes."""
+    check_output_dir(config.run)
     encoder = None
     if config.data.feature_cache is None:
         encoder = load_encoder(config.data.encoder, config.data.encoder_pretrained, random=config.data.random_encoder)
@@ -108,7 +115,7 @@ def _train(config: TrainConfig, parser: ArgumentParser, options: Namespace) -> N
     model = build_model(config.model)
     output_dir = Path(config.run.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(parser.dump(options), encoding="utf-8")
+    write_text(output_dir / "config.yaml", used)
     entries = train(model, dataset, config.run, config.optimizer, encoder=encoder, num_workers=config.data.num_workers)
     if entries:
         print(json.dumps(entries[-1]))
@@ -131,8 +138,9 @@ def build_dataset(config: DataConfig, encoder: ImageEncoder | None) -> PairDatas
     """Pairs with cached tokens, or with the pixels that ``encoder`` takes."""
     pairs, tokenizer = read_pairs(config.pairs), load_tokenizer(config.tokenizer)
     if encoder is not None:
-        return PairDataset(pairs, tokenizer, transform=encoder.transform, max_length=config.max_length)
-    expect = {"encoder": config.encoder} if config.encoder else None
+        root = config.image_root or image_folder(config.pairs)
+        return PairDataset(pairs, tokenizer, transform=encoder.transform, image_root=root, max_length=config.max_length)
+    expect = {name: value for name in ("encoder", "encoder_pretrained") if (value := getattr(config, name)) is not None}
     cache = FeatureCache(config.feature_cache, expect=expect)
     return PairDataset(pairs, tokenizer, cache=cache, max_length=config.max_length)
 
@@ -153,18 +161,16 @@ def build_model(config: ModelConfig) -> Blip2QFormer:
 
 def extract_features(config: ExtractConfig) -> FeatureCache:
     """Runs the encoder over every picture once, in the order in which the pairs first name them."""
+    keys = list(dict.fromkeys(pair.image for pair in read_pairs(config.pairs)))
+    root = Path(config.image_root or image_folder(config.pairs))
     encoder = load_encoder(config.encoder, config.encoder_pretrained, random=config.random_encoder)
     device = resolve_device(config.device)
     encoder.to(device)
-    keys = list(dict.fromkeys(pair.image for pair in read_pairs(config.pairs)))
 
     def batches() -> Iterator[Tensor]:
         for start in tqdm(range(0, len(keys), config.batch_size), unit="batch", disable=None):
-            pixels = []
-            for path in keys[start : start + config.batch_size]:
-                with Image.open(path) as image:
-                    pixels.append(encoder.transform(image.convert("RGB")))
-            yield encoder(torch.stack(pixels).to(device))
+            names = keys[start : start + config.batch_size]
+            yield encoder(torch.stack([read_pixels(root / name, encoder.transform) for name in names]).to(device))
 
     metadata = {"encoder": config.encoder, "encoder_pretrained": config.encoder_pretrained}
     return FeatureCache.create(config.output, keys, batches(), metadata=metadata, dtype=config.dtype)

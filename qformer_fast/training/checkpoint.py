@@ -7,16 +7,17 @@ import os
 import random
 import re
 import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from qformer_fast.data.files import find_damage, new_folder
 
 _NAME = re.compile(r"checkpoint-(\d{8})")
 
@@ -27,82 +28,96 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def save_checkpoint(
-    output_dir: str | os.PathLike, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], *, keep: int
+    output_dir: str | os.PathLike, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Writes ``checkpoint-<step>`` and removes all but the last ``keep``.
+    """Writes ``checkpoint-<step>`` and removes all but the last ``keep``, and what a killed run left half-written.
 
     Args:
-        output_dir (path): where.
+        output_dir (path): where; one run's alone.
         model (nn.Module): anything with ``save_pretrained``; its folder is also the checkpoint's.
-        optimizer (Optimizer): its state tensors.
-        state (dict): JSON values, with "step"; random states are added.
+        optimizer (Optimizer): its state tensors, saved under the names of the model's parameters.
+        state (Mapping): JSON values: "step", "identity" (what a resumed run must have the same) and more; random states
+            are added.
         keep (int): at least 1.
 
     Returns:
         Path: the checkpoint.
     """
     output_dir = Path(output_dir)
+    for abandoned in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(abandoned)
     final = output_dir / f"checkpoint-{state['step']:08d}"
-    scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=".checkpoint-"))
-    try:
+    with new_folder(final) as scratch:
         model.save_pretrained(scratch)
-        save_file(_optimizer_tensors(optimizer) | _random_tensors(), scratch / "training.safetensors")
-        (scratch / "state.json").write_text(json.dumps(state | {"python_random": random.getstate()}), encoding="utf-8")
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(scratch, final)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        save_file(_optimizer_tensors(model, optimizer) | _random_tensors(), scratch / "training.safetensors")
+        text = json.dumps({**state, "python_random": random.getstate()})
+        (scratch / "state.json").write_text(text, encoding="utf-8")
     for old in list_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
-def load_checkpoint_state(folder: str | os.PathLike, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint_state(
+    folder: str | os.PathLike, model: nn.Module, optimizer: Optimizer, *, identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """Puts a checkpoint's weights, optimizer state and random states back.
+
+    Args:
+        folder (path): the checkpoint.
+        model, optimizer: as they were built for the run that saved it.
+        identity (Mapping): must equal the saved state's "identity".
 
     Returns:
         dict: the ``state`` that was saved.
 
     Raises:
-        ValueError: a file that is missing, truncated or of another model; the message names it. Nothing is changed
-            then.
+        ValueError: a file that is missing, truncated or corrupted, a checkpoint of another run or model; the message
+            names what differs. Nothing is changed then.
     """
     folder = Path(folder)
-    try:
-        weights = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / "training.safetensors")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        version, internal, gauss = state.pop("python_random")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"checkpoint: {folder} is truncated or incomplete: {error}") from error
-    own = model.state_dict()
-    differing = sorted(n for n in own.keys() | weights.keys() if n not in own or n not in weights
-                       or own[n].shape != weights[n].shape)  # fmt: skip
+    damage = find_damage(folder, ["model.safetensors", "training.safetensors", "state.json"])
+    if damage is not None:
+        raise ValueError(f"checkpoint: {damage}; remove {folder} to go on from the one before it")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for name, value in identity.items():
+        if state["identity"].get(name) != value:
+            saved = state["identity"].get(name)
+            raise ValueError(f"run.resume: {name} must be {saved} as in {folder}, got {value}")
+    weights, tensors = load_file(folder / "model.safetensors"), load_file(folder / "training.safetensors")
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    differing = sorted({*own.items()} ^ {(name, tensor.shape) for name, tensor in weights.items()})
     if differing:
         raise ValueError(f"checkpoint: {folder} must hold the weights of this model, but these differ: {differing[:5]}")
     model.load_state_dict(weights)
-    _load_optimizer_tensors(optimizer, tensors)
+    _load_optimizer_tensors(model, optimizer, tensors)
     _load_random_tensors(tensors)
+    version, internal, gauss = state.pop("python_random")
     random.setstate((version, tuple(internal), gauss))
     return state
 
 
-def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Names in the order of the optimizer's numbers."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    names = _parameter_names(model, optimizer)
     return {
-        f"optimizer.{index}.{name}": value.contiguous()
-        for index, entries in optimizer.state_dict()["state"].items()
-        for name, value in entries.items()
+        f"optimizer.{entry}.{names[number]}": value.contiguous()
+        for number, entries in optimizer.state_dict()["state"].items()
+        for entry, value in entries.items()
     }
 
 
-def _load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    numbers = {name: number for number, name in enumerate(_parameter_names(model, optimizer))}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
+            _, entry, name = key.split(".", 2)
+            state.setdefault(numbers[name], {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

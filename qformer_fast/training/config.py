@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,8 +18,8 @@ class ModelConfig:
         embed_dim (int): width of the ITC features.
         local_gradients (bool): ITC gradients as in the original.
         bert (str, Optional): BERT weights that the model starts from, a file or a folder.
-        checkpoint (str, Optional): a stage-1 checkpoint that it starts from: a folder of ``save_pretrained`` or a
-            LAVIS file.
+        checkpoint (str, Optional): a stage-1 checkpoint that it starts from: a folder of ``save_pretrained``, whose
+            sizes are taken instead of these, or a LAVIS file.
     """
 
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
@@ -36,9 +37,11 @@ class DataConfig:
         pairs (str): a JSON list or a folder, see :func:`qformer_fast.data.captions.read_pairs`.
         feature_cache (str, Optional): a folder of :class:`FeatureCache`. Default: `None`, images are encoded as they
             come.
-        encoder (str, Optional): an open_clip model; needed without a feature cache.
-        encoder_pretrained (str, Optional): its open_clip tag or a file.
+        encoder (str, Optional): an open_clip model; needed without a feature cache, and with one what the cache must be
+            of.
+        encoder_pretrained (str, Optional): its open_clip tag or a file, likewise.
         random_encoder (bool): accept an encoder with random weights.
+        image_root (str, Optional): the folder that the pairs' images are in. Default: `None`, that of ``pairs``.
         tokenizer (str, Optional): see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
         max_length (int): of captions in tokens.
         num_workers (int): processes that read data.
@@ -49,9 +52,14 @@ class DataConfig:
     encoder: str | None = None
     encoder_pretrained: str | None = None
     random_encoder: bool = False
+    image_root: str | None = None
     tokenizer: str | None = None
     max_length: int = 32
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,15 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} must be at least 0, got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {self.betas}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"optimizer.max_grad_norm must be above 0, got {self.max_grad_norm}")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -86,7 +103,7 @@ class RunConfig:
         accumulation (int): forward passes an optimizer step.
         precision (str): "fp32", or autocast to "bf16" or "fp16" (with loss scaling).
         device (str): "auto" takes a GPU where there is one.
-        seed (int): of weights, dropout, negatives and the order of the data.
+        seed (int): of weights, dropout, negatives and the order of the data; at least 0.
         gradient_checkpointing (bool): compute layers again in backward to save memory.
         save_every, log_every (int): optimizer steps.
         keep (int): checkpoints kept.
@@ -112,6 +129,8 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulation", "save_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"run.seed must lie in [0, 2**32), got {self.seed}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f'run.precision must be "fp32", "bf16" or "fp16", got {self.precision!r}')
 

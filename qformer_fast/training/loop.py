@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import threading
 import time
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qformer_fast.data.batches import Batch, PairDataset, ShuffledBatches, batch_loader
+from qformer_fast.data.files import write_text
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
 from qformer_fast.training.checkpoint import list_checkpoints, load_checkpoint_state, save_checkpoint
 from qformer_fast.training.config import OptimizerConfig, RunConfig
@@ -51,7 +51,7 @@ def train(
 
     The order of the data, the negatives and the dropout depend on ``run.seed`` and the step alone, so a run that was
     interrupted and resumed has the losses of one that was not (bit for bit on a CPU). SIGINT and SIGTERM end the run
-    after the step at hand, with a checkpoint.
+    after the step at hand, with a checkpoint; a second one ends it at once.
 
     Args:
         model (Blip2QFormer): moved to the device; trainable parameters are those that require grad.
@@ -63,20 +63,22 @@ def train(
         on_log (Callable, Optional): called with each entry as it is logged.
 
     Returns:
-        list: the entries of ``log.jsonl``, earlier ones of a resumed run included: step, epoch, lr, the losses,
-        in-batch r1_i2t and r1_t2i, itm_accuracy (means over the step's forward passes), grad_norm, temp,
-        samples_per_second.
+        list: the entries of ``log.jsonl``, earlier ones of a resumed run included: step (from 1), epoch (from 0, of the
+        step's last batch), lr, the losses, in-batch r1_i2t and r1_t2i, itm_accuracy (means over the step's forward
+        passes), grad_norm (before clipping), temp, samples_per_second.
 
     Raises:
         ValueError: checkpoints in ``output_dir`` but ``run.resume`` is False, or of a run with another seed or batch; a
-            damaged checkpoint. FloatingPointError: a loss or gradient that is NaN or Inf; names it and the step.
+            damaged checkpoint; TensorBoard asked for and not installed. FloatingPointError: a loss or gradient that is
+            NaN or Inf; names it and the step.
     """
+    check_output_dir(run)
     optimizer_config = optimizer_config or OptimizerConfig()
     if (encoder is None) == (dataset.cache is None):
         raise ValueError("encoder must be given exactly when the dataset gives pixels instead of cached tokens")
     device = resolve_device(run.device)
     output_dir = Path(run.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    order = ShuffledBatches(len(dataset), run.batch_size, seed=run.seed)
     torch.manual_seed(run.seed)
     model.to(device).train()
     if encoder is not None:
@@ -84,20 +86,30 @@ def train(
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, optimizer_config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
     identity = dict(seed=run.seed, batch_size=run.batch_size, accumulation=run.accumulation, pairs=len(dataset))
-    step = _resume(output_dir, run, model, optimizer, scaler, identity)
-    log = _Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log)
-    order = ShuffledBatches(len(dataset), run.batch_size, seed=run.seed, start=step * run.accumulation)
+    identity["trainable_parameters"] = sum(p.numel() for p in parameters)
+    step = 0
+    if checkpoints := list_checkpoints(output_dir):
+        state = load_checkpoint_state(checkpoints[-1], model, optimizer, identity=identity)
+        scaler.load_state_dict(state["scaler"])
+        step = state["step"]
+    order.start = step * run.accumulation
+    output_dir.mkdir(parents=True, exist_ok=True)
     loader = iter(batch_loader(dataset, order, num_workers=num_workers, pin_memory=device.type == "cuda"))
 
-    def save(step: int) -> Path:
+    def save(step: int) -> None:
         state = {"step": step, "identity": identity, "scaler": scaler.state_dict(), "run": dataclasses.asdict(run)}
-        return save_checkpoint(output_dir, model, optimizer, state, keep=run.keep)
+        save_checkpoint(output_dir, model, optimizer, state, keep=run.keep)
 
     saved_at = step
     clock = _Clock(step, run.batch_size * run.accumulation)
-    with _stop_signals() as stopped, tqdm(total=run.steps, initial=step, unit="step", disable=None) as progress:
+    with (
+        contextlib.closing(_Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log)) as log,
+        _stop_signals() as stopped,
+        tqdm(total=run.steps, initial=step, unit="step", disable=None) as progress,
+    ):
         while step < run.steps and not stopped.is_set():
             lr = lr_at(step, run.steps, optimizer_config)
             for group in optimizer.param_groups:
@@ -109,30 +121,42 @@ def train(
                 scaler.scale(out.loss / run.accumulation).backward()
                 metrics += _metrics(out, batch.image_ids.to(device)) / run.accumulation
             scaler.unscale_(optimizer)
-            limit = optimizer_config.max_grad_norm or float("inf")
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             *values, norm, temp = torch.cat([metrics, torch.stack([grad_norm, model.temp.detach()])]).tolist()
             entry: Entry = dict(zip(METRICS, values, strict=True))
             _stop_on_nonfinite(entry, norm, step, output_dir, check_norm=not scaler.is_enabled())
+            if optimizer_config.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, optimizer_config.max_grad_norm, grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             progress.update()
             if step % run.log_every == 0 or step == run.steps:
-                epoch = step * run.accumulation // order.per_epoch
+                epoch = (step * run.accumulation - 1) // order.per_epoch
                 entry |= {"grad_norm": norm, "temp": temp, "samples_per_second": clock.rate(step)}
                 log.write({"step": step, "epoch": epoch, "lr": lr, **entry})
                 progress.set_postfix({name: f"{entry[name]:.3f}" for name in (*LOSSES, "r1_i2t", "itm_accuracy")})
             if step % run.save_every == 0 or step == run.steps:
                 save(step)
                 saved_at = step
-        if stopped.is_set() and step < run.steps:
+        if step < run.steps:
             if saved_at < step:
                 save(step)
             progress.write(f"stopped at step {step} of {run.steps}; go on with run.resume=true and the same output_dir")
-    log.close()
     return log.entries
+
+
+def check_output_dir(run: RunConfig) -> None:
+    """Refuses to write over a run that is not to be resumed.
+
+    Raises:
+        ValueError: checkpoints in ``run.output_dir`` but ``run.resume`` is False.
+    """
+    if list_checkpoints(run.output_dir) and not run.resume:
+        raise ValueError(
+            f"run.output_dir has checkpoints in it ({run.output_dir}): set run.resume or choose another folder"
+        )
 
 
 def _forward(
@@ -167,48 +191,16 @@ def _stop_on_nonfinite(entry: Entry, grad_norm: float, step: int, output_dir: Pa
             raise FloatingPointError(f"{name} is {value} at step {step + 1}; the weights were not updated, {where}")
 
 
-def _resume(
-    output_dir: Path,
-    run: RunConfig,
-    model: Blip2QFormer,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    identity: dict[str, int],
-) -> int:
-    """The step to go on from: 0, or the last checkpoint's when resuming."""
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
-        return 0
-    if not run.resume:
-        raise ValueError(
-            f"run.output_dir has checkpoints in it ({output_dir}): set run.resume or choose another folder"
-        )
-    state = load_checkpoint_state(checkpoints[-1], model, optimizer)
-    for name, value in identity.items():
-        if state["identity"][name] != value:
-            saved = state["identity"][name]
-            raise ValueError(f"run.resume: {name} must be {saved} as in {checkpoints[-1]}, got {value}")
-    scaler.load_state_dict(state["scaler"])
-    return state["step"]
-
-
 class _Log:
     """``log.jsonl``, and TensorBoard events where asked for."""
 
     def __init__(self, output_dir: Path, *, after: int, tensorboard: bool, on_log: Callable[[Entry], None] | None):
-        path = output_dir / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if after and path.exists() else []
-        self.entries: list[Entry] = [entry for entry in map(json.loads, lines) if entry["step"] <= after]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
-        os.replace(scratch, path)
-        self._file = path.open("a", encoding="utf-8")
         self._on_log = on_log
-        self._events = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(output_dir, purge_step=after + 1)
+        self._events = _event_writer(output_dir, purge_step=after + 1) if tensorboard else None
+        path = output_dir / "log.jsonl"
+        self.entries = [entry for entry in _read_entries(path) if entry["step"] <= after]
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: Entry) -> None:
         self.entries.append(entry)
@@ -226,6 +218,25 @@ class _Log:
             self._events.close()
 
 
+def _read_entries(path: Path) -> list[Entry]:
+    """Entries up to the first line that a killed run left half-written."""
+    entries: list[Entry] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def _event_writer(output_dir: Path, *, purge_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"run.tensorboard needs qformer_fast[tensorboard] installed: {error}") from error
+    return SummaryWriter(output_dir, purge_step=purge_step)
+
+
 class _Clock:
     """Samples a second since the last reading."""
 
@@ -241,15 +252,23 @@ class _Clock:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; outside the main thread, where no handler can be put, nothing sets it."""
+    """An event that the first SIGINT or SIGTERM sets; a second one does what it did before.
+
+    Outside the main thread, where no handler can be put, nothing sets it.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
     previous: dict[int, Any] = {}
+
+    def stop(number: int, _frame: Any) -> None:
+        stopped.set()
+        signal.signal(number, previous[number])
+
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda *_: stopped.set())
+            previous[number] = signal.signal(number, stop)
         yield stopped
     finally:
         for number, handler in previous.items():

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from qformer_fast.data.batches import PairDataset, ShuffledBatches, batch_loader
-from qformer_fast.data.captions import Pair, clean_caption, read_pairs
+from qformer_fast.data.captions import Pair, clean_caption, image_folder, read_pairs
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 
@@ -33,7 +33,7 @@ def test_long_captions_are_cut_before_sep(tokenizer):
     ("captions", "max_length", "match"),
     [
         ([], 32, "captions must hold at least one caption"),
-        (["cat", "  "], 32, r"captions must each have a word, none in rows \[1\]"),
+        (["cat", "  "], 32, r"captions must each have a word, none in 1 of them: rows \[1\]"),
         (["cat"], 513, r"max_length must lie in \(2, 512\]"),
     ],
 )
@@ -44,6 +44,12 @@ def test_bad_captions_are_named(tokenizer, captions, max_length, match):
 
 def test_no_vocabulary_says_how_to_get_one(tmp_path):
     with pytest.raises(OSError, match=r"path_or_name: no BERT vocabulary at .*qformer_fast\[demo\]"):
+        load_tokenizer(tmp_path)
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"]))
+    with pytest.raises(ValueError, match=r"path_or_name: the vocabulary must be bert-base-uncased's 30522 words"):
         load_tokenizer(tmp_path)
 
 
@@ -59,19 +65,22 @@ def test_pairs_of_a_json_list(tmp_path):
         {"image": "b.png", "caption": "A dog"},
     ]
     (tmp_path / "pairs.json").write_text(json.dumps(entries))
-    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    a, b = "a.png", "b.png"
     expected = [Pair(a, "one cat", "coco_1"), Pair(a, "a cat", "coco_1"), Pair(b, "a dog", b)]
     assert read_pairs(tmp_path / "pairs.json") == expected
+    assert image_folder(tmp_path / "pairs.json") == tmp_path
 
 
 def test_pairs_of_a_folder(tmp_path):
-    for name in ("b.png", "a.jpg"):
+    (tmp_path / "c").mkdir()
+    for name in ("c/b.png", "a.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "a.txt").write_text("A cat\n\nOne cat.\n")
-    (tmp_path / "b.txt").write_text("dog")
-    a, b = str(tmp_path / "a.jpg"), str(tmp_path / "b.png")
+    (tmp_path / "c" / "b.txt").write_text("dog")
+    a, b = "a.jpg", "c/b.png"
+    assert image_folder(tmp_path) == tmp_path
     assert read_pairs(tmp_path) == [Pair(a, "a cat", a), Pair(a, "one cat", a), Pair(b, "dog", b)]
-    (tmp_path / "b.txt").unlink()
+    (tmp_path / "c" / "b.txt").unlink()
     with pytest.raises(ValueError, match=r"b.png has no captions, expected b.txt beside it"):
         read_pairs(tmp_path)
 
@@ -132,6 +141,8 @@ def test_batches_are_the_same_with_workers(cache, tokenizer):
     for ours, theirs in zip(*seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(vars(ours).values(), vars(theirs).values(), strict=True))
     batch, indices = seen[0][0], next(iter(ShuffledBatches(6, 4, seed=1)))
+    ids, mask = tokenize(tokenizer, [pairs[i].caption for i in indices])
+    assert torch.equal(batch.input_ids, ids) and torch.equal(batch.attention_mask, mask)
     assert torch.equal(batch.images, cache.rows([pairs[i].image for i in indices]))
     assert batch.image_ids.tolist() == [i // 2 for i in indices]
     assert batch.attention_mask.sum(1).tolist() == [i + 4 for i in indices]
@@ -144,7 +155,7 @@ def test_pixels_come_through_the_transform(tmp_path, tokenizer):
         assert picture.mode == "RGB"
         return torch.full((3, 4, 4), float(picture.getpixel((0, 0))[0]))
 
-    dataset = PairDataset([Pair(str(tmp_path / "a.png"), "white", "a")], tokenizer, transform=transform)
+    dataset = PairDataset([Pair("a.png", "white", "a")], tokenizer, transform=transform, image_root=tmp_path)
     assert torch.equal(dataset[[0, 0]].images, torch.full((2, 3, 4, 4), 255.0))
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="a.png is no readable picture"):
@@ -159,3 +170,7 @@ def test_bad_datasets_are_named(cache, tokenizer):
         PairDataset([pair], tokenizer)
     with pytest.raises(ValueError, match=r"1 images that the feature cache lacks: \['image9'\]"):
         PairDataset([pair, Pair("image9", "cat", "9")], tokenizer, cache=cache)
+    with pytest.raises(ValueError, match=r"captions must each have a word, none in 1 of them: rows \[1\]"):
+        PairDataset([pair, Pair("image1", "\u200d", "1")], tokenizer, cache=cache)
+    with pytest.raises(ValueError, match="max_length must lie in"):
+        PairDataset([pair], tokenizer, cache=cache, max_length=600)

@@ -118,7 +118,9 @@ def test_save_and_load(cls, tiny_config, tmp_path):
     loaded = cls.from_pretrained(tmp_path / "model")
     assert loaded.config == tiny_config and loaded.init_options() == model.init_options()
     bitwise_equal(loaded.state_dict(), model.state_dict())
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted((tmp_path / "model").iterdir())
+    assert [path.name for path in files] == ["config.json", "model.safetensors"]
+    assert files[0].stat().st_mode == files[1].stat().st_mode
 
 
 def test_another_class_is_refused(tiny_config, tmp_path):

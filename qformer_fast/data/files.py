@@ -1,0 +1,87 @@
+"""Files that are whole or not there at all, and that tell when they were damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+CHECKSUMS = "checksums.json"
+CHUNK_BYTES = 1 << 24
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name and a ``checksums.json`` when the block ends.
+
+    Until then it has a hidden temporary name beside ``folder``; when the block fails it is removed. Its files are on
+    disk, not just on their way there, when they appear, and as readable for others as the umask says.
+
+    Args:
+        folder (Path): must not exist, or be empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        files = sorted(scratch.iterdir())
+        (scratch / CHECKSUMS).write_text(json.dumps({file.name: crc32(file) for file in files}), encoding="utf-8")
+        mode = stat.S_IMODE(scratch.stat().st_mode) & 0o666  # safetensors creates files that only their owner may read
+        for file in scratch.iterdir():
+            file.chmod(mode)
+            _to_disk(file)
+        os.replace(scratch, folder)
+        _to_disk(folder.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def find_damage(folder: Path, names: Iterable[str]) -> str | None:
+    """What is wrong with the first damaged one of these files of a :func:`new_folder`; None if all are as written."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        expected = {name: checksums[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder / CHECKSUMS} is missing or corrupted ({error!r})"
+    for name, checksum in expected.items():
+        if not (folder / name).exists():
+            return f"{folder / name} is missing"
+        if crc32(folder / name) != checksum:
+            return f"{folder / name} is corrupted or truncated (checksum differs)"
+    return None
+
+
+def crc32(path: Path) -> int:
+    """Checksum of a file's bytes."""
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, or replaces one, in one go."""
+    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,268 @@
+"""The command line: what is written, what is refused, and that nothing is left behind then."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import open_clip
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from qformer_fast import Blip2QFormer, cli
+from qformer_fast.data.features import FeatureCache
+from qformer_fast.training.checkpoint import list_checkpoints
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (99, 99, 99)}
+SMALL = {
+    "model": {
+        "embed_dim": 16,
+        "qformer": {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "encoder_hidden_size": 64,
+            "num_query_tokens": 8,
+        },
+    },
+    "run": {"steps": 3, "batch_size": 4, "log_every": 1, "precision": "fp32", "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_encoder(tmp_path_factory):
+    """An open_clip model "tiny-vit": 5 tokens of 64."""
+    vision = {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
+    path = tmp_path_factory.mktemp("encoder") / "tiny-vit.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (40, 30), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"A {name} one.\nall {name}\n")
+    return folder
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A checkpoint of tiny-vit, so that two encoders are the same one."""
+    torch.manual_seed(3)
+    model = open_clip.create_model("tiny-vit")
+    torch.save(model.state_dict(), tmp_path / "tiny-vit.pt")
+    return tmp_path / "tiny-vit.pt"
+
+
+@pytest.fixture
+def cache(tmp_path, pictures, weights):
+    assert run("extract-features", pairs=pictures, output=tmp_path / "cache", **encoder(weights)) == 0
+    return tmp_path / "cache"
+
+
+def encoder(weights):
+    return {"encoder": "tiny-vit", "encoder_pretrained": weights}
+
+
+def run(command, *flags, **options):
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return cli.main([command, *arguments, *map(str, flags)])
+
+
+@pytest.fixture
+def train(tmp_path, pictures):
+    """Runs ``train`` with a YAML file of small sizes; arguments override it."""
+
+    def train(*flags, output="run", data=None, **changes):
+        options = {**SMALL, **changes, "data": {"pairs": str(pictures), **{k: str(v) for k, v in (data or {}).items()}}}
+        options["run"] = {**SMALL["run"], **changes.get("run", {}), "output_dir": str(tmp_path / output)}
+        (tmp_path / "options.yaml").write_text(yaml.safe_dump(options))
+        return run("train", "--config", tmp_path / "options.yaml", *flags)
+
+    return train
+
+
+def log(folder):
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name != "samples_per_second"} for entry in entries]
+
+
+def test_features_are_the_encoders(cache, pictures, weights):
+    features = FeatureCache(cache, expect={"encoder": "tiny-vit", "encoder_pretrained": str(weights)})
+    assert features.keys == ["blue.png", "green.png", "grey.png", "red.png"]
+    tiny = cli.load_encoder("tiny-vit", str(weights), random=False)
+    with Image.open(pictures / "grey.png") as picture:
+        expected = tiny(tiny.transform(picture)[None])[0]
+    assert (features.tokens, features.width) == (5, 64)
+    torch.testing.assert_close(features["grey.png"].float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_training_from_pixels_and_from_features_agree(train, cache, weights, tmp_path, capsys):
+    assert train(output="pixels", data=encoder(weights)) == 0
+    assert train(output="features", data={"feature_cache": cache, **encoder(weights)}) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    pixels, features = log(tmp_path / "pixels"), log(tmp_path / "features")
+    assert [entry["step"] for entry in pixels] == [1, 2, 3] and printed[0]["step"] == 3
+    for a, b in zip(pixels, features, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)  # the cache is fp16
+    model = Blip2QFormer.from_pretrained(list_checkpoints(tmp_path / "pixels")[-1])
+    assert model.config.num_query_tokens == 8 and model.embed_dim == 16
+
+
+def test_the_kept_configuration_gives_the_same_run(train, cache, tmp_path):
+    assert train("--optimizer.lr", "3e-4", "--optimizer.warmup_steps", 1, data={"feature_cache": cache}) == 0
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["optimizer"]["lr"] == 3e-4 and kept["optimizer"]["betas"] == [0.9, 0.98]
+    assert kept["run"]["steps"] == 3 and kept["model"]["qformer"]["hidden_size"] == 64
+    assert run("train", "--config", tmp_path / "run" / "config.yaml", "--run.output_dir", tmp_path / "again") == 0
+    assert log(tmp_path / "again") == log(tmp_path / "run")
+    assert log(tmp_path / "run")[1]["lr"] == 3e-4
+
+
+def test_a_run_goes_on_with_resume(train, cache, tmp_path, capsys):
+    options = {"data": {"feature_cache": cache}, "optimizer": {"min_lr": 1e-4, "warmup_steps": 0}}
+    assert train("--run.steps", 2, **options) == 0
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    assert train("--run.steps", 5, **options) == 1
+    assert "run.output_dir has checkpoints in it" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_text() == kept
+    assert train("--run.steps", 5, "--run.resume", "true", **options) == 0
+    assert train("--run.steps", 5, output="whole", **options) == 0
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_ends_the_run_with_a_checkpoint(train, cache, tmp_path, number):
+    """A terminal's Ctrl-C and a cluster's SIGTERM reach the data workers too, which must outlive the step.
+
+    A step takes more batches than the workers have ready, so a run whose workers are gone cannot end one.
+    """
+    assert train("--run.steps", 1, output="short", data={"feature_cache": cache}) == 0
+    options = ["--run.steps", "100000", "--run.accumulation", "16", "--data.num_workers", "2"]
+    paths = ["--config", str(tmp_path / "short" / "config.yaml"), "--run.output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "qformer_fast.cli", "train", *paths, *options]
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
+        path = tmp_path / "run" / "log.jsonl"
+        while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= 2):
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert f"stopped at step {step} of 100000; go on with run.resume=true" in printed
+    assert log(tmp_path / "run")[-1]["step"] == step
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optimizer.learning_rate", 1], "unrecognized arguments: --optimizer.learning_rate"),
+        (["--run.precision", "int8"], 'Parser key "run.precision"'),
+        (["--run.steps", "many"], 'Parser key "run.steps"'),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_named(train, cache, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        train(*flags, data={"feature_cache": cache})
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_the_file_is_named(train, cache, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(data={"feature_cache": cache}, optimizer={"learning_rate": 1.0})
+    assert "does not accept option 'optimizer.learning_rate'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--run.steps", 0], "run.steps must be at least 1, got 0"),
+        (["--optimizer.max_grad_norm", -1], "optimizer.max_grad_norm must be above 0"),
+        (["--model.qformer.num_attention_heads", 5], "hidden_size must be a multiple of num_attention_heads"),
+        (["--data.max_length", 513], "max_length must lie in (2, 512]"),
+        (["--data.pairs", "nowhere.json"], "pairs: no file or folder at nowhere.json"),
+        (["--data.feature_cache", "nowhere"], "feature_cache: no feature cache in nowhere"),
+        (["--data.feature_cache", "null"], "encoder must name an open_clip model when there is no feature_cache"),
+        (["--data.encoder", "ViT-L-14"], "must have encoder = 'ViT-L-14', got 'tiny-vit'"),
+        (["--data.encoder_pretrained", "openai"], "must have encoder_pretrained = 'openai'"),
+        (["--model.checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+    ],
+)
+def test_bad_values_are_named_before_anything_is_written(train, cache, tmp_path, capsys, flags, message):
+    assert train(*flags, data={"feature_cache": cache}) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("qformer-fast train: ") and message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corrupted_cache_is_named(train, cache, tmp_path, capsys):
+    content = (cache / "features.bin").read_bytes()
+    (cache / "features.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert train(data={"feature_cache": cache}) == 1
+    assert "features.bin is corrupted or truncated" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_encoders_must_be_asked_for(pictures, tmp_path, capsys):
+    assert run("extract-features", pairs=pictures, output=tmp_path / "new", encoder="tiny-vit") == 1
+    assert "encoder_pretrained must name weights of tiny-vit" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    options = dict(pairs=pictures, output=tmp_path / "new", encoder="tiny-vit", random_encoder="true")
+    assert run("extract-features", **options) == 0
+    assert len(FeatureCache(tmp_path / "new")) == 4
+    assert run("extract-features", **options) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_an_unreadable_picture_leaves_no_cache(pictures, weights, tmp_path, capsys):
+    (pictures / "red.png").write_bytes(b"no picture")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    options = {"batch_size": 2, **encoder(weights)}
+    assert run("extract-features", pairs=pictures, output=tmp_path / "new", **options) == 1
+    assert "red.png is no readable picture" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_pictures_may_lie_elsewhere(pictures, weights, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    pairs = tmp_path / "annotations" / "pairs.json"
+    pairs.write_text(json.dumps([{"image": "red.png", "caption": "red", "image_id": "1"}]))
+    options = dict(pairs=pairs, output=tmp_path / "new", image_root=pictures, **encoder(weights))
+    assert run("extract-features", **options) == 0
+    assert FeatureCache(tmp_path / "new").keys == ["red.png"]
+
+
+def test_a_model_starts_from_a_checkpoint(train, cache, tmp_path):
+    assert train(data={"feature_cache": cache}) == 0
+    (folder,) = list_checkpoints(tmp_path / "run")
+    assert train("--model.checkpoint", folder, "--run.steps", 1, output="next", data={"feature_cache": cache}) == 0
+    saved, next_model = (Blip2QFormer.from_pretrained(list_checkpoints(tmp_path / x)[-1]) for x in ("run", "next"))
+    for name, tensor in next_model.state_dict().items():
+        # one warm-up step of AdamW moves no weight by more than about its learning rate, 1e-6
+        torch.testing.assert_close(tensor, saved.state_dict()[name], rtol=1e-5, atol=2e-6)
+
+
+def test_doctor_prints_text_and_json(capsys):
+    assert cli.main(["doctor"]) == 0
+    assert "reference" in capsys.readouterr().out
+    assert cli.main(["doctor", "--json"]) == 0
+    assert torch.__version__.startswith(json.loads(capsys.readouterr().out)["versions"]["torch"])
+
+
+def test_a_command_must_be_given(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert "train,extract-features,demo,doctor" in capsys.readouterr().err
