@@ -8,7 +8,6 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,9 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 from qformer_fast.data.features import FeatureCache
-from qformer_fast.demo.pictures import IMAGE_SIZE, Picture
+from qformer_fast.demo.pictures import Picture
 
-MIRRORED = "/mirrored"
 GRID = 7
 
 
@@ -110,12 +108,34 @@ class RandomPatchTokens:
 
 def cached_tokens(
     pictures: Sequence[Picture],
-    mirrored: Sequence[Picture],
     render: Callable[[Picture], Image.Image],
-    make_encoder: Callable[[], TokenEncoder],
-    metadata: dict[str, Any],
+    encoder: TokenEncoder,
     cache_dir: Path,
     *,
     batch_size: int = 32,
 ) -> tuple[FeatureCache, bool]:
-    """The cache of these pictures' tokens, extracted where it is not there yet."""
+    """The cache of these pictures' tokens, extracted where it is not there yet.
+
+    Args:
+        pictures (Sequence): their keys become the cache's.
+        render (Callable): draws one, (224, 224) RGB.
+        encoder (TokenEncoder): its metadata and the keys name the cache's folder.
+        cache_dir (Path): where caches lie.
+        batch_size (int): pictures at once. Default: 32.
+
+    Returns:
+        tuple: the cache, and whether it was there already.
+    """
+    keys = [picture.key for picture in pictures]
+    name = hashlib.sha256(json.dumps([encoder.metadata, keys], sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_dir / f"tokens-{name}"
+    if folder.exists():
+        return FeatureCache(folder, expect=encoder.metadata), True
+
+    def batches() -> Iterator[Tensor]:
+        for start in tqdm(range(0, len(pictures), batch_size), desc="image tokens", unit="batch", disable=None):
+            drawings = [np.asarray(render(picture)) for picture in pictures[start : start + batch_size]]
+            pixels = torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2)
+            yield encoder(pixels / 127.5 - 1.0)
+
+    return FeatureCache.create(folder, keys, batches(), metadata=encoder.metadata), False
