@@ -96,8 +96,9 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     for name, (config, about) in CONFIGS.items():
         commands[name] = ArgumentParser(description=about)
         commands[name].add_argument("--config", action="config", help="a YAML file with the options below")
-        commands[name].add_class_arguments(config)
+        commands[name].add_class_arguments(config, skip={"synthetic"})
         subcommands.add_subcommand(name, commands[name], help=about)
+    commands["demo"].add_argument("--synthetic", action="store_true", help="made-up pictures, no data package needed")
     commands["doctor"] = ArgumentParser(description="versions, devices, and which backend each op uses")
     commands["doctor"].add_argument("--json", action="store_true", help="print JSON")
     subcommands.add_subcommand("doctor", commands["doctor"], help="say what can run here and why not")

@@ -66,8 +66,8 @@ def write_report(
         "<h2>Retrieval of unseen concepts</h2>" + _retrieval_table(results["retrieval"]),
         f"<p>{_text(table_note)}</p><p class='note'>Recall in percent; images to {counts['test captions']} names (i2t) "
         f"and names to {counts['test']} drawings (t2i). Image features of all rows: {_text(results['features'])}. The "
-        f"linear heads see {_text(results['text_features'])}; they are two linear layers trained with InfoNCE. Re-ranked: the "
-        "nearest 16 candidates scored again by image-text matching, ITM logit plus cosine.</p>",
+        f"linear heads see {_text(results['text_features'])}; they are two linear layers trained with "
+        "InfoNCE. Re-ranked: the nearest 16 candidates scored again by image-text matching, ITM logit plus cosine.</p>",
         "<h2>Training</h2>" + _figure(_loss_plot(history), "losses"),
         "<h2>Test pictures, nearest names, generated names</h2><div class='grid'>"
         + "".join(map(_card, examples))
@@ -77,8 +77,8 @@ def write_report(
         + "<p class='note'>Last cross-attention layer, mean over the heads, one column a query, 7 x 7 tokens.</p>",
         "<h2>Speed of this machine</h2><table><thead><tr><th>forward + backward of one batch</th><th>seconds</th></tr>"
         f"</thead><tbody><tr><td>original order: four passes, padded text</td><td>{speed['original order']:.3f}</td>"
-        f"</tr><tr class='ours'><td>packed: two sweeps, keys and values once</td><td>{speed['packed']:.3f}</td></tr></tbody>"
-        f"</table><p>{speed['ratio']:.2f} times as fast, taken in turn in one run.</p>",
+        f"</tr><tr class='ours'><td>packed: two sweeps, keys and values once</td><td>"
+        f"{speed['packed']:.3f}</td></tr></tbody></table><p>{speed['ratio']:.2f} times as fast, taken in turn.</p>",
         "<h2>The run</h2>" + _run_table(results),
         "<h2>Limits</h2><ul><li>The frozen image features are not EVA-CLIP's as in the paper; what the Q-Former "
         "can see is bounded by them.</li><li>A few thousand short names teach names, not sentences.</li></ul>",

@@ -150,6 +150,10 @@ def test_linear_heads_learn_a_linear_relation() -> None:
 
 def test_verdict_says_it_either_way() -> None:
     better, worse = {"i2t R@1": 20.0, "t2i R@1": 21.0}, {"i2t R@1": 18.0, "t2i R@1": 22.0}
-    sentence = run._verdict({"Q-Former, contrast (ITC)": better, "linear heads": worse})
+    rows = {"Q-Former, contrast (ITC)": better, "linear heads": worse}
+    sentence = run._verdict(rows, 70, torch.device("cpu"))
     assert "above at i2t R@1 (20.0 v. 18.0)" in sentence
     assert "NOT above at t2i R@1 (21.0 v. 22.0)" in sentence
+    assert "ends its training after 70 steps" in sentence
+    rows["linear heads"] = {"i2t R@1": 18.0, "t2i R@1": 20.0}
+    assert "NOT" not in run._verdict(rows, 70, torch.device("cpu"))
