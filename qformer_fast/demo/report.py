@@ -79,8 +79,8 @@ def write_report(
         f"</thead><tbody><tr><td>original order: four passes, padded text</td><td>{speed['original order']:.3f}</td>"
         f"</tr><tr class='ours'><td>packed: two sweeps, keys and values once</td><td>"
         f"{speed['packed']:.3f}</td></tr></tbody></table><p>{speed['ratio']:.2f} times as fast, taken in turn.</p>"
-        f"<p class='note'>{results['config']['batch_size']} pairs, {_text(results['precision'])}. The original order pads "
-        "text to 32 tokens and these names have a few, so much of the gain is padding that was not computed.</p>",
+        f"<p class='note'>{results['config']['batch_size']} pairs, {_text(results['precision'])}. The original order "
+        "pads text to 32 tokens and these names have a few, so much of the gain is padding that was not computed.</p>",
         "<h2>The run</h2>" + _run_table(results),
         "<h2>Limits</h2><ul><li>The frozen image features are not EVA-CLIP's as in the paper; what the Q-Former "
         "can see is bounded by them.</li><li>A few thousand short names teach names, not sentences.</li></ul>",

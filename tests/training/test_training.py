@@ -66,7 +66,9 @@ class ColourEncoder(torch.nn.Module):
         return torch.tensor(picture.getpixel((0, 0)))[:, None, None] / 255
 
     def forward(self, pixels):
-        return (pixels.flatten(1) @ self.weight).view(-1, 4, 48)
+        # element by element: a matrix product may round otherwise in a batch of another size
+        red, green, blue = pixels.flatten(1).unsqueeze(-1).unbind(1)
+        return (red * self.weight[0] + green * self.weight[1] + blue * self.weight[2]).view(-1, 4, 48)
 
 
 class Interrupt(Exception):
