@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             extract_features(config)
         else:
             run_demo(config)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"qformer-fast {command}: {error}", file=sys.stderr)
         return 1
     return 0

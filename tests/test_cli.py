@@ -15,6 +15,7 @@ from PIL import Image
 
 from qformer_fast import Blip2QFormer, cli
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.demo import emoji_pairs
 from qformer_fast.training.checkpoint import list_checkpoints
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (99, 99, 99)}
@@ -266,3 +267,11 @@ def test_a_command_must_be_given(capsys):
     with pytest.raises(SystemExit):
         cli.main([])
     assert "train,extract-features,demo,doctor" in capsys.readouterr().err
+
+
+def test_missing_demo_packages_are_named_without_a_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(emoji_pairs.PACKAGES, "no_such_module", "no-such-package")
+    assert cli.main(["demo", "--output_dir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "no-such-package" in error and "--synthetic" in error
+    assert list(tmp_path.iterdir()) == []

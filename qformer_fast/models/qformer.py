@@ -352,8 +352,8 @@ class QFormer(CheckpointMixin, nn.Module):
             input_ids (Tensor, Optional): (batch, text) integers.
             attention_mask (Tensor, Optional): nonzero = may be looked at. 2-D (batch, text) or (batch, queries +
                 text), left- or right-padded or with holes; 3-D (batch, width, width) or 4-D (batch, 1, width, width)
-                with width = queries + text, where a float 4-D mask is added to the scores. 3-D and 4-D masks, and 2-D
-                masks that hide queries, replace ``mask`` where they say less, and run on the reference backend.
+                with width = queries + text, where a float 4-D mask is added to the scores. A 3-D or 4-D mask replaces
+                ``mask``; a 2-D one that hides queries is applied on top of it. These run on the reference backend.
             encoder_hidden_states (Tensor, Optional): (batch, tokens, encoder_hidden), used as they are; needed with
                 queries.
             encoder_attention_mask (Tensor, Optional): nonzero = may be looked at; (batch, tokens), (batch, queries or
