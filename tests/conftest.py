@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
+# without a GPU the kernels run under Triton's interpreter; it must be asked for before they are imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 # the installed package is what is tested, also where pytest puts the root on the path
@@ -88,6 +93,65 @@ def _make_captions():
 @pytest.fixture(name="spread_weights")
 def _spread_weights():
     return spread_weights
+
+
+@pytest.fixture
+def assert_close():
+    """Compares a kernel's results with fp64, name by name; see :func:`_assert_close`."""
+    return _assert_close
+
+
+def _assert_close(
+    actual: dict[str, Tensor], low: dict[str, Tensor], high: dict[str, Tensor], *, factor: float = 2, atol: float = 1e-6
+) -> None:
+    """The largest error to fp64 is at most ``factor`` times the error of plain PyTorch in the kernel's dtype + atol.
+
+    Args:
+        actual, low, high (dict): the kernel's results, plain PyTorch's in the same dtypes, and fp64's.
+        atol (float): relative to the largest magnitude of ``high``.
+    """
+    for name, x in actual.items():
+        # the interpreter cuts fp32 off to bf16 where a GPU rounds: twice the error
+        doubled = 2 if x.dtype == torch.bfloat16 and not x.is_cuda else 1
+        expected, plain = high[name].double().cpu(), low[name].double().cpu()
+        assert x.shape == expected.shape, f"{name} is {tuple(x.shape)}, expected {tuple(expected.shape)}"
+        error = (x.double().cpu() - expected).abs()
+        assert error.isfinite().all(), f"{name} has NaN or Inf"
+        allowed = doubled * factor * (plain - expected).abs().max() + atol * expected.abs().max().clamp_min(1e-3)
+        at = error.flatten().argmax()
+        assert error.max() <= allowed, (
+            f"{name}: error {error.max():.3g} > {allowed:.3g} at {int(at)}: "
+            f"{float(x.flatten()[at]):.6g} v. {float(expected.flatten()[at]):.6g}"
+        )
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN, so that what a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter multiplies the bit patterns of bf16 operands; they are widened before its ``tl.dot``."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    language = pytest.importorskip("triton.language")
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widen(x):
+        if x.dtype.scalar != language.bfloat16:
+            return x
+        data = interpreter._convert_float(x.data, language.bfloat16, language.float32, None)
+        return interpreter.TensorHandle(data.view("float32"), language.float32)
+
+    def create_dot(self, a, b, *others):
+        return plain(self, widen(a), widen(b), *others)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture

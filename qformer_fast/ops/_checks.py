@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qformer_fast.layout import SequenceLayout
@@ -40,3 +41,19 @@ def check_rows(name: str, x: Tensor, rows: int, layout: SequenceLayout) -> None:
         raise ValueError(f"{name} must have the {rows} rows of the layout, got {x.shape[0]}")
     if x.device != layout.masks.device:
         raise ValueError(f"{name} must be on the layout's device {layout.masks.device}, got {x.device}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives the kernels for ``x``: its own outside autocast, and in fp64."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """(1,) int64 from the default generator of x's device, or None where nothing is dropped.
+
+    It stays on the device, so that a captured CUDA graph draws anew at each replay.
+    """
+    return torch.randint(2**62, (1,), device=x.device) if dropout_p > 0 else None

@@ -32,4 +32,6 @@ def contrastive_similarity(image_features: Tensor, text_features: Tensor, *, bac
     check_shape("text_features", text_features, "texts", image_features.shape[2])
     check_floating(image_features=image_features, text_features=text_features)
     check_device(image_features, text_features=text_features)
-    return backends.resolve("contrastive_similarity", IMPLEMENTATIONS, backend)(image_features, text_features)
+    return backends.resolve("contrastive_similarity", IMPLEMENTATIONS, backend, image_features)(
+        image_features, text_features
+    )

@@ -67,7 +67,7 @@ def cross_attention_block(
         check_image_mask(image_mask, k, layout)
     check_probability("attention_dropout_p", attention_dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
-    return backends.resolve("cross_attention_block", IMPLEMENTATIONS, backend)(
+    return backends.resolve("cross_attention_block", IMPLEMENTATIONS, backend, query_rows)(
         query_rows,
         k,
         v,

@@ -49,5 +49,5 @@ def dropout_add_layer_norm(
     check_floating(x=x, residual=residual, weight=weight, bias=bias)
     check_device(x, residual=residual, weight=weight, bias=bias)
     check_probability("dropout_p", dropout_p)
-    run = backends.resolve("dropout_add_layer_norm", IMPLEMENTATIONS, backend)
+    run = backends.resolve("dropout_add_layer_norm", IMPLEMENTATIONS, backend, x)
     return run(x, residual, weight, bias, eps=eps, dropout_p=dropout_p)

@@ -57,7 +57,7 @@ def embeddings(
     check_floating(word_weight=word_weight, position_weight=position_weight, weight=weight, bias=bias)
     check_device(word_weight, input_ids=input_ids, position_ids=position_ids, position_weight=position_weight)
     check_probability("dropout_p", dropout_p)
-    return backends.resolve("embeddings", IMPLEMENTATIONS, backend)(
+    return backends.resolve("embeddings", IMPLEMENTATIONS, backend, word_weight)(
         input_ids,
         position_ids,
         word_weight,

@@ -54,7 +54,7 @@ def image_cross_attention(
     check_probability("dropout_p", dropout_p)
     if image_mask is not None:
         check_image_mask(image_mask, k, layout)
-    run = backends.resolve("image_cross_attention", IMPLEMENTATIONS, backend)
+    run = backends.resolve("image_cross_attention", IMPLEMENTATIONS, backend, q)
     return run(q, k, v, layout, image_mask=image_mask, softmax_scale=softmax_scale, dropout_p=dropout_p)
 
 

@@ -51,6 +51,6 @@ def image_key_value(
     for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if value is not None:
             check_shape(name, value, x.shape[-1])
-    return backends.resolve("image_key_value", IMPLEMENTATIONS, backend)(
+    return backends.resolve("image_key_value", IMPLEMENTATIONS, backend, x)(
         x, weight, bias, norm_weight, norm_bias, eps=eps
     )

@@ -54,5 +54,5 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    run = backends.resolve("linear_cross_entropy", IMPLEMENTATIONS, backend)
+    run = backends.resolve("linear_cross_entropy", IMPLEMENTATIONS, backend, x)
     return run(x, weight, bias, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction)

@@ -43,5 +43,5 @@ def query_text_attention(
     check_floating(qkv=qkv)
     check_rows("qkv", qkv, layout.num_rows, layout)
     check_probability("dropout_p", dropout_p)
-    run = backends.resolve("query_text_attention", IMPLEMENTATIONS, backend)
+    run = backends.resolve("query_text_attention", IMPLEMENTATIONS, backend, qkv)
     return run(qkv, layout, softmax_scale=softmax_scale, dropout_p=dropout_p)

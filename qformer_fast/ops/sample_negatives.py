@@ -36,4 +36,4 @@ def sample_negatives(logits: Tensor, excluded: Tensor, *, backend: str | None = 
     check_device(logits, excluded=excluded)
     if excluded.dtype != torch.bool:
         raise TypeError(f"excluded must be bool, got {excluded.dtype}")
-    return backends.resolve("sample_negatives", IMPLEMENTATIONS, backend)(logits, excluded)
+    return backends.resolve("sample_negatives", IMPLEMENTATIONS, backend, logits)(logits, excluded)

@@ -61,7 +61,7 @@ def self_attention_block(
         raise ValueError(f"nheads must divide the hidden size {hidden}, got {nheads}")
     check_probability("attention_dropout_p", attention_dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
-    return backends.resolve("self_attention_block", IMPLEMENTATIONS, backend)(
+    return backends.resolve("self_attention_block", IMPLEMENTATIONS, backend, rows)(
         rows,
         layout,
         qkv_weight,

@@ -58,5 +58,5 @@ def split_feed_forward_block(
         if parameters is not None:
             check_shape(f"{name}[0]", parameters[0], "intermediate", hidden)
             check_shape(f"{name}[2]", parameters[2], hidden, parameters[0].shape[0])
-    run = backends.resolve("split_feed_forward_block", IMPLEMENTATIONS, backend)
+    run = backends.resolve("split_feed_forward_block", IMPLEMENTATIONS, backend, query_rows)
     return run(query_rows, text_rows, query_parameters, text_parameters, eps=eps, dropout_p=dropout_p)

@@ -6,10 +6,12 @@ from qformer_fast.reference.attention import image_attention_probs, image_cross_
 from qformer_fast.reference.blocks import cross_attention_block, self_attention_block, split_feed_forward_block
 from qformer_fast.reference.image_kv import image_key_value
 from qformer_fast.reference.losses import contrastive_similarity, linear_cross_entropy, sample_negatives
-from qformer_fast.reference.rowwise import bias_gelu, dropout_add_layer_norm, embeddings
+from qformer_fast.reference.rowwise import bias_gelu, bias_gelu_bwd, bias_gelu_fwd, dropout_add_layer_norm, embeddings
 
 __all__ = [
     "bias_gelu",
+    "bias_gelu_bwd",
+    "bias_gelu_fwd",
     "contrastive_similarity",
     "cross_attention_block",
     "dropout_add_layer_norm",

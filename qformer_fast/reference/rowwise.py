@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,6 +12,19 @@ from torch.nn import functional as F
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) with the exact erf; x (rows, width), bias (width,)."""
     return F.gelu(x + bias)
+
+
+def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias).to(x.dtype)
+
+
+def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """With y = x + bias: dx = dout (Phi(y) + y phi(y)), Phi and phi the normal distribution and its density; dbias is
+    the sum of dx over rows.
+    """
+    y = x + bias
+    dx = dout * (torch.special.ndtr(y) + y * (-0.5 * y * y).exp() / math.sqrt(2 * math.pi))
+    return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
 def dropout_add_layer_norm(

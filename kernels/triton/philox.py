@@ -1,0 +1,18 @@
+"""Dropout masks by Philox: made again wherever they are needed, never stored."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dropout_keep(seed, counters, threshold):
+    """(R, G) counters -> (R, 8 G) bool, column c of the result decided by 16 of the 128 bits of counter c // 8.
+
+    Keeps where the 16 bits are at least ``threshold``, which is the probability of dropping times 65536.
+    """
+    a, b, c, d = tl.randint4x(seed, counters)
+    words = tl.join(tl.join(a, c), tl.join(b, d)).to(tl.uint32, bitcast=True)
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, (counters.shape[0], counters.shape[1] * 8)).to(tl.int32) >= threshold
