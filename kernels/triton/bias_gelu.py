@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+from qformer_fast.kernels import launch
 from torch import Tensor
 
-from qformer_fast.kernels import launch
+import triton
+import triton.language as tl
 
 
 @triton.jit
