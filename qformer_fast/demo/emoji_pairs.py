@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,8 @@ SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 VARIANT_SIGNS = frozenset({0x200D, 0x2640, 0x2642, 0x27A1})
 MAN_WOMAN, PERSON = frozenset({0x1F468, 0x1F469}), 0x1F9D1
 FULLY_QUALIFIED = 2
+# aliases that are numbers of a series and no names: "rabbit2", "u5408"
+NUMBERED = re.compile(r"[a-z]\d")
 
 
 def missing_packages() -> list[str]:
@@ -88,6 +91,7 @@ def load_pictures() -> list[Picture]:
         caption, *aliases = dict.fromkeys(
             words for name in (entry["en"], *entry.get("alias", ())) if (words := _words(name))
         )
+        aliases = [name for name in aliases if not NUMBERED.search(name)]
         for vendor, drawings in vendors.items():
             picture = Picture(
                 key=f"{vendor}/{concept}",

@@ -134,7 +134,8 @@ def cached_tokens(
 
     def batches() -> Iterator[Tensor]:
         for start in tqdm(range(0, len(pictures), batch_size), desc="image tokens", unit="batch", disable=None):
-            drawings = [np.asarray(render(picture)) for picture in pictures[start : start + batch_size]]
+            chosen = pictures[start : start + batch_size]
+            drawings = [np.asarray(render(picture))[:, :: -1 if picture.mirrored else 1] for picture in chosen]
             pixels = torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2)
             yield encoder(pixels / 127.5 - 1.0)
 

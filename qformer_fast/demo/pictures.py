@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGE_SIZE = 224
 
@@ -21,6 +21,7 @@ class Picture:
         base (str): concepts that are variants of each other share it; never in both halves of the split.
         vendor (str): who drew it.
         source (str): what the picture is rendered from.
+        mirrored (bool): shown as in a mirror. Default: False.
     """
 
     key: str
@@ -30,6 +31,17 @@ class Picture:
     base: str
     vendor: str
     source: str
+    mirrored: bool = False
+
+
+def mirrored(pictures: Sequence[Picture]) -> list[Picture]:
+    """The pictures as a mirror shows them, but for those whose names speak of a side."""
+    sides = {"left", "right", "leftwards", "rightwards"}
+    return [
+        replace(picture, key=f"{picture.key}/mirrored", mirrored=True)
+        for picture in pictures
+        if not sides.intersection(" ".join((picture.caption, *picture.aliases)).split())
+    ]
 
 
 def split_by_base(pictures: Sequence[Picture], *, held_out: float = 0.2) -> tuple[list[Picture], list[Picture]]:

@@ -6,9 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qformer_fast.demo import emoji_pairs, synthetic
-from qformer_fast.demo.pictures import check_disjoint, split_by_base
+from qformer_fast.demo.features import cached_tokens
+from qformer_fast.demo.pictures import Picture, check_disjoint, mirrored, split_by_base
 
 needs_packages = pytest.mark.skipif(
     bool(emoji_pairs.missing_packages()), reason=f"not installed: {emoji_pairs.missing_packages()}"
@@ -111,3 +113,30 @@ def test_synthetic_tokenizer() -> None:
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "a", "red", "circle", "[SEP]"]
     assert tokenizer.pad_token_id == 0
     assert tokenizer.bos_token_id == len(tokenizer) - 1
+
+
+def test_mirrored_leaves_out_names_that_speak_of_a_side():
+    picture = Picture("a", "red cat", ("tomcat",), "c", "b", "vendor", "source")
+    pictures = [
+        picture,
+        dataclasses.replace(picture, caption="left arrow"),
+        dataclasses.replace(picture, aliases=("arrow right",)),
+    ]
+    assert mirrored(pictures) == [dataclasses.replace(picture, key="a/mirrored", mirrored=True)]
+
+
+def test_a_mirrored_picture_is_extracted_in_mirror_image(tmp_path):
+    """An encoder that gives the colour of the top left corner."""
+    drawing = Image.new("RGB", (224, 224), "black")
+    drawing.paste("white", (112, 0, 224, 224))
+
+    class Corner:
+        width, metadata = 1, {"encoder": "corner"}
+
+        def __call__(self, pixels):
+            return pixels[:, :1, 0, :1].unsqueeze(-1).expand(-1, 49, 1)
+
+    picture = Picture("a", "half", (), "c", "b", "vendor", "source")
+    both = [picture, *mirrored([picture])]
+    cache, _ = cached_tokens(both, lambda _: drawing, Corner(), tmp_path)
+    assert cache.rows(["a", "a/mirrored"])[:, 0, 0].tolist() == [-1.0, 1.0]
