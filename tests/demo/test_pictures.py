@@ -134,7 +134,7 @@ def test_a_mirrored_picture_is_extracted_in_mirror_image(tmp_path):
         width, metadata = 1, {"encoder": "corner"}
 
         def __call__(self, pixels):
-            return pixels[:, :1, 0, :1].unsqueeze(-1).expand(-1, 49, 1)
+            return pixels[:, :1, :1, 0].repeat(1, 49, 1)
 
     picture = Picture("a", "half", (), "c", "b", "vendor", "source")
     both = [picture, *mirrored([picture])]
