@@ -6,7 +6,7 @@ rows of all sequences, each block in the order of the sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 
@@ -172,6 +172,7 @@ class SequenceLayout:
     num_text_rows: int
     max_text_length: int
     attention_mask: Tensor | None = None
+    _by_image: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(
@@ -250,8 +251,19 @@ class SequenceLayout:
     def num_rows(self) -> int:
         return self.num_query_rows + self.num_text_rows
 
+    def sequences_by_image(self, num_images: int) -> tuple[Tensor, Tensor]:
+        """The query sequences in the order of their images, and where each image's begin among them.
+
+        Shapes: (query sequences,) and (num_images + 1,), int64.
+        """
+        if num_images not in self._by_image:
+            images, order = self.image_index.sort(stable=True)
+            bounds = torch.arange(num_images + 1, device=images.device)
+            self._by_image[num_images] = order, torch.searchsorted(images, bounds)
+        return self._by_image[num_images]
+
     @cached_property
-    def _is_row(self) -> Tensor:
+    def is_row(self) -> Tensor:
         """(sequences, width) bool: the places of the padded form that hold a row."""
         sequences = torch.arange(self.num_sequences, device=self.masks.device)
         columns = torch.arange(self.max_text_length, device=self.masks.device)
@@ -267,7 +279,7 @@ class SequenceLayout:
         queries = sequences * self.num_queries + torch.arange(self.num_queries, device=self.masks.device)
         columns = torch.arange(self.max_text_length, device=self.masks.device)
         text = self.num_query_rows + self.text_offsets[:-1, None] + columns
-        return torch.cat([queries, text], dim=1).masked_fill(~self._is_row, 0)
+        return torch.cat([queries, text], dim=1).masked_fill(~self.is_row, 0)
 
     @cached_property
     def row_places(self) -> Tensor:
@@ -295,4 +307,4 @@ class SequenceLayout:
                 torch.ones_like(query_reader | query_read),
             ]
         )
-        return (sees[self.masks] & self._is_row[:, None, :])[:, None]
+        return (sees[self.masks] & self.is_row[:, None, :])[:, None]

@@ -1,5 +1,19 @@
 """Triton kernels and their launchers, one file an op; imported as ``qformer_fast.kernels``."""
 
 from qformer_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from qformer_fast.kernels.image_cross_attention import (
+    image_cross_attention_bwd,
+    image_cross_attention_bwd_into,
+    image_cross_attention_fwd,
+)
+from qformer_fast.kernels.query_text_attention import query_text_attention_bwd, query_text_attention_fwd
 
-__all__ = ["bias_gelu_bwd", "bias_gelu_fwd"]
+__all__ = [
+    "bias_gelu_bwd",
+    "bias_gelu_fwd",
+    "image_cross_attention_bwd",
+    "image_cross_attention_bwd_into",
+    "image_cross_attention_fwd",
+    "query_text_attention_bwd",
+    "query_text_attention_fwd",
+]

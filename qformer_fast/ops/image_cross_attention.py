@@ -2,14 +2,132 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
-from qformer_fast.ops._checks import check_device, check_floating, check_probability, check_rows, check_shape
+from qformer_fast.ops._checks import (
+    autocast_dtype,
+    check_device,
+    check_floating,
+    check_probability,
+    check_rows,
+    check_shape,
+    draw_seed,
+)
 
-IMPLEMENTATIONS = {"reference": reference.image_cross_attention}
+MAX_HEADDIM = 128
+
+
+@torch.library.custom_op("qformer_fast::image_cross_attention_fwd", mutates_args=())
+def image_cross_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_index: Tensor,
+    image_order: Tensor,
+    image_offsets: Tensor,
+    image_mask: Tensor | None,
+    seed: Tensor | None,
+    num_queries: int,
+    softmax_scale: float,
+    dropout_p: float,
+) -> Tensor:
+    run = backends.kernel_or_formula("image_cross_attention_fwd", q)
+    return run(
+        q, k, v, image_index, image_order, image_offsets, image_mask, seed, num_queries, softmax_scale, dropout_p
+    )
+
+
+@image_cross_attention_fwd.register_fake
+def _(q: Tensor, *_) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qformer_fast::image_cross_attention_bwd", mutates_args=())
+def image_cross_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_index: Tensor,
+    image_order: Tensor,
+    image_offsets: Tensor,
+    image_mask: Tensor | None,
+    seed: Tensor | None,
+    num_queries: int,
+    softmax_scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = backends.kernel_or_formula("image_cross_attention_bwd", q)
+    return run(
+        dout, q, k, v, image_index, image_order, image_offsets, image_mask, seed, num_queries, softmax_scale, dropout_p
+    )
+
+
+@image_cross_attention_bwd.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.sizes = inputs[8:]
+
+
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = image_cross_attention_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+    return *gradients, *[None] * (5 + len(ctx.sizes))
+
+
+image_cross_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    *,
+    image_mask: Tensor | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    dtype = autocast_dtype(q)
+    return image_cross_attention_fwd(
+        q.to(dtype).contiguous(),
+        *kernel_keys_values(k.to(dtype), v.to(dtype)),
+        layout.image_index,
+        *layout.sequences_by_image(k.shape[0]),
+        None if image_mask is None else image_mask.contiguous(),
+        draw_seed(q, dropout_p),
+        layout.num_queries,
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        dropout_p,
+    )
+
+
+def kernel_keys_values(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v as the kernels read them: heads contiguous and equal strides, as slices of one buffer have; else
+    copies.
+    """
+    nheads, headdim = k.shape[2:]
+    if k.stride() == v.stride() and (k.stride(3) == 1 or headdim == 1) and (k.stride(2) == headdim or nheads == 1):
+        return k, v
+    return k.contiguous(), v.contiguous()
+
+
+IMPLEMENTATIONS = {"reference": reference.image_cross_attention, "triton": _kernels}
+
+
+def unsupported(headdim: int, image_mask: Tensor | None) -> str | None:
+    """Why the kernels can't take this call, or None."""
+    if image_mask is not None and image_mask.dtype != torch.bool:
+        return f"its kernels take a bool image_mask, got {image_mask.dtype}"
+    return None if headdim <= MAX_HEADDIM else f"its kernels take head dimensions up to {MAX_HEADDIM}, got {headdim}"
 
 
 def image_cross_attention(
@@ -54,7 +172,7 @@ def image_cross_attention(
     check_probability("dropout_p", dropout_p)
     if image_mask is not None:
         check_image_mask(image_mask, k, layout)
-    run = backends.resolve("image_cross_attention", IMPLEMENTATIONS, backend, q)
+    run = backends.resolve("image_cross_attention", IMPLEMENTATIONS, backend, q, unsupported(q.shape[2], image_mask))
     return run(q, k, v, layout, image_mask=image_mask, softmax_scale=softmax_scale, dropout_p=dropout_p)
 
 

@@ -2,14 +2,108 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
-from qformer_fast.ops._checks import check_floating, check_probability, check_rows, check_shape
+from qformer_fast.ops._checks import (
+    autocast_dtype,
+    check_floating,
+    check_probability,
+    check_rows,
+    check_shape,
+    draw_seed,
+)
 
-IMPLEMENTATIONS = {"reference": reference.query_text_attention}
+MAX_HEADDIM = 128
+
+
+@torch.library.custom_op("qformer_fast::query_text_attention_fwd", mutates_args=())
+def query_text_attention_fwd(
+    qkv: Tensor,
+    text_offsets: Tensor,
+    masks: Tensor,
+    seed: Tensor | None,
+    num_query_sequences: int,
+    num_queries: int,
+    max_text_length: int,
+    softmax_scale: float,
+    dropout_p: float,
+) -> Tensor:
+    run = backends.kernel_or_formula("query_text_attention_fwd", qkv)
+    return run(
+        qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale, dropout_p
+    )
+
+
+@query_text_attention_fwd.register_fake
+def _(qkv: Tensor, *_) -> Tensor:
+    rows, _, nheads, headdim = qkv.shape
+    return qkv.new_empty(rows, nheads, headdim)
+
+
+@torch.library.custom_op("qformer_fast::query_text_attention_bwd", mutates_args=())
+def query_text_attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    text_offsets: Tensor,
+    masks: Tensor,
+    seed: Tensor | None,
+    num_query_sequences: int,
+    num_queries: int,
+    max_text_length: int,
+    softmax_scale: float,
+    dropout_p: float,
+) -> Tensor:
+    run = backends.kernel_or_formula("query_text_attention_bwd", qkv)
+    return run(
+        dout, qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale,
+        dropout_p,
+    )  # fmt: skip
+
+
+@query_text_attention_bwd.register_fake
+def _(dout: Tensor, qkv: Tensor, *_) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, text_offsets, masks, seed, *ctx.sizes = inputs
+    ctx.save_for_backward(qkv, text_offsets, masks, seed)
+
+
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dqkv = query_text_attention_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+    return dqkv, *[None] * (3 + len(ctx.sizes))
+
+
+query_text_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _kernels(qkv: Tensor, layout: SequenceLayout, *, softmax_scale: float | None, dropout_p: float) -> Tensor:
+    return query_text_attention_fwd(
+        qkv.to(autocast_dtype(qkv)).contiguous(),
+        layout.text_offsets,
+        layout.masks,
+        draw_seed(qkv, dropout_p),
+        layout.num_query_sequences,
+        layout.num_queries,
+        layout.max_text_length,
+        qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        dropout_p,
+    )
+
+
+IMPLEMENTATIONS = {"reference": reference.query_text_attention, "triton": _kernels}
+
+
+def unsupported(headdim: int, layout: SequenceLayout) -> str | None:
+    """Why the kernels can't take this call, or None."""
+    if layout.attention_mask is not None:
+        return "a layout with an attention_mask runs on the reference"
+    return None if headdim <= MAX_HEADDIM else f"its kernels take head dimensions up to {MAX_HEADDIM}, got {headdim}"
 
 
 def query_text_attention(
@@ -23,7 +117,8 @@ def query_text_attention(
     """softmax(q k^T * softmax_scale) v inside each sequence of ``layout``, under its mask.
 
     Replaces LAVIS ``BertSelfAttention`` between its projections (Qformer.py:187-270), for all sequences at once and
-    without padding. A row that may look at nothing gives zeros.
+    without padding. A row that may look at nothing gives zeros. Under autocast the kernels take qkv in the autocast
+    dtype.
 
     Args:
         qkv (Tensor): (rows, 3, nheads, headdim); fp32, fp16 or bf16; the packed rows' queries, keys and values.
@@ -43,5 +138,5 @@ def query_text_attention(
     check_floating(qkv=qkv)
     check_rows("qkv", qkv, layout.num_rows, layout)
     check_probability("dropout_p", dropout_p)
-    run = backends.resolve("query_text_attention", IMPLEMENTATIONS, backend, qkv)
+    run = backends.resolve("query_text_attention", IMPLEMENTATIONS, backend, qkv, unsupported(qkv.shape[3], layout))
     return run(qkv, layout, softmax_scale=softmax_scale, dropout_p=dropout_p)

@@ -2,7 +2,15 @@
 benchmarks.
 """
 
-from qformer_fast.reference.attention import image_attention_probs, image_cross_attention, query_text_attention
+from qformer_fast.reference.attention import (
+    image_attention_probs,
+    image_cross_attention,
+    image_cross_attention_bwd,
+    image_cross_attention_fwd,
+    query_text_attention,
+    query_text_attention_bwd,
+    query_text_attention_fwd,
+)
 from qformer_fast.reference.blocks import cross_attention_block, self_attention_block, split_feed_forward_block
 from qformer_fast.reference.image_kv import image_key_value
 from qformer_fast.reference.losses import contrastive_similarity, linear_cross_entropy, sample_negatives
@@ -18,9 +26,13 @@ __all__ = [
     "embeddings",
     "image_attention_probs",
     "image_cross_attention",
+    "image_cross_attention_bwd",
+    "image_cross_attention_fwd",
     "image_key_value",
     "linear_cross_entropy",
     "query_text_attention",
+    "query_text_attention_bwd",
+    "query_text_attention_fwd",
     "sample_negatives",
     "self_attention_block",
     "split_feed_forward_block",

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qformer_fast.layout import SequenceLayout
+from qformer_fast.reference.philox import dropout_keep, threshold_and_scale
 
 
 def query_text_attention(
@@ -76,3 +77,120 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: 
         mask = mask | ~sees
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return out.masked_fill(~sees, 0.0)
+
+
+# The formulas that the kernels follow. With scores s = q k^T scale, p = softmax(s) and c the dropout mask (0, or 1 over the
+# share that is kept): out = (p c) v, and backward dv = (p c)^T dout, dp = (dout v^T) c, ds = p (dp - sum(p dp)) scale,
+# dq = ds k, dk = ds^T q.
+
+
+def query_text_attention_fwd(qkv: Tensor, *others) -> Tensor:
+    """Arguments as ``query_text_attention_bwd``."""
+    layout, _, _, v, p, keep, _ = _self_probabilities(qkv, *others)
+    return _pack((p * keep) @ v, layout)
+
+
+def query_text_attention_bwd(dout: Tensor, qkv: Tensor, *others) -> Tensor:
+    """dqkv; ``others``: text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale,
+    dropout_p.
+    """
+    layout, q, k, v, p, keep, scale = _self_probabilities(qkv, *others)
+    dout = _pad(dout, layout).masked_fill(~layout.is_row[:, None, :, None], 0.0)
+    gradients = _attention_bwd(dout, q, k, v, p, keep, scale)
+    return torch.stack([_pack(x, layout) for x in gradients], dim=1)
+
+
+def _self_probabilities(
+    qkv: Tensor,
+    text_offsets: Tensor,
+    masks: Tensor,
+    seed: Tensor | None,
+    num_query_sequences: int,
+    num_queries: int,
+    max_text_length: int,
+    softmax_scale: float,
+    dropout_p: float,
+):
+    rows, _, nheads, _ = qkv.shape
+    layout = SequenceLayout(
+        num_queries=num_queries,
+        image_index=torch.zeros(num_query_sequences, dtype=torch.int64, device=qkv.device),
+        text_offsets=text_offsets,
+        masks=masks,
+        num_text_rows=rows - num_query_sequences * num_queries,
+        max_text_length=max_text_length,
+    )
+    q, k, v = (_pad(x, layout) for x in qkv.unbind(1))
+    scores = (q @ k.transpose(-1, -2)) * softmax_scale
+    p = scores.masked_fill(~layout.padded_mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+    if seed is None:
+        return layout, q, k, v, p, 1.0, softmax_scale
+    width = num_queries + max_text_length
+    keep = dropout_keep(seed, rows * nheads, width, dropout_p).view(rows, nheads, width)
+    keep = keep[layout.padded_rows].transpose(1, 2)
+    # positions count from a sequence's first row, which without queries is its first token
+    alone = keep.roll(num_queries, -1)
+    has_queries = torch.arange(len(masks), device=qkv.device) < num_query_sequences
+    keep = torch.where(has_queries[:, None, None, None], keep, alone)
+    return layout, q, k, v, p, keep * threshold_and_scale(dropout_p)[1], softmax_scale
+
+
+def _pad(x: Tensor, layout: SequenceLayout) -> Tensor:
+    """(rows, nheads, headdim) -> (sequences, nheads, width, headdim)"""
+    return x[layout.padded_rows].transpose(1, 2)
+
+
+def _pack(x: Tensor, layout: SequenceLayout) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1)[layout.row_places]
+
+
+def _attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, keep, scale: float) -> tuple[Tensor, ...]:
+    dv = (p * keep).transpose(-1, -2) @ dout
+    dp = (dout @ v.transpose(-1, -2)) * keep
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.transpose(-1, -2) @ q, dv
+
+
+def image_cross_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
+    """Arguments as ``image_cross_attention_bwd``."""
+    _, _, v, p, keep, _ = _cross_probabilities(q, k, v, *others)
+    return ((p * keep) @ v).transpose(1, 2).flatten(0, 1)
+
+
+def image_cross_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; ``others``: image_index, image_order, image_offsets, image_mask, seed, num_queries, softmax_scale,
+    dropout_p.
+    """
+    image_index, num_queries = others[0], others[5]
+    dout = dout.unflatten(0, (-1, num_queries)).transpose(1, 2)
+    dq, *gradients = _attention_bwd(dout, *_cross_probabilities(q, k, v, *others))
+    dk, dv = (torch.zeros_like(k).index_add_(0, image_index, x.transpose(1, 2)) for x in gradients)
+    return dq.transpose(1, 2).flatten(0, 1), dk, dv
+
+
+def _cross_probabilities(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_index: Tensor,
+    image_order: Tensor,
+    image_offsets: Tensor,
+    image_mask: Tensor | None,
+    seed: Tensor | None,
+    num_queries: int,
+    softmax_scale: float,
+    dropout_p: float,
+):
+    _, tokens, nheads, _ = k.shape
+    q = q.unflatten(0, (-1, num_queries)).transpose(1, 2)
+    k, v = (x[image_index].transpose(1, 2) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * softmax_scale
+    if image_mask is not None:
+        scores = scores.masked_fill(~image_mask[image_index][:, None], -torch.inf)
+    p = scores.softmax(-1).nan_to_num(0.0)
+    if seed is None:
+        return q, k, v, p, 1.0, softmax_scale
+    sequences = len(image_index)
+    keep = dropout_keep(seed, sequences * nheads * tokens, num_queries, dropout_p)
+    keep = keep.view(sequences, nheads, tokens, num_queries).transpose(-1, -2)
+    return q, k, v, p, keep * threshold_and_scale(dropout_p)[1], softmax_scale

@@ -1,0 +1,304 @@
+"""Self-attention of packed sequences [queries | text]: one tile a sequence and head, the three masks from positions.
+
+Sequences of more than 64 rows run in streamed_attention.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qformer_fast.kernels import launch, streamed_attention
+from qformer_fast.kernels.philox import dropout_keep
+from qformer_fast.kernels.sequences import precision, sequence_rows, visible
+from qformer_fast.reference.philox import GROUP, threshold_and_scale
+
+MAX_TILE = 64
+
+
+@triton.jit
+def _probabilities(
+    q,  # (BLOCK, D)
+    k,  # (BLOCK, D)
+    length,
+    queries,
+    kind,
+    scale_log2,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """softmax(q k^T scale) under the mask, (BLOCK, BLOCK) fp32; rows past ``length`` hold finite numbers."""
+    offs = tl.arange(0, BLOCK)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    seen = visible(offs[:, None], offs[None, :], queries, kind) | (offs[:, None] >= length)
+    scores = tl.where(seen & (offs[None, :] < length), scores, float("-inf"))
+    p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+    return p / tl.sum(p, axis=1)[:, None]
+
+
+@triton.jit
+def _keep(seed_ptr, rows, head, nheads, groups, threshold, BLOCK: tl.constexpr):
+    """(BLOCK, BLOCK) bool: dropout's choice for reader ``rows`` and the sequence's positions."""
+    counters = (rows.to(tl.int32) * nheads + head)[:, None] * groups + tl.arange(0, BLOCK // 8)[None, :]
+    return dropout_keep(tl.load(seed_ptr), counters, threshold)
+
+
+@triton.jit
+def _fwd_tile(
+    qkv_ptr,
+    out_ptr,
+    seed_ptr,
+    queries,
+    first_query,
+    first_text,
+    length,
+    kind,
+    head,
+    nheads,
+    scale_log2,
+    threshold,
+    keep_scale,
+    groups,
+    HEADDIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    rows = tl.where(offs < queries, first_query + offs, first_text + offs - queries)
+    hidden = nheads * HEADDIM
+    mask = (offs[:, None] < length) & (offs_d[None, :] < HEADDIM)
+    ptrs = qkv_ptr + rows[:, None] * (3 * hidden) + head * HEADDIM + offs_d[None, :]
+    q = tl.load(ptrs, mask=mask, other=0.0)
+    k = tl.load(ptrs + hidden, mask=mask, other=0.0)
+    v = tl.load(ptrs + 2 * hidden, mask=mask, other=0.0)
+    p = _probabilities(q, k, length, queries, kind, scale_log2, BLOCK, PRECISION)
+    if DROPOUT:
+        p = tl.where(_keep(seed_ptr, rows, head, nheads, groups, threshold, BLOCK), p * keep_scale, 0.0)
+    out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    tl.store(out_ptr + rows[:, None] * hidden + head * HEADDIM + offs_d[None, :], out, mask=mask)
+
+
+@triton.jit
+def query_text_attention_fwd_kernel(
+    qkv_ptr,  # (rows, 3, nheads, HEADDIM)
+    text_offsets_ptr,  # (sequences + 1,) int64
+    masks_ptr,  # (sequences,) int64
+    out_ptr,  # (rows, nheads, HEADDIM)
+    seed_ptr,  # (1,) int64, with DROPOUT
+    num_query_rows,
+    num_queries,
+    nheads,
+    scale_log2,
+    threshold,
+    keep_scale,
+    groups,
+    HEADDIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program = one head of one sequence, in the smallest tile that holds it."""
+    sequence = tl.program_id(0) // nheads
+    head = tl.program_id(0) % nheads
+    queries, first_query, first_text, length = sequence_rows(sequence, num_query_rows, num_queries, text_offsets_ptr)
+    kind = tl.load(masks_ptr + sequence)
+    if BLOCK > 16 and length <= 16:
+        _fwd_tile(
+            qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
+            threshold, keep_scale, groups, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
+        )  # fmt: skip
+    elif BLOCK > 32 and length <= 32:
+        _fwd_tile(
+            qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
+            threshold, keep_scale, groups, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
+        )  # fmt: skip
+    else:
+        _fwd_tile(
+            qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
+            threshold, keep_scale, groups, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _bwd_tile(
+    dout_ptr,
+    qkv_ptr,
+    dqkv_ptr,
+    seed_ptr,
+    queries,
+    first_query,
+    first_text,
+    length,
+    kind,
+    head,
+    nheads,
+    scale,
+    threshold,
+    keep_scale,
+    groups,
+    HEADDIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    rows = tl.where(offs < queries, first_query + offs, first_text + offs - queries)
+    hidden = nheads * HEADDIM
+    mask = (offs[:, None] < length) & (offs_d[None, :] < HEADDIM)
+    offs_qkv = rows[:, None] * (3 * hidden) + head * HEADDIM + offs_d[None, :]
+    q = tl.load(qkv_ptr + offs_qkv, mask=mask, other=0.0)
+    k = tl.load(qkv_ptr + offs_qkv + hidden, mask=mask, other=0.0)
+    v = tl.load(qkv_ptr + offs_qkv + 2 * hidden, mask=mask, other=0.0)
+    dout = tl.load(dout_ptr + rows[:, None] * hidden + head * HEADDIM + offs_d[None, :], mask=mask, other=0.0)
+    p = _probabilities(q, k, length, queries, kind, scale * 1.4426950408889634, BLOCK, PRECISION)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dropped = p
+    if DROPOUT:
+        keep = _keep(seed_ptr, rows, head, nheads, groups, threshold, BLOCK)
+        dropped = tl.where(keep, p * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    dv = tl.dot(tl.trans(dropped.to(v.dtype)), dout, input_precision=PRECISION)
+    tl.store(dqkv_ptr + offs_qkv + 2 * hidden, dv, mask=mask)
+    ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale).to(q.dtype)
+    tl.store(dqkv_ptr + offs_qkv, tl.dot(ds, k, input_precision=PRECISION), mask=mask)
+    tl.store(dqkv_ptr + offs_qkv + hidden, tl.dot(tl.trans(ds), q, input_precision=PRECISION), mask=mask)
+
+
+@triton.jit
+def query_text_attention_bwd_kernel(
+    dout_ptr,  # (rows, nheads, HEADDIM)
+    qkv_ptr,  # (rows, 3, nheads, HEADDIM)
+    text_offsets_ptr,  # (sequences + 1,) int64
+    masks_ptr,  # (sequences,) int64
+    dqkv_ptr,  # (rows, 3, nheads, HEADDIM)
+    seed_ptr,  # (1,) int64, with DROPOUT
+    num_query_rows,
+    num_queries,
+    nheads,
+    scale,
+    threshold,
+    keep_scale,
+    groups,
+    HEADDIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program = one head of one sequence: probabilities made again, dq, dk and dv written once."""
+    sequence = tl.program_id(0) // nheads
+    head = tl.program_id(0) % nheads
+    queries, first_query, first_text, length = sequence_rows(sequence, num_query_rows, num_queries, text_offsets_ptr)
+    kind = tl.load(masks_ptr + sequence)
+    if BLOCK > 16 and length <= 16:
+        _bwd_tile(
+            dout_ptr, qkv_ptr, dqkv_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale,
+            threshold, keep_scale, groups, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
+        )  # fmt: skip
+    elif BLOCK > 32 and length <= 32:
+        _bwd_tile(
+            dout_ptr, qkv_ptr, dqkv_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale,
+            threshold, keep_scale, groups, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
+        )  # fmt: skip
+    else:
+        _bwd_tile(
+            dout_ptr, qkv_ptr, dqkv_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale,
+            threshold, keep_scale, groups, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
+        )  # fmt: skip
+
+
+def query_text_attention_fwd(
+    qkv: Tensor,
+    text_offsets: Tensor,
+    masks: Tensor,
+    seed: Tensor | None,
+    num_query_sequences: int,
+    num_queries: int,
+    max_text_length: int,
+    softmax_scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """qkv (rows, 3, nheads, headdim) contiguous -> (rows, nheads, headdim)."""
+    rows, _, nheads, headdim = qkv.shape
+    if num_queries + max_text_length > MAX_TILE:
+        return streamed_attention.self_attention_fwd(
+            qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale, dropout_p
+        )
+    out = torch.empty(rows, nheads, headdim, device=qkv.device, dtype=qkv.dtype)
+    threshold, keep_scale = threshold_and_scale(dropout_p)
+    width = num_queries + max_text_length
+    query_text_attention_fwd_kernel[(masks.shape[0] * nheads,)](
+        qkv,
+        text_offsets,
+        masks,
+        out,
+        seed,
+        num_query_sequences * num_queries,
+        num_queries,
+        nheads,
+        softmax_scale * 1.4426950408889634,
+        threshold,
+        keep_scale,
+        triton.cdiv(width, GROUP),
+        HEADDIM=headdim,
+        BLOCK_D=max(16, triton.next_power_of_2(headdim)),
+        BLOCK=max(16, triton.next_power_of_2(width)),
+        DROPOUT=seed is not None,
+        PRECISION=precision(qkv),
+        **launch.settings("query_text_attention_fwd", qkv.device),
+    )
+    return out
+
+
+def query_text_attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    text_offsets: Tensor,
+    masks: Tensor,
+    seed: Tensor | None,
+    num_query_sequences: int,
+    num_queries: int,
+    max_text_length: int,
+    softmax_scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """dout (rows, nheads, headdim) and qkv (rows, 3, nheads, headdim), contiguous -> dqkv."""
+    nheads, headdim = qkv.shape[2:]
+    if num_queries + max_text_length > MAX_TILE:
+        return streamed_attention.self_attention_bwd(
+            dout, qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale,
+            dropout_p,
+        )  # fmt: skip
+    dqkv = torch.empty_like(qkv)
+    threshold, keep_scale = threshold_and_scale(dropout_p)
+    width = num_queries + max_text_length
+    query_text_attention_bwd_kernel[(masks.shape[0] * nheads,)](
+        dout,
+        qkv,
+        text_offsets,
+        masks,
+        dqkv,
+        seed,
+        num_query_sequences * num_queries,
+        num_queries,
+        nheads,
+        softmax_scale,
+        threshold,
+        keep_scale,
+        triton.cdiv(width, GROUP),
+        HEADDIM=headdim,
+        BLOCK_D=max(16, triton.next_power_of_2(headdim)),
+        BLOCK=max(16, triton.next_power_of_2(width)),
+        DROPOUT=seed is not None,
+        PRECISION=precision(qkv),
+        **launch.settings("query_text_attention_bwd", qkv.device),
+    )
+    return dqkv
