@@ -1,34 +1,64 @@
-"""Attention of query rows to their image: one program holds all keys of one head of one image and serves every
-sequence that looks at it, so keys and values are read once, and their gradients are summed in registers.
+"""Attention of query rows to their image, forward and backward.
 
-Up to 257 tokens without a mask; 2^n + 1 tokens are the class token, taken apart, and 2^n others without any masking. More
-tokens, and masks, run in streamed_attention.py.
-
-Scores are kept transposed, (keys, queries): keys fill the tensor cores' long side.
+One program serves all sequences that look at one head of one image: the queries of several sequences share a tile, so
+keys and values are read once and their gradients are summed in registers. Tokens are visited in the order 1, 2, ...,
+0: of 2^n + 1 tokens the class token, the first, is taken apart and the others fill whole blocks without any masking.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-
-from qformer_fast.kernels import launch, streamed_attention
+from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import dropout_keep
 from qformer_fast.kernels.sequences import precision
+from torch import Tensor
+
+import triton
+import triton.language as tl
 from qformer_fast.reference.philox import GROUP, threshold_and_scale
 
-MAX_KEYS = 256
-MAX_HEADDIM = 64
+MAX_BLOCK_M = 128
+LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _keep(seed_ptr, sequence, head, nheads, tokens, token, groups, first_group, threshold, BLOCK_M: tl.constexpr):
-    """(len(token), BLOCK_M) bool: dropout's choice for these tokens and BLOCK_M readers."""
-    counters = ((sequence * nheads + head) * tokens + token)[:, None] * groups
-    counters += first_group + tl.arange(0, BLOCK_M // 8)[None, :]
+def _readers(
+    first,
+    end,
+    num_queries,
+    chunks,
+    image_order_ptr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """The tile's query rows, each reader's number in its sequence, and which of the BLOCK_M readers there are.
+
+    A unit is BLOCK_Q queries of one sequence, ``chunks`` units make a sequence; the tile holds units from ``first`` on.
+    """
+    offs_m = tl.arange(0, BLOCK_M)
+    unit = first + offs_m // BLOCK_Q
+    reader = (unit % chunks) * BLOCK_Q + offs_m % BLOCK_Q
+    exists = (unit < end) & (reader < num_queries)
+    sequence = tl.load(image_order_ptr + unit // chunks, mask=exists, other=0)
+    return sequence * num_queries + reader, reader, exists
+
+
+@triton.jit
+def _keep(seed_ptr, rows, head, nheads, groups, first_slot, threshold, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) bool: dropout's choice for these rows and BLOCK_N slots; token t lies in slot t - 1, token 0 in
+    the last.
+    """
+    counters = (rows.to(tl.int32) * nheads + head)[:, None] * groups
+    counters += (first_slot // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     return dropout_keep(tl.load(seed_ptr), counters, threshold)
+
+
+@triton.jit
+def _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M: tl.constexpr):
+    """(BLOCK_M,) bool: dropout's choice for token 0."""
+    keep = _keep(seed_ptr, rows, head, nheads, groups, tokens - 1, threshold, 8)
+    is_first = tl.arange(0, 8)[None, :] == (tokens - 1) % 8
+    return tl.sum((keep & is_first).to(tl.int32), axis=1) > 0
 
 
 @triton.jit
@@ -36,15 +66,19 @@ def image_cross_attention_fwd_kernel(
     q_ptr,  # (query rows, nheads, HEADDIM)
     k_ptr,  # (images, tokens, nheads, HEADDIM), strides stride_kb, stride_kn
     v_ptr,  # as k
-    image_order_ptr,  # (query sequences,) sequences in the order of their images
-    image_offsets_ptr,  # (images + 1,) where each image's begin in image_order
+    image_order_ptr,  # (query sequences,) int64, sequences in the order of their images
+    image_offsets_ptr,  # (images + 1,) int64, where each image's begin in image_order
+    image_mask_ptr,  # (images, mask_readers, tokens) bool, with HAS_MASK
     out_ptr,  # (query rows, nheads, HEADDIM)
+    lse_ptr,  # (query rows, nheads) fp32, log2 of the sum of exponentials; +inf for a row that sees nothing
     seed_ptr,  # (1,) int64, with DROPOUT
     num_queries,
+    chunks,
     tokens,
     nheads,
     stride_kb,
     stride_kn,
+    mask_readers,
     scale_log2,
     threshold,
     keep_scale,
@@ -52,70 +86,82 @@ def image_cross_attention_fwd_kernel(
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CLASS_TOKEN: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    SPLIT_FIRST: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program = one head of one image."""
-    image = tl.program_id(0) // nheads
+    image = (tl.program_id(0) // nheads).to(tl.int64)
     head = tl.program_id(0) % nheads
-    begin = tl.load(image_offsets_ptr + image).to(tl.int32)
-    end = tl.load(image_offsets_ptr + image + 1).to(tl.int32)
-    if begin < end:
-        offs_d = tl.arange(0, BLOCK_D)
-        mask_d = offs_d < HEADDIM
-        token = CLASS_TOKEN + tl.arange(0, BLOCK_N)
-        base = image.to(tl.int64) * stride_kb + head * HEADDIM
-        offs_k = base + token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
-        if EVEN_N and BLOCK_D == HEADDIM:
-            k = tl.load(k_ptr + offs_k)
-            v = tl.load(v_ptr + offs_k)
+    begin = tl.load(image_offsets_ptr + image).to(tl.int32) * chunks
+    end = tl.load(image_offsets_ptr + image + 1).to(tl.int32) * chunks
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEADDIM
+    base = image * stride_kb + head * HEADDIM
+    slots = tokens - SPLIT_FIRST
+    for first in range(begin, end, BLOCK_M // BLOCK_Q):
+        rows, reader, exists = _readers(first, end, num_queries, chunks, image_order_ptr, BLOCK_M, BLOCK_Q)
+        mask_m = exists[:, None] & mask_d[None, :]
+        offs_q = (rows[:, None] * nheads + head) * HEADDIM + offs_d[None, :]
+        q = tl.load(q_ptr + offs_q, mask=mask_m, other=0.0)
+        if SPLIT_FIRST:
+            first_k = tl.load(k_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            first_v = tl.load(v_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            highest = tl.sum(q.to(tl.float32) * first_k[None, :], axis=1) * scale_log2
+            total = tl.full((BLOCK_M,), 1.0, tl.float32)
+            weight = total
+            if DROPOUT:
+                keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M)
+                weight = tl.where(keep, keep_scale, 0.0)
+            out = weight[:, None] * first_v[None, :]
         else:
-            mask_k = (token[:, None] < tokens) & mask_d[None, :]
-            k = tl.load(k_ptr + offs_k, mask=mask_k, other=0.0)
-            v = tl.load(v_ptr + offs_k, mask=mask_k, other=0.0)
-        if CLASS_TOKEN:
-            class_k = tl.load(k_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            class_v = tl.load(v_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        for index in range(begin, end):
-            sequence = tl.load(image_order_ptr + index).to(tl.int32)
-            for start in range(0, num_queries, BLOCK_M):
-                offs_m = start + tl.arange(0, BLOCK_M)
-                rows = sequence.to(tl.int64) * num_queries + offs_m
-                mask_q = (offs_m[None, :] < num_queries) & mask_d[:, None]
-                # transposed: (HEADDIM, readers)
-                offs_q = (rows[None, :] * nheads + head) * HEADDIM + offs_d[:, None]
-                q = tl.load(q_ptr + offs_q, mask=mask_q, other=0.0)
-                scores = tl.dot(k, q, input_precision=PRECISION) * scale_log2
-                if not EVEN_N:
-                    scores = tl.where(token[:, None] < tokens, scores, float("-inf"))
-                highest = tl.max(scores, axis=0)
-                if CLASS_TOKEN:
-                    class_score = tl.sum(q.to(tl.float32) * class_k[:, None], axis=0) * scale_log2
-                    highest = tl.maximum(highest, class_score)
-                p = tl.exp2(scores - highest[None, :])
-                total = tl.sum(p, axis=0)
-                if DROPOUT:
-                    keep = _keep(
-                        seed_ptr, sequence, head, nheads, tokens, token, groups, start // 8, threshold, BLOCK_M
-                    )
-                    dropped = tl.where(keep, p * keep_scale, 0.0)
-                else:
-                    dropped = p
-                out = tl.dot(tl.trans(v), dropped.to(v.dtype), input_precision=PRECISION)
-                if CLASS_TOKEN:
-                    class_p = tl.exp2(class_score - highest)
-                    total += class_p
-                    if DROPOUT:
-                        first = tl.zeros((1,), tl.int32)
-                        class_keep = _keep(
-                            seed_ptr, sequence, head, nheads, tokens, first, groups, start // 8, threshold, BLOCK_M
-                        )
-                        class_p = tl.where(tl.reshape(class_keep, (BLOCK_M,)), class_p * keep_scale, 0.0)
-                    out += class_v[:, None] * class_p[None, :]
-                tl.store(out_ptr + offs_q, out / total[None, :], mask=mask_q)
+            highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, slots, BLOCK_N):
+            slot = start + tl.arange(0, BLOCK_N)
+            if SPLIT_FIRST:
+                offs_k = base + (slot + 1)[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
+                mask_n = mask_d[None, :]
+            else:
+                token = tl.where(slot == tokens - 1, 0, slot + 1)
+                offs_k = base + token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
+                mask_n = (slot[:, None] < tokens) & mask_d[None, :]
+            k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
+            v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            if not SPLIT_FIRST:
+                scores = tl.where(slot[None, :] < tokens, scores, float("-inf"))
+            if HAS_MASK:
+                offs_mask = (image * mask_readers + tl.minimum(reader, mask_readers - 1)) * tokens
+                seen = tl.load(
+                    image_mask_ptr + offs_mask[:, None] + token[None, :],
+                    mask=exists[:, None] & (slot[None, :] < tokens),
+                    other=0,
+                )
+                scores = tl.where(seen != 0, scores, float("-inf"))
+            higher = tl.maximum(highest, tl.max(scores, axis=1))
+            if HAS_MASK:
+                shift = tl.where(higher == float("-inf"), 0.0, higher)
+            else:
+                shift = higher
+            shrink = tl.exp2(highest - shift)
+            p = tl.exp2(scores - shift[:, None])
+            total = total * shrink + tl.sum(p, axis=1)
+            if DROPOUT:
+                keep = _keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                p = tl.where(keep, p * keep_scale, 0.0)
+            out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            highest = higher
+        # a reader that sees nothing has no weight and gets zeros
+        sees = total > 0
+        total = tl.where(sees, total, 1.0)
+        lse = tl.where(sees, highest + tl.log2(total), float("inf"))
+        tl.store(out_ptr + offs_q, out / total[:, None], mask=mask_m)
+        tl.store(lse_ptr + rows * nheads + head, lse, mask=exists)
 
 
 @triton.jit
@@ -124,19 +170,24 @@ def image_cross_attention_bwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    out_ptr,
+    lse_ptr,
     image_order_ptr,
     image_offsets_ptr,
+    image_mask_ptr,
     dq_ptr,  # (query rows, nheads, HEADDIM)
     dk_ptr,  # (images, tokens, nheads, HEADDIM), strides stride_db, stride_dn
     dv_ptr,  # as dk
     seed_ptr,
     num_queries,
+    chunks,
     tokens,
     nheads,
     stride_kb,
     stride_kn,
     stride_db,
     stride_dn,
+    mask_readers,
     scale,
     threshold,
     keep_scale,
@@ -144,120 +195,121 @@ def image_cross_attention_bwd_kernel(
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CLASS_TOKEN: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    SPLIT_FIRST: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program = one head of one image: probabilities made again, dq of its readers, dk and dv in registers."""
-    image = tl.program_id(0) // nheads
+    """One program = one head of one image: dq of its readers in registers over all tokens, dk and dv block by block.
+
+    An image with more readers than a tile holds takes several rounds, which add to its dk and dv in memory.
+    """
+    image = (tl.program_id(0) // nheads).to(tl.int64)
     head = tl.program_id(0) % nheads
-    begin = tl.load(image_offsets_ptr + image).to(tl.int32)
-    end = tl.load(image_offsets_ptr + image + 1).to(tl.int32)
+    begin = tl.load(image_offsets_ptr + image).to(tl.int32) * chunks
+    end = tl.load(image_offsets_ptr + image + 1).to(tl.int32) * chunks
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEADDIM
-    token = CLASS_TOKEN + tl.arange(0, BLOCK_N)
-    mask_k = (token[:, None] < tokens) & mask_d[None, :]
-    base = image.to(tl.int64) * stride_kb + head * HEADDIM
-    offs_k = base + token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
-    k = tl.load(k_ptr + offs_k, mask=mask_k, other=0.0)
-    v = tl.load(v_ptr + offs_k, mask=mask_k, other=0.0)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    if CLASS_TOKEN:
-        class_k = tl.load(k_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        class_v = tl.load(v_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        class_dk = tl.zeros((BLOCK_D,), tl.float32)
-        class_dv = tl.zeros((BLOCK_D,), tl.float32)
-    for index in range(begin, end):
-        sequence = tl.load(image_order_ptr + index).to(tl.int32)
-        for start in range(0, num_queries, BLOCK_M):
-            offs_m = start + tl.arange(0, BLOCK_M)
-            rows = sequence.to(tl.int64) * num_queries + offs_m
-            mask_q = (offs_m[:, None] < num_queries) & mask_d[None, :]
-            offs_q = (rows[:, None] * nheads + head) * HEADDIM + offs_d[None, :]
-            q = tl.load(q_ptr + offs_q, mask=mask_q, other=0.0)
-            dout = tl.load(dout_ptr + offs_q, mask=mask_q, other=0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            if not EVEN_N:
-                scores = tl.where(token[:, None] < tokens, scores, float("-inf"))
-            highest = tl.max(scores, axis=0)
-            if CLASS_TOKEN:
-                q32 = q.to(tl.float32)
-                dout32 = dout.to(tl.float32)
-                class_score = tl.sum(q32 * class_k[None, :], axis=1) * (scale * 1.4426950408889634)
-                highest = tl.maximum(highest, class_score)
-            p = tl.exp2(scores - highest[None, :])
-            total = tl.sum(p, axis=0)
-            if CLASS_TOKEN:
-                class_p = tl.exp2(class_score - highest)
-                total += class_p
-                class_p = class_p / total
-                class_dp = tl.sum(dout32 * class_v[None, :], axis=1)
-                class_dropped = class_p
-                if DROPOUT:
-                    first = tl.zeros((1,), tl.int32)
-                    class_keep = _keep(
-                        seed_ptr, sequence, head, nheads, tokens, first, groups, start // 8, threshold, BLOCK_M
-                    )
-                    class_keep = tl.reshape(class_keep, (BLOCK_M,))
-                    class_dropped = tl.where(class_keep, class_p * keep_scale, 0.0)
-                    class_dp = tl.where(class_keep, class_dp * keep_scale, 0.0)
-            p = p / total[None, :]
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    base = image * stride_kb + head * HEADDIM
+    base_d = image * stride_db + head * HEADDIM
+    scale_log2 = scale * 1.4426950408889634
+    slots = tokens - SPLIT_FIRST
+    # at least one round, so that an image that no one looks at gets zeros
+    for first in range(begin, tl.maximum(end, begin + 1), BLOCK_M // BLOCK_Q):
+        adds = first > begin
+        if ACCUMULATE:
+            adds = first >= begin
+        rows, reader, exists = _readers(first, end, num_queries, chunks, image_order_ptr, BLOCK_M, BLOCK_Q)
+        mask_m = exists[:, None] & mask_d[None, :]
+        offs_q = (rows[:, None] * nheads + head) * HEADDIM + offs_d[None, :]
+        q = tl.load(q_ptr + offs_q, mask=mask_m, other=0.0)
+        dout = tl.load(dout_ptr + offs_q, mask=mask_m, other=0.0)
+        out = tl.load(out_ptr + offs_q, mask=mask_m, other=0.0)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+        lse = tl.load(lse_ptr + rows * nheads + head, mask=exists, other=float("inf"))
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        if SPLIT_FIRST:
+            first_k = tl.load(k_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            first_v = tl.load(v_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            p = tl.exp2(tl.sum(q.to(tl.float32) * first_k[None, :], axis=1) * scale_log2 - lse)
+            dp = tl.sum(dout.to(tl.float32) * first_v[None, :], axis=1)
+            dropped = p
             if DROPOUT:
-                keep = _keep(seed_ptr, sequence, head, nheads, tokens, token, groups, start // 8, threshold, BLOCK_M)
+                keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M)
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - delta) * scale
+            dq = ds[:, None] * first_k[None, :]
+            first_dk = tl.sum(ds[:, None] * q.to(tl.float32), axis=0)
+            first_dv = tl.sum(dropped[:, None] * dout.to(tl.float32), axis=0)
+            first_dk += tl.load(dk_ptr + base_d + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
+            first_dv += tl.load(dv_ptr + base_d + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
+            tl.store(dk_ptr + base_d + offs_d, first_dk, mask=mask_d)
+            tl.store(dv_ptr + base_d + offs_d, first_dv, mask=mask_d)
+        for start in range(0, slots, BLOCK_N):
+            slot = start + tl.arange(0, BLOCK_N)
+            if SPLIT_FIRST:
+                token = slot + 1
+                mask_n = (slot[:, None] < slots) & mask_d[None, :]
             else:
-                dropped = p
-            dv += tl.dot(dropped.to(dout.dtype), dout, input_precision=PRECISION)
-            delta = tl.sum(p * dp, axis=0)
-            if CLASS_TOKEN:
-                delta += class_p * class_dp
-            ds = (p * (dp - delta[None, :]) * scale).to(q.dtype)
-            dk += tl.dot(ds, q, input_precision=PRECISION)
-            dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
-            if CLASS_TOKEN:
-                class_ds = class_p * (class_dp - delta) * scale
-                dq += class_ds[:, None] * class_k[None, :]
-                class_dk += tl.sum(class_ds[:, None] * q32, axis=0)
-                class_dv += tl.sum(class_dropped[:, None] * dout32, axis=0)
-            tl.store(dq_ptr + offs_q, dq, mask=mask_q)
-    base = image.to(tl.int64) * stride_db + head * HEADDIM
-    offs_dk = base + token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
-    if ACCUMULATE:
-        dk += tl.load(dk_ptr + offs_dk, mask=mask_k, other=0.0)
-        dv += tl.load(dv_ptr + offs_dk, mask=mask_k, other=0.0)
-    tl.store(dk_ptr + offs_dk, dk, mask=mask_k)
-    tl.store(dv_ptr + offs_dk, dv, mask=mask_k)
-    if CLASS_TOKEN:
-        if ACCUMULATE:
-            class_dk += tl.load(dk_ptr + base + offs_d, mask=mask_d, other=0.0)
-            class_dv += tl.load(dv_ptr + base + offs_d, mask=mask_d, other=0.0)
-        tl.store(dk_ptr + base + offs_d, class_dk, mask=mask_d)
-        tl.store(dv_ptr + base + offs_d, class_dv, mask=mask_d)
+                token = tl.where(slot == tokens - 1, 0, slot + 1)
+                mask_n = (slot[:, None] < tokens) & mask_d[None, :]
+            offs_k = base + token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
+            k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
+            v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            p = tl.exp2(scores - lse[:, None])
+            if not SPLIT_FIRST:
+                p = tl.where(slot[None, :] < tokens, p, 0.0)
+            if HAS_MASK:
+                offs_mask = (image * mask_readers + tl.minimum(reader, mask_readers - 1)) * tokens
+                seen = tl.load(
+                    image_mask_ptr + offs_mask[:, None] + token[None, :],
+                    mask=exists[:, None] & (slot[None, :] < tokens),
+                    other=0,
+                )
+                p = tl.where(seen != 0, p, 0.0)
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            dropped = p
+            if DROPOUT:
+                keep = _keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                dropped = tl.where(keep, p * keep_scale, 0.0)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)
+            ds = (p * (dp - delta[:, None]) * scale).to(q.dtype)
+            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+            dq += tl.dot(ds, k, input_precision=PRECISION)
+            offs_dk = base_d + token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
+            dk += tl.load(dk_ptr + offs_dk, mask=mask_n & adds, other=0.0).to(tl.float32)
+            dv += tl.load(dv_ptr + offs_dk, mask=mask_n & adds, other=0.0).to(tl.float32)
+            tl.store(dk_ptr + offs_dk, dk, mask=mask_n)
+            tl.store(dv_ptr + offs_dk, dv, mask=mask_n)
+        tl.store(dq_ptr + offs_q, dq, mask=mask_m)
 
 
-def _fits_one_block(k: Tensor, image_mask: Tensor | None) -> bool:
-    tokens, headdim = k.shape[1], k.shape[3]
-    return image_mask is None and tokens <= MAX_KEYS + 1 and headdim <= MAX_HEADDIM and k.dtype != torch.float32
-
-
-def _constants(kernel: str, q: Tensor, tokens: int, seed: Tensor | None) -> dict:
-    class_token = tokens > 16 and (tokens - 1).bit_count() == 1
-    block = max(16, triton.next_power_of_2(tokens - class_token))
+def _tile(kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool) -> dict:
+    """Block sizes and launch settings: a tile for as many sequences as look at an image on average."""
+    images, tokens, _, headdim = k.shape
+    block_q = min(MAX_BLOCK_M, max(16, triton.next_power_of_2(num_queries)))
+    units = triton.next_power_of_2(triton.cdiv(sequences, images))
+    block_m = min(MAX_BLOCK_M, max(32, block_q * units))
+    if headdim > 64 or q.dtype == torch.float32:
+        block_m, name = 32, f"{kernel}_wide"
+    else:
+        name = f"{kernel}_{block_m}"
+    settings = launch.settings(name, q.device)
     return dict(
-        HEADDIM=q.shape[2],
-        BLOCK_D=max(16, triton.next_power_of_2(q.shape[2])),
-        BLOCK_N=block,
-        CLASS_TOKEN=int(class_token),
-        EVEN_N=block + class_token == tokens,
-        DROPOUT=seed is not None,
+        HEADDIM=headdim,
+        BLOCK_D=max(16, triton.next_power_of_2(headdim)),
+        BLOCK_M=block_m,
+        BLOCK_Q=min(block_q, block_m),
+        SPLIT_FIRST=int(tokens > 1 and tokens % settings["BLOCK_N"] == 1 and not has_mask),
+        HAS_MASK=has_mask,
         PRECISION=precision(q),
-        **launch.settings(kernel, q.device),
+        **settings,
     )
 
 
@@ -265,7 +317,6 @@ def image_cross_attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    image_index: Tensor,
     image_order: Tensor,
     image_offsets: Tensor,
     image_mask: Tensor | None,
@@ -273,16 +324,16 @@ def image_cross_attention_fwd(
     num_queries: int,
     softmax_scale: float,
     dropout_p: float,
-) -> Tensor:
-    """q (query rows, nheads, headdim) contiguous; k, v (images, tokens, nheads, headdim), heads contiguous, equal
-    strides -> (query rows, nheads, headdim).
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log2-sum-exp2.
+
+    q (query rows, nheads, headdim) contiguous; k, v (images, tokens, nheads, headdim), heads contiguous, equal strides
+    -> out as q, lse (query rows, nheads) fp32.
     """
-    if not _fits_one_block(k, image_mask):
-        return streamed_attention.cross_attention_fwd(
-            q, k, v, image_index, image_mask, seed, num_queries, softmax_scale, dropout_p
-        )
     out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], device=q.device, dtype=torch.float32)
     images, tokens, nheads, _ = k.shape
+    tile = _tile("image_cross_attention_fwd", q, k, image_order.shape[0], num_queries, image_mask is not None)
     threshold, keep_scale = threshold_and_scale(dropout_p)
     image_cross_attention_fwd_kernel[(images * nheads,)](
         q,
@@ -290,20 +341,25 @@ def image_cross_attention_fwd(
         v,
         image_order,
         image_offsets,
+        image_mask,
         out,
+        lse,
         seed,
         num_queries,
+        triton.cdiv(num_queries, tile["BLOCK_Q"]),
         tokens,
         nheads,
         k.stride(0),
         k.stride(1),
-        softmax_scale * 1.4426950408889634,
+        1 if image_mask is None else image_mask.shape[1],
+        softmax_scale * LOG2E,
         threshold,
         keep_scale,
-        triton.cdiv(num_queries, GROUP),
-        **_constants("image_cross_attention_fwd", q, tokens, seed),
+        triton.cdiv(tokens, GROUP),
+        DROPOUT=seed is not None,
+        **tile,
     )
-    return out
+    return out, lse
 
 
 def image_cross_attention_bwd_into(
@@ -313,7 +369,8 @@ def image_cross_attention_bwd_into(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    image_index: Tensor,
+    out: Tensor,
+    lse: Tensor,
     image_order: Tensor,
     image_offsets: Tensor,
     image_mask: Tensor | None,
@@ -327,43 +384,45 @@ def image_cross_attention_bwd_into(
     """Returns dq and writes dk and dv, or adds to them: (images, tokens, nheads, headdim), heads contiguous, equal
     strides.
     """
-    if not _fits_one_block(k, image_mask):
-        return streamed_attention.cross_attention_bwd(
-            dout, q, k, v, dk, dv, image_index, image_order, image_offsets, image_mask, seed, num_queries,
-            softmax_scale, dropout_p, accumulate,
-        )  # fmt: skip
     dq = torch.empty_like(q)
     images, tokens, nheads, _ = k.shape
+    tile = _tile("image_cross_attention_bwd", q, k, image_order.shape[0], num_queries, image_mask is not None)
     threshold, keep_scale = threshold_and_scale(dropout_p)
     image_cross_attention_bwd_kernel[(images * nheads,)](
         dout,
         q,
         k,
         v,
+        out,
+        lse,
         image_order,
         image_offsets,
+        image_mask,
         dq,
         dk,
         dv,
         seed,
         num_queries,
+        triton.cdiv(num_queries, tile["BLOCK_Q"]),
         tokens,
         nheads,
         k.stride(0),
         k.stride(1),
         dk.stride(0),
         dk.stride(1),
+        1 if image_mask is None else image_mask.shape[1],
         softmax_scale,
         threshold,
         keep_scale,
-        triton.cdiv(num_queries, GROUP),
+        triton.cdiv(tokens, GROUP),
+        DROPOUT=seed is not None,
         ACCUMULATE=accumulate,
-        **_constants("image_cross_attention_bwd", q, tokens, seed),
+        **tile,
     )
     return dq
 
 
 def image_cross_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, contiguous; ``others`` as image_cross_attention_fwd takes them after v."""
+    """dq, dk and dv, contiguous; ``others`` as image_cross_attention_bwd_into takes them after v."""
     dk, dv = (torch.empty(k.shape, device=k.device, dtype=k.dtype) for _ in range(2))
     return image_cross_attention_bwd_into(dk, dv, dout, q, k, v, *others, accumulate=False), dk, dv

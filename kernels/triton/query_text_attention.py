@@ -6,16 +6,18 @@ Sequences of more than 64 rows run in streamed_attention.py.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-
-from qformer_fast.kernels import launch, streamed_attention
+from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import dropout_keep
 from qformer_fast.kernels.sequences import precision, sequence_rows, visible
+from qformer_fast.kernels.streamed_attention import streamed_attention_bwd, streamed_attention_fwd
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from qformer_fast.reference.attention import MAX_TILE
 from qformer_fast.reference.philox import GROUP, threshold_and_scale
 
-MAX_TILE = 64
+LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -130,6 +132,7 @@ def _bwd_tile(
     dout_ptr,
     qkv_ptr,
     dqkv_ptr,
+    dbias_ptr,
     seed_ptr,
     queries,
     first_query,
@@ -166,10 +169,18 @@ def _bwd_tile(
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dv = tl.dot(tl.trans(dropped.to(v.dtype)), dout, input_precision=PRECISION)
-    tl.store(dqkv_ptr + offs_qkv + 2 * hidden, dv, mask=mask)
     ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale).to(q.dtype)
-    tl.store(dqkv_ptr + offs_qkv, tl.dot(ds, k, input_precision=PRECISION), mask=mask)
-    tl.store(dqkv_ptr + offs_qkv + hidden, tl.dot(tl.trans(ds), q, input_precision=PRECISION), mask=mask)
+    dq = tl.dot(ds, k, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+    tl.store(dqkv_ptr + offs_qkv, dq, mask=mask)
+    tl.store(dqkv_ptr + offs_qkv + hidden, dk, mask=mask)
+    tl.store(dqkv_ptr + offs_qkv + 2 * hidden, dv, mask=mask)
+    # rows past the sequence's end are zero: their dout is, and no reader sees them
+    offs_bias = head * HEADDIM + offs_d
+    mask_d = offs_d < HEADDIM
+    tl.store(dbias_ptr + offs_bias, tl.sum(dq, axis=0), mask=mask_d)
+    tl.store(dbias_ptr + hidden + offs_bias, tl.sum(dk, axis=0), mask=mask_d)
+    tl.store(dbias_ptr + 2 * hidden + offs_bias, tl.sum(dv, axis=0), mask=mask_d)
 
 
 @triton.jit
@@ -179,6 +190,7 @@ def query_text_attention_bwd_kernel(
     text_offsets_ptr,  # (sequences + 1,) int64
     masks_ptr,  # (sequences,) int64
     dqkv_ptr,  # (rows, 3, nheads, HEADDIM)
+    dbias_ptr,  # (sequences, 3, nheads, HEADDIM) fp32, each sequence's sum of dqkv over its rows
     seed_ptr,  # (1,) int64, with DROPOUT
     num_query_rows,
     num_queries,
@@ -198,20 +210,21 @@ def query_text_attention_bwd_kernel(
     head = tl.program_id(0) % nheads
     queries, first_query, first_text, length = sequence_rows(sequence, num_query_rows, num_queries, text_offsets_ptr)
     kind = tl.load(masks_ptr + sequence)
+    dbias_ptr += sequence * 3 * nheads * HEADDIM
     if BLOCK > 16 and length <= 16:
         _bwd_tile(
-            dout_ptr, qkv_ptr, dqkv_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale,
-            threshold, keep_scale, groups, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
+            dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
+            nheads, scale, threshold, keep_scale, groups, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
         )  # fmt: skip
     elif BLOCK > 32 and length <= 32:
         _bwd_tile(
-            dout_ptr, qkv_ptr, dqkv_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale,
-            threshold, keep_scale, groups, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
+            dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
+            nheads, scale, threshold, keep_scale, groups, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
         )  # fmt: skip
     else:
         _bwd_tile(
-            dout_ptr, qkv_ptr, dqkv_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale,
-            threshold, keep_scale, groups, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
+            dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
+            nheads, scale, threshold, keep_scale, groups, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
         )  # fmt: skip
 
 
@@ -225,16 +238,18 @@ def query_text_attention_fwd(
     max_text_length: int,
     softmax_scale: float,
     dropout_p: float,
-) -> Tensor:
-    """qkv (rows, 3, nheads, headdim) contiguous -> (rows, nheads, headdim)."""
+) -> tuple[Tensor, Tensor]:
+    """qkv (rows, 3, nheads, headdim) contiguous -> out (rows, nheads, headdim), and what backward needs beside it: lse
+    (rows, nheads), or nothing (0, nheads) where a sequence is one tile.
+    """
     rows, _, nheads, headdim = qkv.shape
-    if num_queries + max_text_length > MAX_TILE:
-        return streamed_attention.self_attention_fwd(
+    width = num_queries + max_text_length
+    if width > MAX_TILE:
+        return streamed_attention_fwd(
             qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale, dropout_p
         )
     out = torch.empty(rows, nheads, headdim, device=qkv.device, dtype=qkv.dtype)
     threshold, keep_scale = threshold_and_scale(dropout_p)
-    width = num_queries + max_text_length
     query_text_attention_fwd_kernel[(masks.shape[0] * nheads,)](
         qkv,
         text_offsets,
@@ -244,7 +259,7 @@ def query_text_attention_fwd(
         num_query_sequences * num_queries,
         num_queries,
         nheads,
-        softmax_scale * 1.4426950408889634,
+        softmax_scale * LOG2E,
         threshold,
         keep_scale,
         triton.cdiv(width, GROUP),
@@ -255,12 +270,14 @@ def query_text_attention_fwd(
         PRECISION=precision(qkv),
         **launch.settings("query_text_attention_fwd", qkv.device),
     )
-    return out
+    return out, qkv.new_empty(0, nheads, dtype=torch.float32)
 
 
 def query_text_attention_bwd(
     dout: Tensor,
     qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
     text_offsets: Tensor,
     masks: Tensor,
     seed: Tensor | None,
@@ -269,23 +286,39 @@ def query_text_attention_bwd(
     max_text_length: int,
     softmax_scale: float,
     dropout_p: float,
-) -> Tensor:
-    """dout (rows, nheads, headdim) and qkv (rows, 3, nheads, headdim), contiguous -> dqkv."""
+) -> tuple[Tensor, Tensor]:
+    """dout, out (rows, nheads, headdim), qkv (rows, 3, nheads, headdim), contiguous -> dqkv, and its sum over rows (3,
+    nheads, headdim) in fp32, which is the gradient of the projections' bias.
+    """
     nheads, headdim = qkv.shape[2:]
-    if num_queries + max_text_length > MAX_TILE:
-        return streamed_attention.self_attention_bwd(
-            dout, qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale,
-            dropout_p,
-        )  # fmt: skip
-    dqkv = torch.empty_like(qkv)
-    threshold, keep_scale = threshold_and_scale(dropout_p)
     width = num_queries + max_text_length
-    query_text_attention_bwd_kernel[(masks.shape[0] * nheads,)](
+    if width > MAX_TILE:
+        dqkv = streamed_attention_bwd(
+            dout,
+            qkv,
+            out,
+            lse,
+            text_offsets,
+            masks,
+            seed,
+            num_query_sequences,
+            num_queries,
+            max_text_length,
+            softmax_scale,
+            dropout_p,
+        )
+        return dqkv, dqkv.sum(0, dtype=torch.float32)
+    dqkv = torch.empty_like(qkv)
+    sequences = masks.shape[0]
+    dbias = torch.empty(sequences, 3, nheads, headdim, device=qkv.device, dtype=torch.float32)
+    threshold, keep_scale = threshold_and_scale(dropout_p)
+    query_text_attention_bwd_kernel[(sequences * nheads,)](
         dout,
         qkv,
         text_offsets,
         masks,
         dqkv,
+        dbias,
         seed,
         num_query_sequences * num_queries,
         num_queries,
@@ -301,4 +334,4 @@ def query_text_attention_bwd(
         PRECISION=precision(qkv),
         **launch.settings("query_text_attention_bwd", qkv.device),
     )
-    return dqkv
+    return dqkv, dbias.sum(0)

@@ -26,7 +26,6 @@ def image_cross_attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    image_index: Tensor,
     image_order: Tensor,
     image_offsets: Tensor,
     image_mask: Tensor | None,
@@ -34,16 +33,14 @@ def image_cross_attention_fwd(
     num_queries: int,
     softmax_scale: float,
     dropout_p: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     run = backends.kernel_or_formula("image_cross_attention_fwd", q)
-    return run(
-        q, k, v, image_index, image_order, image_offsets, image_mask, seed, num_queries, softmax_scale, dropout_p
-    )
+    return run(q, k, v, image_order, image_offsets, image_mask, seed, num_queries, softmax_scale, dropout_p)
 
 
 @image_cross_attention_fwd.register_fake
-def _(q: Tensor, *_) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("qformer_fast::image_cross_attention_bwd", mutates_args=())
@@ -52,7 +49,8 @@ def image_cross_attention_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    image_index: Tensor,
+    out: Tensor,
+    lse: Tensor,
     image_order: Tensor,
     image_offsets: Tensor,
     image_mask: Tensor | None,
@@ -61,10 +59,9 @@ def image_cross_attention_bwd(
     softmax_scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    layout = image_order, image_offsets, image_mask, seed, num_queries
     run = backends.kernel_or_formula("image_cross_attention_bwd", q)
-    return run(
-        dout, q, k, v, image_index, image_order, image_offsets, image_mask, seed, num_queries, softmax_scale, dropout_p
-    )
+    return run(dout, q, k, v, out, lse, *layout, softmax_scale, dropout_p)
 
 
 @image_cross_attention_bwd.register_fake
@@ -74,13 +71,14 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.sizes = inputs[8:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
+    ctx.mark_non_differentiable(output[1])
+    ctx.sizes = inputs[7:]
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor, _) -> tuple[Tensor | None, ...]:
     gradients = image_cross_attention_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
-    return *gradients, *[None] * (5 + len(ctx.sizes))
+    return *gradients, *[None] * (4 + len(ctx.sizes))
 
 
 image_cross_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -97,10 +95,9 @@ def _kernels(
     dropout_p: float,
 ) -> Tensor:
     dtype = autocast_dtype(q)
-    return image_cross_attention_fwd(
+    out, _ = image_cross_attention_fwd(
         q.to(dtype).contiguous(),
         *kernel_keys_values(k.to(dtype), v.to(dtype)),
-        layout.image_index,
         *layout.sequences_by_image(k.shape[0]),
         None if image_mask is None else image_mask.contiguous(),
         draw_seed(q, dropout_p),
@@ -108,6 +105,7 @@ def _kernels(
         q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         dropout_p,
     )
+    return out
 
 
 def kernel_keys_values(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,23 +31,24 @@ def query_text_attention_fwd(
     max_text_length: int,
     softmax_scale: float,
     dropout_p: float,
-) -> Tensor:
-    run = backends.kernel_or_formula("query_text_attention_fwd", qkv)
-    return run(
-        qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale, dropout_p
-    )
+) -> tuple[Tensor, Tensor]:
+    sizes = num_query_sequences, num_queries, max_text_length, softmax_scale, dropout_p
+    return backends.kernel_or_formula("query_text_attention_fwd", qkv)(qkv, text_offsets, masks, seed, *sizes)
 
 
 @query_text_attention_fwd.register_fake
-def _(qkv: Tensor, *_) -> Tensor:
+def _(qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, *_) -> tuple[Tensor, Tensor]:
     rows, _, nheads, headdim = qkv.shape
-    return qkv.new_empty(rows, nheads, headdim)
+    streamed = num_queries + max_text_length > reference.MAX_TILE
+    return qkv.new_empty(rows, nheads, headdim), qkv.new_empty(rows if streamed else 0, nheads, dtype=torch.float32)
 
 
 @torch.library.custom_op("qformer_fast::query_text_attention_bwd", mutates_args=())
 def query_text_attention_bwd(
     dout: Tensor,
     qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
     text_offsets: Tensor,
     masks: Tensor,
     seed: Tensor | None,
@@ -57,11 +58,9 @@ def query_text_attention_bwd(
     softmax_scale: float,
     dropout_p: float,
 ) -> Tensor:
+    sizes = num_query_sequences, num_queries, max_text_length, softmax_scale, dropout_p
     run = backends.kernel_or_formula("query_text_attention_bwd", qkv)
-    return run(
-        dout, qkv, text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale,
-        dropout_p,
-    )  # fmt: skip
+    return run(dout, qkv, out, lse, text_offsets, masks, seed, *sizes)[0]
 
 
 @query_text_attention_bwd.register_fake
@@ -70,11 +69,12 @@ def _(dout: Tensor, qkv: Tensor, *_) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    qkv, text_offsets, masks, seed, *ctx.sizes = inputs
-    ctx.save_for_backward(qkv, text_offsets, masks, seed)
+    ctx.save_for_backward(inputs[0], *output, *inputs[1:4])
+    ctx.mark_non_differentiable(output[1])
+    ctx.sizes = inputs[4:]
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor, _) -> tuple[Tensor | None, ...]:
     dqkv = query_text_attention_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
     return dqkv, *[None] * (3 + len(ctx.sizes))
 
@@ -83,7 +83,7 @@ query_text_attention_fwd.register_autograd(_backward, setup_context=_setup_conte
 
 
 def _kernels(qkv: Tensor, layout: SequenceLayout, *, softmax_scale: float | None, dropout_p: float) -> Tensor:
-    return query_text_attention_fwd(
+    out, _ = query_text_attention_fwd(
         qkv.to(autocast_dtype(qkv)).contiguous(),
         layout.text_offsets,
         layout.masks,
@@ -94,6 +94,7 @@ def _kernels(qkv: Tensor, layout: SequenceLayout, *, softmax_scale: float | None
         qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         dropout_p,
     )
+    return out
 
 
 IMPLEMENTATIONS = {"reference": reference.query_text_attention, "triton": _kernels}

@@ -3,6 +3,7 @@ benchmarks.
 """
 
 from qformer_fast.reference.attention import (
+    MAX_TILE,
     image_attention_probs,
     image_cross_attention,
     image_cross_attention_bwd,
@@ -17,6 +18,7 @@ from qformer_fast.reference.losses import contrastive_similarity, linear_cross_e
 from qformer_fast.reference.rowwise import bias_gelu, bias_gelu_bwd, bias_gelu_fwd, dropout_add_layer_norm, embeddings
 
 __all__ = [
+    "MAX_TILE",
     "bias_gelu",
     "bias_gelu_bwd",
     "bias_gelu_fwd",

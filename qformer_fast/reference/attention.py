@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qformer_fast.layout import SequenceLayout
 from qformer_fast.reference.philox import dropout_keep, threshold_and_scale
+
+# sequences of at most this many rows are one tile of the kernels, whose backward needs no statistics from forward
+MAX_TILE = 64
 
 
 def query_text_attention(
@@ -84,20 +89,33 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: 
 # dq = ds k, dk = ds^T q.
 
 
-def query_text_attention_fwd(qkv: Tensor, *others) -> Tensor:
-    """Arguments as ``query_text_attention_bwd``."""
-    layout, _, _, v, p, keep, _ = _self_probabilities(qkv, *others)
-    return _pack((p * keep) @ v, layout)
+def query_text_attention_fwd(
+    qkv: Tensor,
+    text_offsets: Tensor,
+    masks: Tensor,
+    seed: Tensor | None,
+    num_query_sequences: int,
+    num_queries: int,
+    max_text_length: int,
+    softmax_scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """out (rows, nheads, headdim) and lse (rows, nheads), log2 of the sum of exponentials; (0, nheads) up to MAX_TILE."""
+    sizes = num_query_sequences, num_queries, max_text_length, softmax_scale, dropout_p
+    layout, _, _, v, scores, p, keep = _self_probabilities(qkv, text_offsets, masks, seed, *sizes)
+    lse = _pack(scores.logsumexp(-1, keepdim=True), layout).squeeze(-1).float() / math.log(2)
+    return _pack((p * keep) @ v, layout), lse if num_queries + max_text_length > MAX_TILE else lse[:0].clone()
 
 
-def query_text_attention_bwd(dout: Tensor, qkv: Tensor, *others) -> Tensor:
-    """dqkv; ``others``: text_offsets, masks, seed, num_query_sequences, num_queries, max_text_length, softmax_scale,
-    dropout_p.
-    """
-    layout, q, k, v, p, keep, scale = _self_probabilities(qkv, *others)
+def query_text_attention_bwd(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, text_offsets: Tensor, masks: Tensor, *others
+) -> tuple[Tensor, Tensor]:
+    """dqkv and its sum over rows; arguments as the kernels' backward, of which it needs neither out nor lse."""
+    layout, q, k, v, _, p, keep = _self_probabilities(qkv, text_offsets, masks, *others)
     dout = _pad(dout, layout).masked_fill(~layout.is_row[:, None, :, None], 0.0)
-    gradients = _attention_bwd(dout, q, k, v, p, keep, scale)
-    return torch.stack([_pack(x, layout) for x in gradients], dim=1)
+    gradients = _attention_bwd(dout, q, k, v, p, keep, others[-2])
+    dqkv = torch.stack([_pack(x, layout) for x in gradients], dim=1)
+    return dqkv, dqkv.sum(0, dtype=torch.promote_types(dqkv.dtype, torch.float32))
 
 
 def _self_probabilities(
@@ -122,9 +140,10 @@ def _self_probabilities(
     )
     q, k, v = (_pad(x, layout) for x in qkv.unbind(1))
     scores = (q @ k.transpose(-1, -2)) * softmax_scale
-    p = scores.masked_fill(~layout.padded_mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+    scores = scores.masked_fill(~layout.padded_mask, -torch.inf)
+    p = scores.softmax(-1).nan_to_num(0.0)
     if seed is None:
-        return layout, q, k, v, p, 1.0, softmax_scale
+        return layout, q, k, v, scores, p, 1.0
     width = num_queries + max_text_length
     keep = dropout_keep(seed, rows * nheads, width, dropout_p).view(rows, nheads, width)
     keep = keep[layout.padded_rows].transpose(1, 2)
@@ -132,7 +151,7 @@ def _self_probabilities(
     alone = keep.roll(num_queries, -1)
     has_queries = torch.arange(len(masks), device=qkv.device) < num_query_sequences
     keep = torch.where(has_queries[:, None, None, None], keep, alone)
-    return layout, q, k, v, p, keep * threshold_and_scale(dropout_p)[1], softmax_scale
+    return layout, q, k, v, scores, p, keep * threshold_and_scale(dropout_p)[1]
 
 
 def _pad(x: Tensor, layout: SequenceLayout) -> Tensor:
@@ -151,19 +170,26 @@ def _attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, kee
     return ds @ k, ds.transpose(-1, -2) @ q, dv
 
 
-def image_cross_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
-    """Arguments as ``image_cross_attention_bwd``."""
-    _, _, v, p, keep, _ = _cross_probabilities(q, k, v, *others)
-    return ((p * keep) @ v).transpose(1, 2).flatten(0, 1)
+def image_cross_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *others) -> tuple[Tensor, Tensor]:
+    """out as q, and lse (query rows, nheads), log2 of the sum of exponentials, +inf where nothing is seen.
 
-
-def image_cross_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; ``others``: image_index, image_order, image_offsets, image_mask, seed, num_queries, softmax_scale,
-    dropout_p.
+    ``others``: image_order, image_offsets, image_mask, seed, num_queries, softmax_scale, dropout_p.
     """
-    image_index, num_queries = others[0], others[5]
+    _, _, _, v, scores, p, keep = _cross_probabilities(q, k, v, *others)
+    lse = scores.logsumexp(-1).transpose(1, 2).flatten(0, 1).float() / math.log(2)
+    out = ((p * keep) @ v).transpose(1, 2).flatten(0, 1)
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def image_cross_attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *others
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; arguments as the kernels' backward, of which it needs neither out nor lse."""
+    num_queries, softmax_scale = others[4:6]
+    image_index, *probabilities = _cross_probabilities(q, k, v, *others)
+    q, k_read, v_read, _, p, keep = probabilities
     dout = dout.unflatten(0, (-1, num_queries)).transpose(1, 2)
-    dq, *gradients = _attention_bwd(dout, *_cross_probabilities(q, k, v, *others))
+    dq, *gradients = _attention_bwd(dout, q, k_read, v_read, p, keep, softmax_scale)
     dk, dv = (torch.zeros_like(k).index_add_(0, image_index, x.transpose(1, 2)) for x in gradients)
     return dq.transpose(1, 2).flatten(0, 1), dk, dv
 
@@ -172,7 +198,6 @@ def _cross_probabilities(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    image_index: Tensor,
     image_order: Tensor,
     image_offsets: Tensor,
     image_mask: Tensor | None,
@@ -181,7 +206,9 @@ def _cross_probabilities(
     softmax_scale: float,
     dropout_p: float,
 ):
-    _, tokens, nheads, _ = k.shape
+    rows, tokens, nheads = q.shape[0], *k.shape[1:3]
+    in_order = torch.searchsorted(image_offsets, torch.arange(len(image_order), device=q.device), right=True) - 1
+    image_index = torch.empty_like(in_order).index_copy_(0, image_order, in_order)
     q = q.unflatten(0, (-1, num_queries)).transpose(1, 2)
     k, v = (x[image_index].transpose(1, 2) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)) * softmax_scale
@@ -189,8 +216,8 @@ def _cross_probabilities(
         scores = scores.masked_fill(~image_mask[image_index][:, None], -torch.inf)
     p = scores.softmax(-1).nan_to_num(0.0)
     if seed is None:
-        return q, k, v, p, 1.0, softmax_scale
-    sequences = len(image_index)
-    keep = dropout_keep(seed, sequences * nheads * tokens, num_queries, dropout_p)
-    keep = keep.view(sequences, nheads, tokens, num_queries).transpose(-1, -2)
-    return q, k, v, p, keep * threshold_and_scale(dropout_p)[1], softmax_scale
+        return image_index, q, k, v, scores, p, 1.0
+    # dropout counts tokens from the second on, the first comes last
+    keep = dropout_keep(seed, rows * nheads, tokens, dropout_p).roll(1, -1)
+    keep = keep.view(-1, num_queries, nheads, tokens).transpose(1, 2)
+    return image_index, q, k, v, scores, p, keep * threshold_and_scale(dropout_p)[1]
