@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from qformer_fast.kernels import launch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qformer_fast.kernels import launch
 
 
 @triton.jit
@@ -49,10 +49,12 @@ def bias_gelu_bwd_kernel(
     bias_ptr,  # (N,)
     dx_ptr,  # (M, N)
     dbias_ptr,  # (row programs, N), fp32
+    out_ptr,  # (M, N), made again, with WITH_OUT
     M,
     N,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WITH_OUT: tl.constexpr,
 ):
     """One program = BLOCK_N columns of every num_programs(0)-th block of BLOCK_M rows, and their part of dbias."""
     pid_m = tl.program_id(0)
@@ -66,8 +68,11 @@ def bias_gelu_bwd_kernel(
         offs = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
         x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
         dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        dx = dout * gelu_grad(x + bias[None, :])
+        y = x + bias[None, :]
+        dx = dout * gelu_grad(y)
         tl.store(dx_ptr + offs, dx, mask=mask)
+        if WITH_OUT:
+            tl.store(out_ptr + offs, gelu(y), mask=mask)
         dbias += tl.where(mask, dx, 0.0)
     tl.store(dbias_ptr + pid_m * N + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
 
@@ -85,6 +90,16 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
 
 def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """dout, x (rows, width) contiguous, bias (width,) -> dx (rows, width), dbias (width,) in bias's dtype."""
+    return _bias_gelu_bwd(dout, x, bias, None)
+
+
+def bias_gelu_bwd_with_out(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As bias_gelu_bwd, and the forward's output again, for the gradient of the layer after it."""
+    out = torch.empty_like(x)
+    return *_bias_gelu_bwd(dout, x, bias, out), out
+
+
+def _bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x)
     M, N = x.shape
     settings = launch.settings("bias_gelu_bwd", x.device)
@@ -92,5 +107,5 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     dbias = torch.empty(row_programs, N, device=x.device, dtype=torch.float32)
     if M:
         grid = (row_programs, triton.cdiv(N, settings["BLOCK_N"]))
-        bias_gelu_bwd_kernel[grid](dout, x, bias, dx, dbias, M, N, **settings)
+        bias_gelu_bwd_kernel[grid](dout, x, bias, dx, dbias, out, M, N, WITH_OUT=out is not None, **settings)
     return dx, dbias.sum(0).to(bias.dtype)

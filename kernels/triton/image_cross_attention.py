@@ -8,13 +8,13 @@ keys and values are read once and their gradients are summed in registers. Token
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import dropout_keep
 from qformer_fast.kernels.sequences import precision
-from torch import Tensor
-
-import triton
-import triton.language as tl
 from qformer_fast.reference.philox import GROUP, threshold_and_scale
 
 MAX_BLOCK_M = 128
@@ -45,9 +45,7 @@ def _readers(
 
 @triton.jit
 def _keep(seed_ptr, rows, head, nheads, groups, first_slot, threshold, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) bool: dropout's choice for these rows and BLOCK_N slots; token t lies in slot t - 1, token 0 in
-    the last.
-    """
+    """(BLOCK_M, BLOCK_N) bool: dropout's choice for these rows and slots; token t has slot t - 1, token 0 the last."""
     counters = (rows.to(tl.int32) * nheads + head)[:, None] * groups
     counters += (first_slot // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     return dropout_keep(tl.load(seed_ptr), counters, threshold)
@@ -114,8 +112,8 @@ def image_cross_attention_fwd_kernel(
             total = tl.full((BLOCK_M,), 1.0, tl.float32)
             weight = total
             if DROPOUT:
-                keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M)
-                weight = tl.where(keep, keep_scale, 0.0)
+                first_keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M)
+                weight = tl.where(first_keep, keep_scale, 0.0)
             out = weight[:, None] * first_v[None, :]
         else:
             highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -144,10 +142,7 @@ def image_cross_attention_fwd_kernel(
                 )
                 scores = tl.where(seen != 0, scores, float("-inf"))
             higher = tl.maximum(highest, tl.max(scores, axis=1))
-            if HAS_MASK:
-                shift = tl.where(higher == float("-inf"), 0.0, higher)
-            else:
-                shift = higher
+            shift = tl.where(higher == float("-inf"), 0.0, higher) if HAS_MASK else higher
             shrink = tl.exp2(highest - shift)
             p = tl.exp2(scores - shift[:, None])
             total = total * shrink + tl.sum(p, axis=1)
@@ -234,17 +229,17 @@ def image_cross_attention_bwd_kernel(
         if SPLIT_FIRST:
             first_k = tl.load(k_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
             first_v = tl.load(v_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            p = tl.exp2(tl.sum(q.to(tl.float32) * first_k[None, :], axis=1) * scale_log2 - lse)
-            dp = tl.sum(dout.to(tl.float32) * first_v[None, :], axis=1)
-            dropped = p
+            first_p = tl.exp2(tl.sum(q.to(tl.float32) * first_k[None, :], axis=1) * scale_log2 - lse)
+            first_dp = tl.sum(dout.to(tl.float32) * first_v[None, :], axis=1)
+            weight = first_p
             if DROPOUT:
-                keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M)
-                dropped = tl.where(keep, p * keep_scale, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - delta) * scale
-            dq = ds[:, None] * first_k[None, :]
-            first_dk = tl.sum(ds[:, None] * q.to(tl.float32), axis=0)
-            first_dv = tl.sum(dropped[:, None] * dout.to(tl.float32), axis=0)
+                first_keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M)
+                weight = tl.where(first_keep, first_p * keep_scale, 0.0)
+                first_dp = tl.where(first_keep, first_dp * keep_scale, 0.0)
+            first_ds = first_p * (first_dp - delta) * scale
+            dq = first_ds[:, None] * first_k[None, :]
+            first_dk = tl.sum(first_ds[:, None] * q.to(tl.float32), axis=0)
+            first_dv = tl.sum(weight[:, None] * dout.to(tl.float32), axis=0)
             first_dk += tl.load(dk_ptr + base_d + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
             first_dv += tl.load(dv_ptr + base_d + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
             tl.store(dk_ptr + base_d + offs_d, first_dk, mask=mask_d)

@@ -14,18 +14,18 @@ import torch
 
 from qformer_fast.backend import interpreting
 
-_TABLE = json.loads(Path(__file__).with_name("launch_table.json").read_text())
+TABLE = json.loads(Path(__file__).with_name("launch_table.json").read_text())
 DEFAULT_ARCHITECTURE = "sm_90"
 
 
 def settings(kernel: str, device: torch.device) -> dict[str, Any]:
     """Block sizes, num_warps and num_stages of ``kernel`` on ``device``, as keyword arguments of its launch."""
-    return _settings(kernel, architecture(device))
+    return settings_of(kernel, architecture(device))
 
 
 @functools.cache
-def _settings(kernel: str, name: str) -> dict[str, Any]:
-    return _TABLE[DEFAULT_ARCHITECTURE][kernel] | _TABLE.get(name, {}).get(kernel, {})
+def settings_of(kernel: str, name: str) -> dict[str, Any]:
+    return TABLE[DEFAULT_ARCHITECTURE][kernel] | TABLE.get(name, {}).get(kernel, {})
 
 
 @functools.cache

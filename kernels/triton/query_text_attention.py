@@ -6,14 +6,14 @@ Sequences of more than 64 rows run in streamed_attention.py.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import dropout_keep
 from qformer_fast.kernels.sequences import precision, sequence_rows, visible
 from qformer_fast.kernels.streamed_attention import streamed_attention_bwd, streamed_attention_fwd
-from torch import Tensor
-
-import triton
-import triton.language as tl
 from qformer_fast.reference.attention import MAX_TILE
 from qformer_fast.reference.philox import GROUP, threshold_and_scale
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import dropout_keep
 from qformer_fast.kernels.sequences import precision, sequence_rows, visible
-from torch import Tensor
-
-import triton
-import triton.language as tl
 from qformer_fast.reference.philox import GROUP, threshold_and_scale
 
 LOG2E = 1.4426950408889634

@@ -57,3 +57,11 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     It stays on the device, so that a captured CUDA graph draws anew at each replay.
     """
     return torch.randint(2**62, (1,), device=x.device) if dropout_p > 0 else None
+
+
+def draw_seeds(x: Tensor, *dropout_ps: float) -> list[Tensor | None]:
+    """A seed as :func:`draw_seed` for each probability, drawn together."""
+    if not any(dropout_ps):
+        return [None] * len(dropout_ps)
+    seeds = torch.randint(2**62, (len(dropout_ps), 1), device=x.device)
+    return [seed if p > 0 else None for seed, p in zip(seeds.unbind(), dropout_ps, strict=True)]

@@ -2,15 +2,171 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
-from qformer_fast.ops._checks import check_device, check_floating, check_probability, check_rows, check_shape
-from qformer_fast.ops.image_cross_attention import check_image_mask
+from qformer_fast.ops._checks import (
+    autocast_dtype,
+    check_device,
+    check_floating,
+    check_probability,
+    check_rows,
+    check_shape,
+    draw_seeds,
+)
+from qformer_fast.ops.image_cross_attention import check_image_mask, kernel_keys_values, unsupported
 
-IMPLEMENTATIONS = {"reference": reference.cross_attention_block}
+
+@torch.library.custom_op("qformer_fast::cross_attention_block_fwd", mutates_args=())
+def cross_attention_block_fwd(
+    query_rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    image_order: Tensor,
+    image_offsets: Tensor,
+    image_mask: Tensor | None,
+    attention_seed: Tensor | None,
+    hidden_seed: Tensor | None,
+    num_queries: int,
+    eps: float,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, and for backward: q, context, lse, x (the output projection without its bias), mean and rstd."""
+    attend = backends.kernel_or_formula("image_cross_attention_fwd", query_rows)
+    add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
+    q = torch.addmm(q_bias.to(query_rows.dtype), query_rows, q_weight.t()).view(query_rows.shape[0], *k.shape[2:])
+    layout = image_order, image_offsets, image_mask
+    context, lse = attend(q, k, v, *layout, attention_seed, num_queries, k.shape[3] ** -0.5, attention_dropout_p)
+    x = context.flatten(1) @ out_weight.t()
+    out, mean, rstd = add_norm(x, query_rows, norm_weight, norm_bias, hidden_seed, eps, hidden_dropout_p, out_bias)
+    return out, q, context, lse, x, mean, rstd
+
+
+@cross_attention_block_fwd.register_fake
+def _(query_rows: Tensor, k: Tensor, *_) -> tuple[Tensor, ...]:
+    count = query_rows.shape[0]
+    out, x = (query_rows.new_empty(query_rows.shape) for _ in range(2))
+    q, context = (query_rows.new_empty(count, *k.shape[2:]) for _ in range(2))
+    lse, mean, rstd = (query_rows.new_empty(n, dtype=torch.float32) for n in ((count, k.shape[2]), count, count))
+    return out, q, context, lse, x, mean, rstd
+
+
+@torch.library.custom_op("qformer_fast::cross_attention_block_bwd", mutates_args=())
+def cross_attention_block_bwd(
+    dout: Tensor,
+    query_rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    context: Tensor,
+    lse: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    q_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    image_order: Tensor,
+    image_offsets: Tensor,
+    image_mask: Tensor | None,
+    attention_seed: Tensor | None,
+    hidden_seed: Tensor | None,
+    num_queries: int,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """drows, dk, dv, dq_weight, dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias."""
+    attend_bwd = backends.kernel_or_formula("image_cross_attention_bwd", query_rows)
+    add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
+    dx, drows, dnorm_weight, dnorm_bias, dout_bias = add_norm_bwd(
+        dout, x, query_rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias
+    )
+    dout_weight = dx.t() @ context.flatten(1)
+    dcontext = (dx @ out_weight).view(context.shape)
+    layout = image_order, image_offsets, image_mask, attention_seed, num_queries
+    dq, dk, dv = attend_bwd(dcontext, q, k, v, context, lse, *layout, k.shape[3] ** -0.5, attention_dropout_p)
+    dq = dq.flatten(1)
+    # without dropout dx and drows are one tensor, of which dx has been read by now
+    drows = drows.addmm_(dq, q_weight)
+    dq_bias = dq.sum(0, dtype=torch.promote_types(dq.dtype, torch.float32))
+    return drows, dk, dv, dq.t() @ query_rows, dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias
+
+
+@cross_attention_block_bwd.register_fake
+def _(dout, query_rows, k, v, q, context, lse, x, mean, rstd, q_weight, out_weight, out_bias, norm_weight, *_):
+    dq_bias = q_weight.new_empty(q_weight.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    like = query_rows, k, v, q_weight, dq_bias, out_weight, out_bias, norm_weight, norm_weight
+    return tuple(x.new_empty(x.shape) for x in like)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query_rows, k, v, q_weight, q_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:14]
+    _, *saved = output
+    ctx.save_for_backward(query_rows, k, v, *saved, q_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
+    ctx.mark_non_differentiable(*saved)
+    ctx.sizes = inputs[14], *inputs[16:]
+    ctx.bias_dtype = q_bias.dtype
+
+
+def _backward(ctx, dout: Tensor, *_) -> tuple[Tensor | None, ...]:
+    *gradients, dbias, dout_weight, dout_bias, dnorm_weight, dnorm_bias = cross_attention_block_bwd(
+        dout.contiguous(), *ctx.saved_tensors, *ctx.sizes
+    )
+    return *gradients, dbias.to(ctx.bias_dtype), dout_weight, dout_bias, dnorm_weight, dnorm_bias, *[None] * 9
+
+
+cross_attention_block_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _kernels(
+    query_rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    image_mask: Tensor | None,
+    eps: float,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+) -> Tensor:
+    dtype = autocast_dtype(query_rows)
+    return cross_attention_block_fwd(
+        query_rows.to(dtype).contiguous(),
+        *kernel_keys_values(k.to(dtype), v.to(dtype)),
+        q_weight.to(dtype),
+        q_bias,
+        out_weight.to(dtype),
+        out_bias,
+        norm_weight,
+        norm_bias,
+        *layout.sequences_by_image(k.shape[0]),
+        None if image_mask is None else image_mask.contiguous(),
+        *draw_seeds(query_rows, attention_dropout_p, hidden_dropout_p),
+        layout.num_queries,
+        eps,
+        attention_dropout_p,
+        hidden_dropout_p,
+    )[0]
+
+
+IMPLEMENTATIONS = {"reference": reference.cross_attention_block, "triton": _kernels}
 
 
 def cross_attention_block(
@@ -33,7 +189,8 @@ def cross_attention_block(
 ) -> Tensor:
     """layer_norm(query_rows + dropout(out(attention(q(query_rows), k, v))))
 
-    Replaces LAVIS ``BertAttention`` with an image (Qformer.py:295-350), its key and value projections aside.
+    Replaces LAVIS ``BertAttention`` with an image (Qformer.py:295-350), its key and value projections aside. On
+    the kernels it is one autograd node; under autocast it computes and returns the autocast dtype.
 
     Args:
         query_rows (Tensor): (query rows, hidden).
@@ -62,12 +219,24 @@ def cross_attention_block(
     check_shape("q_weight", q_weight, k.shape[2] * k.shape[3], hidden)
     check_shape("out_weight", out_weight, hidden, k.shape[2] * k.shape[3])
     check_floating(query_rows=query_rows, k=k, v=v, q_weight=q_weight, out_weight=out_weight)
-    check_device(query_rows, k=k, v=v, image_mask=image_mask)
+    check_device(
+        query_rows,
+        k=k,
+        v=v,
+        image_mask=image_mask,
+        q_weight=q_weight,
+        q_bias=q_bias,
+        out_weight=out_weight,
+        out_bias=out_bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
     if image_mask is not None:
         check_image_mask(image_mask, k, layout)
     check_probability("attention_dropout_p", attention_dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
-    return backends.resolve("cross_attention_block", IMPLEMENTATIONS, backend, query_rows)(
+    reason = unsupported(k.shape[3], image_mask)
+    return backends.resolve("cross_attention_block", IMPLEMENTATIONS, backend, query_rows, reason)(
         query_rows,
         k,
         v,

@@ -2,13 +2,117 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
-from qformer_fast.ops._checks import check_device, check_floating, check_probability, check_shape
+from qformer_fast.ops._checks import (
+    autocast_dtype,
+    check_device,
+    check_floating,
+    check_probability,
+    check_shape,
+    draw_seed,
+)
+from qformer_fast.ops.dropout_add_layer_norm import statistics_dtype, unsupported
 
-IMPLEMENTATIONS = {"reference": reference.embeddings}
+
+@torch.library.custom_op("qformer_fast::embeddings_fwd", mutates_args=())
+def embeddings_fwd(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    padding_idx: int | None,
+    eps: float,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out of ``dtype``, mean, rstd; ``padding_idx`` is for the gradient."""
+    tables = word_weight, position_weight, weight, bias
+    run = backends.kernel_or_formula("embeddings_fwd", word_weight)
+    return run(input_ids, position_ids, *tables, seed, eps, dropout_p, dtype)
+
+
+@embeddings_fwd.register_fake
+def _(input_ids: Tensor, position_ids: Tensor, word_weight: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+    rows, hidden = input_ids.shape[0], word_weight.shape[1]
+    mean, rstd = (word_weight.new_empty(rows, dtype=statistics_dtype(word_weight)) for _ in range(2))
+    return word_weight.new_empty(rows, hidden, dtype=others[-1]), mean, rstd
+
+
+@torch.library.custom_op("qformer_fast::embeddings_bwd", mutates_args=())
+def embeddings_bwd(
+    dout: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    padding_idx: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tables = word_weight, position_weight, weight
+    run = backends.kernel_or_formula("embeddings_bwd", word_weight)
+    return run(dout, input_ids, position_ids, *tables, mean, rstd, seed, padding_idx, dropout_p)
+
+
+@embeddings_bwd.register_fake
+def _(
+    dout: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    *_,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dword, dposition = torch.empty_like(word_weight), torch.empty_like(position_weight)
+    return dword, dposition, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tables, _, seed, ctx.padding_idx, _, ctx.dropout_p, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(*tables, mean, rstd, seed)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, dout: Tensor, *_) -> tuple[Tensor | None, ...]:
+    gradients = embeddings_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p)
+    return None, None, *gradients, *[None] * 5
+
+
+embeddings_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _kernels(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    padding_idx: int | None,
+    dropout_p: float,
+) -> Tensor:
+    tensors = input_ids, position_ids, word_weight, position_weight, weight, bias
+    seed = draw_seed(word_weight, dropout_p)
+    dtype = autocast_dtype(word_weight)
+    out, _, _ = embeddings_fwd(*(x.contiguous() for x in tensors), seed, padding_idx, eps, dropout_p, dtype)
+    return out
+
+
+IMPLEMENTATIONS = {"reference": reference.embeddings, "triton": _kernels}
 
 
 def embeddings(
@@ -26,23 +130,26 @@ def embeddings(
 ) -> Tensor:
     """dropout(layer_norm(word[input_ids] + position[position_ids]) * weight + bias).
 
-    Replaces LAVIS ``BertEmbeddings`` on text rows (Qformer.py:78-108).
+    Replaces LAVIS ``BertEmbeddings`` on text rows (Qformer.py:78-108). Under autocast the kernels return the autocast
+    dtype and read the tables as they are. The tables' gradients are dense.
 
     Args:
-        input_ids, position_ids (Tensor): (rows,) int64, inside their tables.
+        input_ids, position_ids (Tensor): (rows,) int64 or int32, inside their tables. That is checked on a CPU; on a
+            device it would cost a host sync, so they are trusted, as :meth:`PackedText.from_padded` made them. The
+            kernels take an id outside for a row of zeros.
         word_weight, position_weight (Tensor): (vocab, hidden) and (positions, hidden).
         weight, bias (Tensor): (hidden,), the LayerNorm's.
         eps (float): added to the variance. Default: 1e-12.
-        padding_idx (int, Optional): the word that gets no gradient here.
+        padding_idx (int, Optional): the word that gets no gradient here; a negative one counts from the end.
         dropout_p (float): probability in [0, 1). Default: 0.0.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
-        Tensor: (rows, hidden).
+        Tensor: (rows, hidden), word_weight.dtype; statistics in fp32.
 
     Raises:
-        ValueError: shapes, devices or probability that do not fit. TypeError: floating-point ids. RuntimeError: the
-            backend asked for can't run, with the reason.
+        ValueError: shapes, devices, probability or ids that do not fit. TypeError: ids that are not integers.
+            RuntimeError: the backend asked for can't run, with the reason.
     """
     hidden = word_weight.shape[-1]
     check_shape("input_ids", input_ids, "rows")
@@ -51,13 +158,18 @@ def embeddings(
     check_shape("position_weight", position_weight, "positions", hidden)
     check_shape("weight", weight, hidden)
     check_shape("bias", bias, hidden)
-    for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
-        if ids.is_floating_point():
-            raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    words, positions = word_weight.shape[0], position_weight.shape[0]
     check_floating(word_weight=word_weight, position_weight=position_weight, weight=weight, bias=bias)
     check_device(word_weight, input_ids=input_ids, position_ids=position_ids, position_weight=position_weight)
+    check_device(word_weight, weight=weight, bias=bias)
+    _check_ids("input_ids", input_ids, words)
+    _check_ids("position_ids", position_ids, positions)
+    if padding_idx is not None:
+        if not -words <= padding_idx < words:
+            raise ValueError(f"padding_idx must lie in [{-words}, {words}), got {padding_idx}")
+        padding_idx %= words
     check_probability("dropout_p", dropout_p)
-    return backends.resolve("embeddings", IMPLEMENTATIONS, backend, word_weight)(
+    return backends.resolve("embeddings", IMPLEMENTATIONS, backend, word_weight, unsupported(hidden))(
         input_ids,
         position_ids,
         word_weight,
@@ -68,3 +180,13 @@ def embeddings(
         padding_idx=padding_idx,
         dropout_p=dropout_p,
     )
+
+
+def _check_ids(name: str, ids: Tensor, size: int) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be integers, int64 or int32, got {ids.dtype}")
+    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie in [0, {size}), got {low if low < 0 else high}")

@@ -2,14 +2,168 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
-from qformer_fast.ops._checks import check_floating, check_probability, check_rows, check_shape
+from qformer_fast.ops._checks import (
+    autocast_dtype,
+    check_device,
+    check_floating,
+    check_probability,
+    check_rows,
+    check_shape,
+    draw_seeds,
+)
+from qformer_fast.ops.query_text_attention import unsupported
 
-IMPLEMENTATIONS = {"reference": reference.self_attention_block}
+
+@torch.library.custom_op("qformer_fast::self_attention_block_fwd", mutates_args=())
+def self_attention_block_fwd(
+    rows: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    text_offsets: Tensor,
+    masks: Tensor,
+    attention_seed: Tensor | None,
+    hidden_seed: Tensor | None,
+    num_query_sequences: int,
+    num_queries: int,
+    max_text_length: int,
+    nheads: int,
+    eps: float,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, and for backward: qkv, context, lse, x (the output projection without its bias), mean and rstd."""
+    attend = backends.kernel_or_formula("query_text_attention_fwd", rows)
+    add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", rows)
+    qkv = torch.addmm(qkv_bias.to(rows.dtype), rows, qkv_weight.t()).view(rows.shape[0], 3, nheads, -1)
+    sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
+    context, lse = attend(qkv, text_offsets, masks, attention_seed, *sizes)
+    x = context.view(rows.shape) @ out_weight.t()
+    out, mean, rstd = add_norm(x, rows, norm_weight, norm_bias, hidden_seed, eps, hidden_dropout_p, out_bias)
+    return out, qkv, context, lse, x, mean, rstd
+
+
+@self_attention_block_fwd.register_fake
+def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
+    num_queries, max_text_length, nheads = others[11:14]
+    count, hidden = rows.shape
+    streamed = num_queries + max_text_length > reference.MAX_TILE
+    qkv, context = (rows.new_empty(count, *heads, nheads, hidden // nheads) for heads in ((3,), ()))
+    lse, mean, rstd = (rows.new_empty(n, dtype=torch.float32) for n in ((count * streamed, nheads), count, count))
+    return rows.new_empty(rows.shape), qkv, context, lse, rows.new_empty(rows.shape), mean, rstd
+
+
+@torch.library.custom_op("qformer_fast::self_attention_block_bwd", mutates_args=())
+def self_attention_block_bwd(
+    dout: Tensor,
+    rows: Tensor,
+    qkv: Tensor,
+    context: Tensor,
+    lse: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    text_offsets: Tensor,
+    masks: Tensor,
+    attention_seed: Tensor | None,
+    hidden_seed: Tensor | None,
+    num_query_sequences: int,
+    num_queries: int,
+    max_text_length: int,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """drows, dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias."""
+    attend_bwd = backends.kernel_or_formula("query_text_attention_bwd", rows)
+    add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", rows)
+    dx, drows, dnorm_weight, dnorm_bias, dout_bias = add_norm_bwd(
+        dout, x, rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias
+    )
+    dout_weight = dx.t() @ context.view(rows.shape)
+    dcontext = (dx @ out_weight).view(context.shape)
+    sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
+    dqkv, dqkv_bias = attend_bwd(dcontext, qkv, context, lse, text_offsets, masks, attention_seed, *sizes)
+    dqkv = dqkv.view(rows.shape[0], -1)
+    # without dropout dx and drows are one tensor, of which dx has been read by now
+    drows = drows.addmm_(dqkv, qkv_weight)
+    return drows, dqkv.t() @ rows, dqkv_bias.flatten(), dout_weight, dout_bias, dnorm_weight, dnorm_bias
+
+
+@self_attention_block_bwd.register_fake
+def _(dout, rows, qkv, context, lse, x, mean, rstd, qkv_weight, out_weight, out_bias, norm_weight, *_):
+    dqkv_bias = qkv_weight.new_empty(qkv_weight.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32))
+    like = qkv_weight, dqkv_bias, out_weight, out_bias, norm_weight, norm_weight
+    return rows.new_empty(rows.shape), *(x.new_empty(x.shape) for x in like)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    rows, qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:11]
+    _, *saved = output
+    ctx.save_for_backward(rows, *saved, qkv_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
+    ctx.mark_non_differentiable(*saved)
+    ctx.sizes = *inputs[11:14], *inputs[16:]
+    ctx.bias_dtype = qkv_bias.dtype
+
+
+def _backward(ctx, dout: Tensor, *_) -> tuple[Tensor | None, ...]:
+    drows, dweight, dbias, *others = self_attention_block_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+    return drows, dweight, dbias.to(ctx.bias_dtype), *others, *[None] * 11
+
+
+self_attention_block_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _kernels(
+    rows: Tensor,
+    layout: SequenceLayout,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    nheads: int,
+    eps: float,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+) -> Tensor:
+    dtype = autocast_dtype(rows)
+    return self_attention_block_fwd(
+        rows.to(dtype).contiguous(),
+        qkv_weight.to(dtype),
+        qkv_bias,
+        out_weight.to(dtype),
+        out_bias,
+        norm_weight,
+        norm_bias,
+        layout.text_offsets,
+        layout.masks,
+        *draw_seeds(rows, attention_dropout_p, hidden_dropout_p),
+        layout.num_query_sequences,
+        layout.num_queries,
+        layout.max_text_length,
+        nheads,
+        eps,
+        attention_dropout_p,
+        hidden_dropout_p,
+    )[0]
+
+
+IMPLEMENTATIONS = {"reference": reference.self_attention_block, "triton": _kernels}
 
 
 def self_attention_block(
@@ -30,7 +184,9 @@ def self_attention_block(
 ) -> Tensor:
     """layer_norm(rows + dropout(out(attention(qkv(rows)))))
 
-    Replaces LAVIS ``BertAttention`` without an image (Qformer.py:295-350).
+    Replaces LAVIS ``BertAttention`` without an image (Qformer.py:295-350). On the kernels it is one autograd node,
+    which saves the projected rows, the context and the projected context; under autocast it computes and returns the
+    autocast dtype.
 
     Args:
         rows (Tensor): (rows, hidden), packed as ``layout`` says.
@@ -57,11 +213,21 @@ def self_attention_block(
     check_shape("qkv_bias", qkv_bias, 3 * hidden)
     check_shape("out_weight", out_weight, hidden, hidden)
     check_floating(rows=rows, qkv_weight=qkv_weight, out_weight=out_weight)
+    check_device(
+        rows,
+        qkv_weight=qkv_weight,
+        qkv_bias=qkv_bias,
+        out_weight=out_weight,
+        out_bias=out_bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
     if hidden % nheads:
         raise ValueError(f"nheads must divide the hidden size {hidden}, got {nheads}")
     check_probability("attention_dropout_p", attention_dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
-    return backends.resolve("self_attention_block", IMPLEMENTATIONS, backend, rows)(
+    reason = unsupported(hidden // nheads, layout)
+    return backends.resolve("self_attention_block", IMPLEMENTATIONS, backend, rows, reason)(
         rows,
         layout,
         qkv_weight,

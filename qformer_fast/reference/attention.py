@@ -84,9 +84,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: 
     return out.masked_fill(~sees, 0.0)
 
 
-# The formulas that the kernels follow. With scores s = q k^T scale, p = softmax(s) and c the dropout mask (0, or 1 over the
-# share that is kept): out = (p c) v, and backward dv = (p c)^T dout, dp = (dout v^T) c, ds = p (dp - sum(p dp)) scale,
-# dq = ds k, dk = ds^T q.
+# The formulas that the kernels follow. With scores s = q k^T scale, p = softmax(s) and c the dropout mask (0, or 1 over
+# the share that is kept): out = (p c) v, and backward dv = (p c)^T dout, dp = (dout v^T) c,
+# ds = p (dp - sum(p dp)) scale, dq = ds k, dk = ds^T q.
 
 
 def query_text_attention_fwd(
@@ -100,7 +100,7 @@ def query_text_attention_fwd(
     softmax_scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """out (rows, nheads, headdim) and lse (rows, nheads), log2 of the sum of exponentials; (0, nheads) up to MAX_TILE."""
+    """out (rows, nheads, headdim) and lse (rows, nheads), log2-sum-exp; empty up to MAX_TILE rows."""
     sizes = num_query_sequences, num_queries, max_text_length, softmax_scale, dropout_p
     layout, _, _, v, scores, p, keep = _self_probabilities(qkv, text_offsets, masks, seed, *sizes)
     lse = _pack(scores.logsumexp(-1, keepdim=True), layout).squeeze(-1).float() / math.log(2)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qformer_fast.reference.philox import dropout_keep, threshold_and_scale
+
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) with the exact erf; x (rows, width), bias (width,)."""
@@ -27,11 +29,59 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
+def bias_gelu_bwd_with_out(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return *bias_gelu_bwd(dout, x, bias), bias_gelu_fwd(x, bias)
+
+
 def dropout_add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout_p: float = 0.0
 ) -> Tensor:
     """layer_norm(dropout(x) + residual) * weight + bias; x and residual (rows, hidden)."""
     return F.layer_norm(F.dropout(x, dropout_p) + residual, weight.shape, weight, bias, eps)
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    x_bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, and of each row the mean and 1 / sqrt(variance + eps); arguments as the kernels' forward."""
+    normed, mean, rstd = _standardise(_add_dropped(x, residual, x_bias, seed, dropout_p), eps)
+    result = (normed * _wide(weight) + _wide(bias)).to(x.dtype)
+    return result if out is None else out.copy_(result), mean, rstd
+
+
+def dropout_add_layer_norm_bwd(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """With n = (z - mean) rstd and dn = dout weight: dz = rstd (dn - mean(dn) - n mean(dn n)), which is dresidual, and
+    dx is dz under dropout's mask; over rows dweight sums dout n, dbias dout and, with ``x_bias``, dx_bias dx.
+    """
+    normed = (_add_dropped(x, residual, x_bias, seed, dropout_p) - mean[:, None]) * rstd[:, None]
+    dresidual, dweight, dbias = _standardise_bwd(_wide(dout), normed, rstd, weight)
+    dx = _dropout(dresidual, seed, dropout_p)
+    dx_bias = () if x_bias is None else (dx.sum(0).to(x_bias.dtype),)
+    return dx.to(x.dtype), dresidual.to(x.dtype), dweight, dbias, *dx_bias
+
+
+def _add_dropped(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """dropout(x + x_bias) + residual"""
+    x = _wide(x) if x_bias is None else _wide(x) + _wide(x_bias)
+    return _dropout(x, seed, dropout_p) + _wide(residual)
 
 
 def embeddings(
@@ -50,3 +100,70 @@ def embeddings(
     words = F.embedding(input_ids, word_weight, padding_idx=padding_idx)
     rows = words + F.embedding(position_ids, position_weight)
     return F.dropout(F.layer_norm(rows, weight.shape, weight, bias, eps), dropout_p)
+
+
+def embeddings_fwd(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out of ``dtype``, and of each row the mean and 1 / sqrt(variance + eps)."""
+    rows = _wide(F.embedding(input_ids, word_weight)) + _wide(F.embedding(position_ids, position_weight))
+    normed, mean, rstd = _standardise(rows, eps)
+    return _dropout(normed * _wide(weight) + _wide(bias), seed, dropout_p).to(dtype), mean, rstd
+
+
+def embeddings_bwd(
+    dout: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    padding_idx: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm's gradient as in :func:`dropout_add_layer_norm_bwd`, summed into the row of each id."""
+    rows = _wide(F.embedding(input_ids, word_weight)) + _wide(F.embedding(position_ids, position_weight))
+    normed = (rows - mean[:, None]) * rstd[:, None]
+    drows, dweight, dbias = _standardise_bwd(_dropout(_wide(dout), seed, dropout_p), normed, rstd, weight)
+    dword = torch.zeros_like(word_weight, dtype=drows.dtype).index_add(0, input_ids, drows)
+    dposition = torch.zeros_like(position_weight, dtype=drows.dtype).index_add(0, position_ids, drows)
+    if padding_idx is not None:
+        dword[padding_idx] = 0
+    return dword.to(word_weight.dtype), dposition.to(position_weight.dtype), dweight, dbias
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32, or fp64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    if seed is None:
+        return x
+    return torch.where(dropout_keep(seed, *x.shape, dropout_p), x * threshold_and_scale(dropout_p)[1], 0.0)
+
+
+def _standardise(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = z.mean(1)
+    rstd = (z.var(1, unbiased=False) + eps).rsqrt()
+    return (z - mean[:, None]) * rstd[:, None], mean, rstd
+
+
+def _standardise_bwd(dout: Tensor, normed: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dz, and dweight and dbias in weight's dtype."""
+    dnormed = dout * _wide(weight)
+    along = (dnormed * normed).mean(1, keepdim=True)
+    dz = (dnormed - dnormed.mean(1, keepdim=True) - normed * along) * rstd[:, None]
+    return dz, (dout * normed).sum(0).to(weight.dtype), dout.sum(0).to(weight.dtype)

@@ -7,8 +7,8 @@ from qformer_fast import Mask, SequenceLayout, kernels, ops, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
-# queries, images that the sequences look at, images, tokens, heads: images that no one or everyone looks at, more sequences
-# or queries than a tile holds, one token, class token and whole blocks, blocks that are not full, wide heads
+# queries, images that the sequences look at, images, tokens, heads: images that no one or everyone looks at, more
+# sequences or queries than a tile holds, one token, class token and whole blocks, blocks that are not full, wide heads
 CASES = {
     "q3-17-tokens": (3, [1, 0, 1, 3], 4, 17, (2, 16)),
     "q8-one-token": (8, [0, 1], 2, 1, (2, 16)),

@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from qformer_fast.kernels.philox import dropout_keep
 
+from qformer_fast.kernels.philox import dropout_keep
 from qformer_fast.reference import philox
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

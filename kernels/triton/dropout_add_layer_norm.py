@@ -1,0 +1,192 @@
+"""layer_norm(dropout(x + x_bias) + residual) and its gradient, each one pass over the rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qformer_fast.kernels.layer_norm import (
+    keep_rows,
+    row_settings,
+    standardise,
+    standardise_grad,
+    sum_parts,
+    whole_rows,
+)
+from qformer_fast.reference.philox import threshold_and_scale
+
+
+@triton.jit
+def dropout_add_layer_norm_fwd_kernel(
+    x_ptr,  # (M, N)
+    residual_ptr,  # (M, N)
+    x_bias_ptr,  # (N,) or None
+    weight_ptr,  # (N,)
+    bias_ptr,  # (N,)
+    seed_ptr,  # (1,) int64 or None
+    out_ptr,  # (M, N)
+    mean_ptr,  # (M,) fp32
+    rstd_ptr,  # (M,) fp32
+    M,
+    eps,
+    threshold,
+    keep_scale,
+    N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program = BLOCK_M whole rows."""
+    first = tl.program_id(0) * BLOCK_M
+    offs_n, mask_n = whole_rows(N, CHUNKS, BLOCK_N)
+    offs_m = first + tl.arange(0, BLOCK_M)[None, :, None]
+    mask_m = offs_m < M
+    mask = mask_m & mask_n
+    offs = offs_m.to(tl.int64) * N + offs_n
+    z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if x_bias_ptr is not None:
+        z += tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        keep = keep_rows(seed_ptr, first, threshold, N, CHUNKS, BLOCK_M, BLOCK_N)
+        z = tl.where(keep, z * keep_scale, 0.0)
+    normed, mean, rstd = standardise(z + residual, mask_n, eps, N)
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs, normed * weight + bias, mask=mask)
+    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+
+@triton.jit
+def dropout_add_layer_norm_bwd_kernel(
+    dout_ptr,  # (M, N)
+    x_ptr,  # (M, N)
+    residual_ptr,  # (M, N)
+    x_bias_ptr,  # (N,) or None
+    weight_ptr,  # (N,)
+    mean_ptr,  # (M,) fp32
+    rstd_ptr,  # (M,) fp32
+    seed_ptr,  # (1,) int64 or None
+    dx_ptr,  # (M, N)
+    dresidual_ptr,  # (M, N), with a seed; else dx is written alone
+    parts_ptr,  # (programs, 2 or 3, N) fp32: dweight, dbias, and dx_bias with x_bias
+    M,
+    threshold,
+    keep_scale,
+    N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program = every num_programs(0)-th block of BLOCK_M whole rows, and their part of the sums over rows."""
+    pid = tl.program_id(0)
+    offs_n, mask_n = whole_rows(N, CHUNKS, BLOCK_N)
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    dweight = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    if x_bias_ptr is not None:
+        x_bias = tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        dx_bias = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)[None, :, None]
+        mask_m = offs_m < M
+        mask = mask_m & mask_n
+        offs = offs_m.to(tl.int64) * N + offs_n
+        z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+        if x_bias_ptr is not None:
+            z += x_bias
+        if seed_ptr is not None:
+            keep = keep_rows(seed_ptr, first, threshold, N, CHUNKS, BLOCK_M, BLOCK_N)
+            z = tl.where(keep, z * keep_scale, 0.0)
+        normed = (z + residual - mean) * rstd
+        dx = standardise_grad(dout * weight, normed, rstd, N)
+        if seed_ptr is not None:
+            tl.store(dresidual_ptr + offs, dx, mask=mask)
+            dx = tl.where(keep, dx * keep_scale, 0.0)
+        tl.store(dx_ptr + offs, dx, mask=mask)
+        dweight += dout * normed
+        dbias += dout
+        if x_bias_ptr is not None:
+            dx_bias += dx
+    parts_ptr += pid * (2 if x_bias_ptr is None else 3) * N + offs_n
+    tl.store(parts_ptr, tl.sum(dweight, axis=1, keep_dims=True), mask=mask_n)
+    tl.store(parts_ptr + N, tl.sum(dbias, axis=1, keep_dims=True), mask=mask_n)
+    if x_bias_ptr is not None:
+        tl.store(parts_ptr + 2 * N, tl.sum(dx_bias, axis=1, keep_dims=True), mask=mask_n)
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    x_bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """layer_norm(dropout(x + x_bias) + residual) * weight + bias; without ``seed`` nothing is dropped.
+
+    Args:
+        x, residual (Tensor): (rows, hidden) contiguous, slices of rows included; hidden up to 4096.
+        weight, bias (Tensor): (hidden,).
+        seed (Tensor, Optional): (1,) int64.
+        x_bias (Tensor, Optional): (hidden,), the bias that the product which made x left out.
+        out (Tensor, Optional): (rows, hidden) contiguous, to write into.
+
+    Returns:
+        tuple: out (rows, hidden) in x's dtype; mean and rstd (rows,) fp32.
+    """
+    M, N = x.shape
+    if out is None:
+        out = torch.empty_like(x)
+    mean = torch.empty(M, device=x.device, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if M:
+        settings, _ = row_settings("dropout_add_layer_norm_fwd", N, x.device)
+        dropout_add_layer_norm_fwd_kernel[(triton.cdiv(M, settings["BLOCK_M"]),)](
+            x, residual, x_bias, weight, bias, seed, out, mean, rstd,
+            M, eps, *threshold_and_scale(dropout_p), N=N, **settings,
+        )  # fmt: skip
+    return out, mean, rstd
+
+
+def dropout_add_layer_norm_bwd(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """dx, dresidual (rows, hidden); dweight, dbias (hidden,) in weight's dtype; with ``x_bias`` also dx_bias.
+
+    Without ``seed`` dresidual is dx, the same tensor.
+    """
+    M, N = x.shape
+    settings, programs = row_settings("dropout_add_layer_norm_bwd", N, x.device)
+    programs = min(triton.cdiv(M, settings["BLOCK_M"]), programs)
+    dx = torch.empty_like(x)
+    dresidual = dx if seed is None else torch.empty_like(x)
+    parts = torch.empty(programs, 2 if x_bias is None else 3, N, device=x.device, dtype=torch.float32)
+    if M:
+        dropout_add_layer_norm_bwd_kernel[(programs,)](
+            dout, x, residual, x_bias, weight, mean, rstd, seed, dx, dresidual, parts,
+            M, *threshold_and_scale(dropout_p), N=N, **settings,
+        )  # fmt: skip
+    sums = [torch.empty_like(weight), torch.empty_like(weight)]
+    if x_bias is not None:
+        sums.append(torch.empty_like(x_bias))
+    sum_parts(parts, *sums)
+    return dx, dresidual, *sums

@@ -1,0 +1,306 @@
+"""Word and position embeddings with their LayerNorm, and the gradients of the tables without atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qformer_fast.kernels import launch
+from qformer_fast.kernels.layer_norm import (
+    keep_rows,
+    row_settings,
+    standardise,
+    standardise_grad,
+    sum_parts,
+    whole_rows,
+)
+from qformer_fast.reference.philox import threshold_and_scale
+
+
+@triton.jit
+def _word_and_position(
+    input_ids_ptr,  # (M,)
+    position_ids_ptr,  # (M,)
+    word_ptr,  # (words, N)
+    position_ptr,  # (positions, N)
+    offs_m,
+    mask_m,
+    offs_n,
+    mask_n,
+    words,
+    positions,
+    N: tl.constexpr,
+):
+    """word row + position row in fp32; an id outside its table adds zeros."""
+    word = tl.load(input_ids_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
+    position = tl.load(position_ids_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
+    word_mask = (word >= 0) & (word < words) & mask_n
+    position_mask = (position >= 0) & (position < positions) & mask_n
+    z = tl.load(word_ptr + (word * N + offs_n), mask=word_mask, other=0.0).to(tl.float32)
+    return z + tl.load(position_ptr + (position * N + offs_n), mask=position_mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def embeddings_fwd_kernel(
+    input_ids_ptr,  # (M,)
+    position_ids_ptr,  # (M,)
+    word_ptr,  # (words, N)
+    position_ptr,  # (positions, N)
+    weight_ptr,  # (N,)
+    bias_ptr,  # (N,)
+    seed_ptr,  # (1,) int64 or None
+    out_ptr,  # (M, N)
+    mean_ptr,  # (M,) fp32
+    rstd_ptr,  # (M,) fp32
+    M,
+    words,
+    positions,
+    eps,
+    threshold,
+    keep_scale,
+    N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program = BLOCK_M whole rows."""
+    first = tl.program_id(0) * BLOCK_M
+    offs_n, mask_n = whole_rows(N, CHUNKS, BLOCK_N)
+    offs_m = first + tl.arange(0, BLOCK_M)[None, :, None]
+    mask_m = offs_m < M
+    z = _word_and_position(
+        input_ids_ptr, position_ids_ptr, word_ptr, position_ptr, offs_m, mask_m, offs_n, mask_n, words, positions, N
+    )
+    normed, mean, rstd = standardise(z, mask_n, eps, N)
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    out = normed * weight + bias
+    if seed_ptr is not None:
+        keep = keep_rows(seed_ptr, first, threshold, N, CHUNKS, BLOCK_M, BLOCK_N)
+        out = tl.where(keep, out * keep_scale, 0.0)
+    tl.store(out_ptr + (offs_m.to(tl.int64) * N + offs_n), out, mask=mask_m & mask_n)
+    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+
+@triton.jit
+def embeddings_bwd_kernel(
+    dout_ptr,  # (M, N)
+    input_ids_ptr,  # (M,)
+    position_ids_ptr,  # (M,)
+    word_ptr,  # (words, N)
+    position_ptr,  # (positions, N)
+    weight_ptr,  # (N,)
+    mean_ptr,  # (M,) fp32
+    rstd_ptr,  # (M,) fp32
+    seed_ptr,  # (1,) int64 or None
+    drows_ptr,  # (M, N): gradient of word row + position row
+    parts_ptr,  # (programs, 2, N) fp32: dweight, dbias
+    M,
+    words,
+    positions,
+    threshold,
+    keep_scale,
+    N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program = every num_programs(0)-th block of BLOCK_M whole rows, and their part of the sums over rows."""
+    pid = tl.program_id(0)
+    offs_n, mask_n = whole_rows(N, CHUNKS, BLOCK_N)
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    dweight = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)[None, :, None]
+        mask_m = offs_m < M
+        mask = mask_m & mask_n
+        offs = offs_m.to(tl.int64) * N + offs_n
+        dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+        z = _word_and_position(
+            input_ids_ptr, position_ids_ptr, word_ptr, position_ptr, offs_m, mask_m, offs_n, mask_n, words, positions, N
+        )
+        normed = (z - mean) * rstd
+        if seed_ptr is not None:
+            keep = keep_rows(seed_ptr, first, threshold, N, CHUNKS, BLOCK_M, BLOCK_N)
+            dout = tl.where(keep, dout * keep_scale, 0.0)
+        tl.store(drows_ptr + offs, standardise_grad(dout * weight, normed, rstd, N), mask=mask)
+        dweight += dout * normed
+        dbias += dout
+    parts_ptr += pid * 2 * N + offs_n
+    tl.store(parts_ptr, tl.sum(dweight, axis=1, keep_dims=True), mask=mask_n)
+    tl.store(parts_ptr + N, tl.sum(dbias, axis=1, keep_dims=True), mask=mask_n)
+
+
+@triton.jit
+def sum_runs_kernel(
+    rows_ptr,  # (M, N)
+    ids_ptr,  # (M,) sorted
+    order_ptr,  # (M,) int64: the row that each sorted id belongs to
+    table_ptr,  # (size, N), zeros
+    parts_ptr,  # (windows, 2, N) fp32
+    M,
+    size,
+    skipped,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """One program = BLOCK_N columns of the rows of one id that lie in one window of WINDOW sorted places.
+
+    Program ``first`` starts at place ``first`` and has work only where an id or a window begins. An id inside one
+    window goes to the table, parts of a longer one to parts[window, 1] where it begins and parts[window, 0] further on.
+    """
+    first = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    window = first // WINDOW
+    this = tl.load(ids_ptr + first)
+    begins = (first == 0) | (tl.load(ids_ptr + first - 1, mask=first > 0, other=0) != this)
+    wanted = (this >= 0) & (this < size) & (this != skipped)
+    if wanted & (begins | (first % WINDOW == 0)):
+        end = (window + 1) * WINDOW
+        places = window * WINDOW + tl.arange(0, WINDOW)
+        same = tl.load(ids_ptr + places, mask=(places >= first) & (places < M), other=-1) == this
+        last = first + tl.sum(same.to(tl.int32), axis=0)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(first, last, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            rows = tl.load(order_ptr + offs_m, mask=offs_m < last, other=0)
+            mask = (offs_m < last)[:, None] & mask_n[None, :]
+            total += tl.load(rows_ptr + rows[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        row = tl.sum(total, axis=0)
+        ends = (last < end) | (tl.load(ids_ptr + end, mask=end < M, other=-1) != this)
+        if begins & ends:
+            tl.store(table_ptr + this.to(tl.int64) * N + offs_n, row, mask=mask_n)
+        else:
+            tl.store(parts_ptr + (2 * window + begins.to(tl.int32)).to(tl.int64) * N + offs_n, row, mask=mask_n)
+
+
+@triton.jit
+def join_runs_kernel(
+    ids_ptr,  # (M,) sorted
+    table_ptr,  # (size, N)
+    parts_ptr,  # (windows, 2, N) fp32, of sum_runs_kernel
+    M,
+    size,
+    skipped,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """One program = BLOCK_N columns of the id that begins in one window and goes on in the next, if there is one."""
+    window = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    begin = window * WINDOW
+    end = begin + WINDOW
+    this = tl.load(ids_ptr + end, mask=end < M, other=-1)
+    goes_on = (end < M) & (tl.load(ids_ptr + end - 1, mask=end < M, other=-1) == this)
+    begins = (begin == 0) | (tl.load(ids_ptr + begin - 1, mask=begin > 0, other=0) != this)
+    if goes_on & begins & (this >= 0) & (this < size) & (this != skipped):
+        offs_w = window + tl.arange(0, BLOCK_M)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        count = BLOCK_M
+        while count == BLOCK_M:
+            places = offs_w * WINDOW
+            inside = (offs_w > window) & (places < M)
+            same = (offs_w == window) | (tl.load(ids_ptr + places, mask=inside, other=-1) == this)
+            slots = 2 * offs_w + (offs_w == window).to(tl.int32)
+            mask = same[:, None] & mask_n[None, :]
+            total += tl.load(parts_ptr + slots[:, None].to(tl.int64) * N + offs_n[None, :], mask=mask, other=0.0)
+            count = tl.sum(same.to(tl.int32), axis=0)
+            offs_w += BLOCK_M
+        tl.store(table_ptr + this.to(tl.int64) * N + offs_n, tl.sum(total, axis=0), mask=mask_n)
+
+
+def sum_rows_by_id(rows: Tensor, ids: Tensor, table: Tensor, skipped: int | None) -> Tensor:
+    """The gradient of ``table``, dense: row i is the sum of the ``rows`` whose id is i.
+
+    The same bits at every call: ids are sorted stably, and each row is summed in that order.
+
+    Args:
+        rows (Tensor): (rows, hidden) contiguous.
+        ids (Tensor): (rows,) integers; ids outside the table are left out.
+        table (Tensor): (size, hidden).
+        skipped (int, Optional): the row that stays zero.
+    """
+    out = torch.zeros_like(table)
+    M, N = rows.shape
+    if not M:
+        return out
+    settings = launch.settings("sum_runs", rows.device)
+    columns = triton.cdiv(N, settings["BLOCK_N"])
+    windows = triton.cdiv(M, settings["WINDOW"])
+    ids, order = ids.to(torch.int32).sort(stable=True)
+    parts = torch.empty(windows, 2, N, device=rows.device, dtype=torch.float32)
+    limits = M, table.shape[0], -1 if skipped is None else skipped
+    sum_runs_kernel[(M, columns)](rows, ids, order, out, parts, *limits, N=N, **settings)
+    if windows > 1:
+        join_runs_kernel[(windows, columns)](ids, out, parts, *limits, N=N, **settings)
+    return out
+
+
+def embeddings_fwd(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (rows, hidden) of ``dtype``, mean and rstd (rows,) fp32; all arguments contiguous, hidden up to 4096."""
+    M, N = input_ids.shape[0], word_weight.shape[1]
+    out = torch.empty(M, N, device=word_weight.device, dtype=dtype)
+    mean = torch.empty(M, device=out.device, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if M:
+        settings, _ = row_settings("embeddings_fwd", N, out.device)
+        embeddings_fwd_kernel[(triton.cdiv(M, settings["BLOCK_M"]),)](
+            input_ids, position_ids, word_weight, position_weight, weight, bias, seed, out, mean, rstd,
+            M, word_weight.shape[0], position_weight.shape[0], eps, *threshold_and_scale(dropout_p),
+            N=N, **settings,
+        )  # fmt: skip
+    return out, mean, rstd
+
+
+def embeddings_bwd(
+    dout: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    padding_idx: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dword (words, hidden), dposition (positions, hidden), dweight, dbias (hidden,), each in its parameter's dtype."""
+    M, N = dout.shape
+    settings, programs = row_settings("embeddings_bwd", N, dout.device)
+    programs = min(triton.cdiv(M, settings["BLOCK_M"]), programs)
+    drows = torch.empty(M, N, device=dout.device, dtype=word_weight.dtype)
+    parts = torch.empty(programs, 2, N, device=dout.device, dtype=torch.float32)
+    if M:
+        embeddings_bwd_kernel[(programs,)](
+            dout, input_ids, position_ids, word_weight, position_weight, weight, mean, rstd, seed, drows, parts,
+            M, word_weight.shape[0], position_weight.shape[0], *threshold_and_scale(dropout_p), N=N, **settings,
+        )  # fmt: skip
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    sum_parts(parts, dweight, dbias)
+    dword = sum_rows_by_id(drows, input_ids, word_weight, padding_idx)
+    dposition = sum_rows_by_id(drows, position_ids, position_weight, None)
+    return dword, dposition, dweight, dbias

@@ -1,0 +1,181 @@
+"""The fused sub-layers against the reference composition, with every gradient."""
+
+import pytest
+import torch
+
+from qformer_fast import Mask, SequenceLayout, ops, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+HIDDEN, NHEADS, WIDE, QUERIES, IMAGES, TOKENS = 32, 2, 48, 5, 3, 17
+ATTENTION = ["qkv_weight", "qkv_bias", "out_weight", "out_bias", "norm_weight", "norm_bias"]
+CROSS = ["q_weight", "q_bias", *ATTENTION[2:]]
+FEED_FORWARD = ["up_weight", "up_bias", "down_weight", "down_bias", "norm_weight", "norm_bias"]
+SHAPES = {
+    "qkv_weight": (3 * HIDDEN, HIDDEN),
+    "qkv_bias": (3 * HIDDEN,),
+    "q_weight": (HIDDEN, HIDDEN),
+    "q_bias": (HIDDEN,),
+    "out_weight": (HIDDEN, HIDDEN),
+    "out_bias": (HIDDEN,),
+    "up_weight": (WIDE, HIDDEN),
+    "up_bias": (WIDE,),
+    "down_weight": (HIDDEN, WIDE),
+    "down_bias": (HIDDEN,),
+    "norm_weight": (HIDDEN,),
+    "norm_bias": (HIDDEN,),
+}
+
+
+@pytest.fixture
+def layout():
+    return SequenceLayout.build(
+        num_queries=QUERIES,
+        image_index=[2, 0, 2],
+        text_lengths=[4, 0, 9, 6],
+        masks=[Mask.MULTIMODAL_CAUSAL, Mask.BIDIRECTIONAL, Mask.BIDIRECTIONAL, Mask.UNIMODAL],
+        num_images=IMAGES,
+        device=DEVICE,
+    )
+
+
+def draw(names, dtype=torch.float32):
+    scale = {name: HIDDEN**-0.5 if name.endswith("weight") else 0.3 for name in names}
+    tensors = {name: torch.randn(SHAPES[name], device=DEVICE) * scale[name] for name in names}
+    tensors["norm_weight"] = 1 + tensors["norm_weight"]
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def blocks(layout):
+    """Of each block: rows and other inputs as drawn tensors, and a call of an implementation on them."""
+    rows = torch.randn(layout.num_rows, HIDDEN, device=DEVICE)
+    query_rows = torch.randn(layout.num_query_rows, HIDDEN, device=DEVICE)
+    k, v = torch.randn(2, IMAGES, TOKENS, NHEADS, HIDDEN // NHEADS, device=DEVICE)
+    query, text = draw(FEED_FORWARD), draw(FEED_FORWARD)
+    both = {f"query_{name}": x for name, x in query.items()} | {f"text_{name}": x for name, x in text.items()}
+
+    def feed_forward(run, query_rows, text_rows, *parameters, **options):
+        return run(query_rows, text_rows, parameters[:6], parameters[6:], eps=1e-6, **options)
+
+    return {
+        "self_attention_block": (
+            {"rows": rows} | draw(ATTENTION),
+            lambda run, rows, *parameters, **options: run(
+                rows, layout, *parameters, nheads=NHEADS, eps=1e-6, **options
+            ),
+        ),
+        "cross_attention_block": (
+            {"query_rows": query_rows, "k": k, "v": v} | draw(CROSS),
+            lambda run, rows, k, v, *parameters, **options: run(rows, k, v, layout, *parameters, eps=1e-6, **options),
+        ),
+        "split_feed_forward_block": (
+            {"query_rows": query_rows, "text_rows": rows[layout.num_query_rows :]} | both,
+            feed_forward,
+        ),
+    }
+
+
+BLOCKS = ["self_attention_block", "cross_attention_block", "split_feed_forward_block"]
+
+
+def gradients(call, run, inputs, dout, **options):
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = call(run, *inputs.values(), **options)
+    found = torch.autograd.grad(out, list(inputs.values()), dout.to(out.dtype))
+    return {"out": out.detach()} | dict(zip(inputs, found, strict=True))
+
+
+def hold_to_values(found, expected):
+    """A key projection's bias shifts all scores alike, so its true gradient is zero: held to the value's scale."""
+    if "qkv_bias" in found:
+        for results in (found, *expected):
+            _, dkey, dvalue = results["qkv_bias"].chunk(3)
+            assert results is not found or dkey.abs().max() <= 0.05 * dvalue.abs().max()
+            dkey.zero_()
+
+
+@pytest.mark.usefixtures("poison")
+@DTYPES
+@pytest.mark.parametrize("name", BLOCKS)
+def test_forward_and_gradients(name, dtype, layout, assert_close):
+    inputs, call = blocks(layout)[name]
+    inputs = {key: x.to(dtype) for key, x in inputs.items()}
+    dout = torch.randn(layout.num_query_rows if "cross" in name else layout.num_rows, HIDDEN, device=DEVICE).to(dtype)
+    actual = gradients(call, getattr(ops, name), inputs, dout, backend="triton")
+    low = gradients(call, getattr(reference, name), inputs, dout)
+    exact = {key: x.double() for key, x in inputs.items()}
+    high = gradients(call, getattr(reference, name), exact, dout.double())
+    hold_to_values(actual, (low, high))
+    assert_close(actual, low, high)
+
+
+@pytest.mark.parametrize("rows", ["queries", "text"])
+def test_feed_forward_of_one_kind_of_rows(rows, layout, assert_close):
+    given = torch.randn(7, HIDDEN, device=DEVICE)
+    parameters = draw(FEED_FORWARD)
+
+    def call(run, given, *parameters, **options):
+        empty = given[:0]
+        if rows == "queries":
+            return run(given, empty, parameters, None, eps=1e-6, **options)
+        return run(empty, given, None, parameters, eps=1e-6, **options)
+
+    inputs, dout = {"rows": given} | parameters, torch.randn(7, HIDDEN, device=DEVICE)
+    actual = gradients(call, ops.split_feed_forward_block, inputs, dout, backend="triton")
+    low = gradients(call, reference.split_feed_forward_block, inputs, dout)
+    exact = {key: x.double() for key, x in inputs.items()}
+    assert_close(actual, low, gradients(call, reference.split_feed_forward_block, exact, dout.double()))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_with_dropout_are_those_of_the_formula(name, layout, assert_close):
+    """The kernels in fp32 and the formula in fp64 drop the same elements when their seeds are the same."""
+    inputs, call = blocks(layout)[name]
+    dout = torch.randn(layout.num_query_rows if "cross" in name else layout.num_rows, HIDDEN, device=DEVICE)
+    implementation = __import__("importlib").import_module(f"qformer_fast.ops.{name}")._kernels
+
+    def run(*args, **options):
+        torch.manual_seed(5)
+        if name == "split_feed_forward_block":
+            return implementation(*args, **options, dropout_p=0.3)
+        masks = {} if name == "self_attention_block" else {"image_mask": None}
+        return implementation(*args, **options, **masks, attention_dropout_p=0.3, hidden_dropout_p=0.2)
+
+    actual = gradients(call, run, inputs, dout)
+    high = gradients(call, run, {key: x.double() for key, x in inputs.items()}, dout.double())
+    hold_to_values(actual, (high,))
+    assert_close(actual, high, high, atol=1e-5)
+    none = gradients(call, getattr(reference, name), inputs, dout)
+    assert (actual["out"] - none["out"]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_autocast_keeps_fp32_parameters_and_their_gradients(name, layout):
+    inputs, call = blocks(layout)[name]
+    dout = torch.randn(layout.num_query_rows if "cross" in name else layout.num_rows, HIDDEN, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = gradients(call, getattr(ops, name), inputs, dout, backend="triton")
+    assert found.pop("out").dtype == torch.bfloat16
+    assert {x.dtype for x in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_compiles_without_a_graph_break(name, layout):
+    inputs, call = blocks(layout)[name]
+
+    def twice(*tensors):
+        return 2 * call(getattr(ops, name), *tensors, backend="triton")
+
+    compiled = torch.compile(twice, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs.values()), twice(*inputs.values()))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_opcheck(name, layout, monkeypatch):
+    inputs, call = blocks(layout)[name]
+    module = __import__("importlib").import_module(f"qformer_fast.ops.{name}")
+    seen = []
+    op = getattr(module, f"{name}_fwd")
+    monkeypatch.setattr(module, f"{name}_fwd", lambda *args: seen.append(args) or op(*args))
+    call(getattr(ops, name), *[x.requires_grad_() for x in inputs.values()], backend="triton")
+    torch.library.opcheck(getattr(torch.ops.qformer_fast, f"{name}_fwd").default, seen[0])
