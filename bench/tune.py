@@ -68,7 +68,7 @@ def case_of(kernel: str) -> tuple[Case, str]:
 
 
 def use(kernel: str, settings: SETTINGS, architecture: str) -> None:
-    launch.TABLE.setdefault(architecture, {})[kernel] = settings
+    launch.TABLE.setdefault(architecture, {})[kernel] = launch.TABLE[launch.DEFAULT_ARCHITECTURE][kernel] | settings
     launch.settings_of.cache_clear()
 
 
@@ -82,7 +82,7 @@ def compile_and_run(kernel: str, settings: SETTINGS) -> bool:
             make_arm(case, triton_provider(case), mode, dropout_p, setup)()[0]()
         torch.cuda.synchronize()
     except Exception as error:
-        print(f"{kernel} {settings}: {type(error).__name__}", flush=True)
+        print(f"{kernel} {settings}: {type(error).__name__} {str(error)[:100]}", flush=True)
         return False
     return True
 
@@ -109,12 +109,15 @@ def main() -> None:
                 use(kernel, settings, architecture)
                 found = time_mode(case, triton_provider(case), mode, dropout_p, setup)
                 times.append((found["p50_us"], settings))
+        if not times:
+            print(f"{kernel:<32} none of the candidates runs, left as it was", flush=True)
+            continue
         times.sort(key=lambda row: row[0])
         for microseconds, settings in (*times[:3], times[-1]):
             print(f"{kernel:<32} {microseconds:9.2f} us  {settings}", flush=True)
         use(kernel, times[0][1], architecture)
-        table.setdefault(architecture, {})[kernel] = times[0][1]
-    options.out.write_text(as_text(table))
+        table.setdefault(architecture, {})[kernel] = launch.TABLE[architecture][kernel]
+        options.out.write_text(as_text(table))
 
 
 def as_text(table: dict[str, dict[str, SETTINGS]]) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qformer_fast.reference import philox
+
+ROUNDS = tl.constexpr(philox.ROUNDS)
+
 
 @triton.jit
 def dropout_keep(seed, counters, threshold):
@@ -12,7 +16,7 @@ def dropout_keep(seed, counters, threshold):
 
     Keeps where the 16 bits are at least ``threshold``, which is the probability of dropping times 65536.
     """
-    a, b, c, d = tl.randint4x(seed, counters)
+    a, b, c, d = tl.randint4x(seed, counters, ROUNDS)
     words = tl.join(tl.join(a, c), tl.join(b, d)).to(tl.uint32, bitcast=True)
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, (counters.shape[0], counters.shape[1] * 8)).to(tl.int32) >= threshold
