@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAVIS := .cache/lavis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench doctor clean
+.PHONY: help demo test lint bench opbench kernels doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z.$$()A-Z/]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 12
@@ -22,6 +22,13 @@ lint: $(VENV)/installed ## check style and formatting
 
 bench: $(VENV)/installed $(LAVIS)/lavis ## time stage 1 against the original's own code on this machine
 	$(BIN)/python bench/bench_stage1.py
+
+opbench: $(VENV)/installed ## time every op on this GPU against eager, torch.compile, SDPA and Liger
+	$(BIN)/python bench/bench_ops.py --out bench/results/ops.json
+	$(BIN)/python bench/report.py bench/results/ops.json
+
+kernels: $(VENV)/installed ## compile every kernel for sm_80, sm_90, sm_100 and sm_120: registers, shared memory, spills
+	$(BIN)/python bench/compile_kernels.py
 
 doctor: $(VENV)/installed ## versions, devices, and which backend each op uses
 	$(BIN)/qformer-fast doctor

@@ -2,7 +2,8 @@
 
 A provider is timed only if its result and all its gradients are as close to fp64 as eager PyTorch's are. On a GPU a
 CUDA graph of many calls is replayed; the calls take turns with copies of the inputs that together exceed the L2 cache
-twice (256 copies at most: tiny inputs stay warm), and each writes memory of its own. On a CPU: wall time, for tests.
+twice (256 copies at most: tiny inputs stay warm), and each writes memory of its own. "fwd" is a training forward, which
+keeps what backward needs. On a CPU: wall time, for tests.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ FACTOR = 2
 COPIES = (2, 256)
 CALLS = 8
 SLEEP_CYCLES = 2_000_000
+# a time takes this long, unless that is fewer samples than FEWEST
+SECONDS, FEWEST = 0.5, 10
 
 
 def _same(x):
@@ -92,7 +95,7 @@ class Setup:
     Args:
         device (str): "cuda" or "cpu".
         dtype (torch.dtype): of all floating-point inputs.
-        repeats (int): samples of each time.
+        repeats (int): samples of each time, fewer where they take long.
     """
 
     device: str
@@ -143,9 +146,9 @@ def measure(
     for name, provider in providers.items():
         try:
             with _warnings_as_reason():
-                error = gate(provider)
+                max_error = gate(provider)
                 for row in time_provider(case, provider, setup):
-                    records.append({**label, "provider": name, **row, "max_error": error})
+                    records.append({**label, "provider": name, **row, "max_error": max_error})
         except Exception as error:
             records.append({**label, "provider": name, "error": " ".join(f"{type(error).__name__}: {error}".split())})
     for row in records:
@@ -317,8 +320,11 @@ def _between_events(work: Callable) -> float:
 
 def _time(arm: Callable, mode: str, capturable: bool, setup: Setup) -> dict[str, Any]:
     timing, sample = sampler(arm, mode, capturable, setup)
-    samples = [sample() for _ in range(setup.repeats)]
-    p20, p50, p80 = (statistics.quantiles(samples, n=10)[i] for i in (1, 4, 7))
+    begin = time.perf_counter()
+    sample()
+    fitting = int(SECONDS / (time.perf_counter() - begin))
+    samples = [sample() for _ in range(min(setup.repeats, max(FEWEST, fitting)))]
+    p20, p50, p80 = (statistics.quantiles(samples, n=10, method="inclusive")[i] for i in (1, 4, 7))
     return {"p20_us": _digits(p20), "p50_us": _digits(p50), "p80_us": _digits(p80), "timing": timing}
 
 

@@ -80,9 +80,12 @@ def report(name: str, result: dict[str, Any]) -> Iterator[str]:
     machine, ceilings, rows = result["machine"], result["ceilings"], result["rows"]
     versions = machine["versions"]
     yield from (f"## {name}", "")
-    yield f"{machine['gpu'] or machine['cpu']}, torch {versions['torch']}, triton {versions['triton']}, "
-    yield f"commit {machine['commit']}, {machine['time']}; copy {ceilings['gb_s']:.0f} GB/s, matrix product "
-    yield from (f"{ceilings['tflop_s']:.0f} TFLOP/s; `{result['command']}`", "")
+    yield (
+        f"{machine['gpu'] or machine['cpu']}, torch {versions['torch']}, triton {versions['triton']}, "
+        f"commit {machine['commit']}, {machine['time']}; copy {ceilings['gb_s']:.4g} GB/s, "
+        f"matrix product {ceilings['tflop_s']:.4g} TFLOP/s; `{result['command']}`"
+    )
+    yield ""
     yield from ("Medians in microseconds a call, inputs not in the cache; * host launches included.", "")
     for op in dict.fromkeys(row["op"] for row in rows):
         yield from (f"### {op}", "", *table(op, rows), "")

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qformer_fast.kernels.layer_norm import (
     keep_rows,
+    row_programs,
     row_settings,
     standardise,
     standardise_grad,
     sum_parts,
-    whole_rows,
 )
 from qformer_fast.reference.philox import threshold_and_scale
 
@@ -34,23 +34,22 @@ def dropout_add_layer_norm_fwd_kernel(
     threshold,
     keep_scale,
     N: tl.constexpr,
-    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program = BLOCK_M whole rows."""
-    first = tl.program_id(0) * BLOCK_M
-    offs_n, mask_n = whole_rows(N, CHUNKS, BLOCK_N)
-    offs_m = first + tl.arange(0, BLOCK_M)[None, :, None]
+    offs_n = tl.broadcast_to(tl.arange(0, BLOCK_N)[None, :], (BLOCK_M, BLOCK_N))
+    mask_n = offs_n < N
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    mask = mask_m & mask_n
-    offs = offs_m.to(tl.int64) * N + offs_n
+    mask = mask_m[:, None] & mask_n
+    offs = offs_m[:, None].to(tl.int64) * N + offs_n
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if x_bias_ptr is not None:
         z += tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if seed_ptr is not None:
-        keep = keep_rows(seed_ptr, first, threshold, N, CHUNKS, BLOCK_M, BLOCK_N)
+        keep = keep_rows(tl.load(seed_ptr), offs_m, threshold, N, BLOCK_N)
         z = tl.where(keep, z * keep_scale, 0.0)
     normed, mean, rstd = standardise(z + residual, mask_n, eps, N)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -77,24 +76,27 @@ def dropout_add_layer_norm_bwd_kernel(
     threshold,
     keep_scale,
     N: tl.constexpr,
-    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program = every num_programs(0)-th block of BLOCK_M whole rows, and their part of the sums over rows."""
     pid = tl.program_id(0)
-    offs_n, mask_n = whole_rows(N, CHUNKS, BLOCK_N)
+    offs_n = tl.broadcast_to(tl.arange(0, BLOCK_N)[None, :], (BLOCK_M, BLOCK_N))
+    mask_n = offs_n < N
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    dweight = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
-    dbias = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
     if x_bias_ptr is not None:
         x_bias = tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        dx_bias = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)[None, :, None]
+        dx_bias = tl.zeros((BLOCK_N,), tl.float32)
+    for first in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
+        offs_m = first + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        mask = mask_m & mask_n
-        offs = offs_m.to(tl.int64) * N + offs_n
+        mask = mask_m[:, None] & mask_n
+        offs = offs_m[:, None].to(tl.int64) * N + offs_n
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -103,23 +105,24 @@ def dropout_add_layer_norm_bwd_kernel(
         if x_bias_ptr is not None:
             z += x_bias
         if seed_ptr is not None:
-            keep = keep_rows(seed_ptr, first, threshold, N, CHUNKS, BLOCK_M, BLOCK_N)
+            keep = keep_rows(seed, offs_m, threshold, N, BLOCK_N)
             z = tl.where(keep, z * keep_scale, 0.0)
-        normed = (z + residual - mean) * rstd
+        normed = (z + residual - mean[:, None]) * rstd[:, None]
         dx = standardise_grad(dout * weight, normed, rstd, N)
         if seed_ptr is not None:
             tl.store(dresidual_ptr + offs, dx, mask=mask)
             dx = tl.where(keep, dx * keep_scale, 0.0)
         tl.store(dx_ptr + offs, dx, mask=mask)
-        dweight += dout * normed
-        dbias += dout
+        dweight += tl.sum(dout * normed, axis=0)
+        dbias += tl.sum(dout, axis=0)
         if x_bias_ptr is not None:
-            dx_bias += dx
+            dx_bias += tl.sum(dx, axis=0)
+    offs_n = tl.arange(0, BLOCK_N)
     parts_ptr += pid * (2 if x_bias_ptr is None else 3) * N + offs_n
-    tl.store(parts_ptr, tl.sum(dweight, axis=1, keep_dims=True), mask=mask_n)
-    tl.store(parts_ptr + N, tl.sum(dbias, axis=1, keep_dims=True), mask=mask_n)
+    tl.store(parts_ptr, dweight, mask=offs_n < N)
+    tl.store(parts_ptr + N, dbias, mask=offs_n < N)
     if x_bias_ptr is not None:
-        tl.store(parts_ptr + 2 * N, tl.sum(dx_bias, axis=1, keep_dims=True), mask=mask_n)
+        tl.store(parts_ptr + 2 * N, dx_bias, mask=offs_n < N)
 
 
 def dropout_add_layer_norm_fwd(
@@ -151,10 +154,10 @@ def dropout_add_layer_norm_fwd(
     mean = torch.empty(M, device=x.device, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if M:
-        settings, _ = row_settings("dropout_add_layer_norm_fwd", N, x.device)
+        settings = row_settings("dropout_add_layer_norm_fwd", N, x.device)
         dropout_add_layer_norm_fwd_kernel[(triton.cdiv(M, settings["BLOCK_M"]),)](
             x, residual, x_bias, weight, bias, seed, out, mean, rstd,
-            M, eps, *threshold_and_scale(dropout_p), N=N, **settings,
+            M, eps, *threshold_and_scale(dropout_p), **settings,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -175,15 +178,15 @@ def dropout_add_layer_norm_bwd(
     Without ``seed`` dresidual is dx, the same tensor.
     """
     M, N = x.shape
-    settings, programs = row_settings("dropout_add_layer_norm_bwd", N, x.device)
-    programs = min(triton.cdiv(M, settings["BLOCK_M"]), programs)
+    settings = row_settings("dropout_add_layer_norm_bwd", N, x.device)
+    programs = row_programs(M, settings, x.device)
     dx = torch.empty_like(x)
     dresidual = dx if seed is None else torch.empty_like(x)
     parts = torch.empty(programs, 2 if x_bias is None else 3, N, device=x.device, dtype=torch.float32)
     if M:
         dropout_add_layer_norm_bwd_kernel[(programs,)](
             dout, x, residual, x_bias, weight, mean, rstd, seed, dx, dresidual, parts,
-            M, *threshold_and_scale(dropout_p), N=N, **settings,
+            M, *threshold_and_scale(dropout_p), **settings,
         )  # fmt: skip
     sums = [torch.empty_like(weight), torch.empty_like(weight)]
     if x_bias is not None:

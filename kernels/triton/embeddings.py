@@ -10,11 +10,11 @@ from torch import Tensor
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.layer_norm import (
     keep_rows,
+    row_programs,
     row_settings,
     standardise,
     standardise_grad,
     sum_parts,
-    whole_rows,
 )
 from qformer_fast.reference.philox import threshold_and_scale
 
@@ -36,10 +36,10 @@ def _word_and_position(
     """word row + position row in fp32; an id outside its table adds zeros."""
     word = tl.load(input_ids_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
     position = tl.load(position_ids_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
-    word_mask = (word >= 0) & (word < words) & mask_n
-    position_mask = (position >= 0) & (position < positions) & mask_n
-    z = tl.load(word_ptr + (word * N + offs_n), mask=word_mask, other=0.0).to(tl.float32)
-    return z + tl.load(position_ptr + (position * N + offs_n), mask=position_mask, other=0.0).to(tl.float32)
+    word_mask = ((word >= 0) & (word < words))[:, None] & mask_n
+    position_mask = ((position >= 0) & (position < positions))[:, None] & mask_n
+    z = tl.load(word_ptr + (word[:, None] * N + offs_n), mask=word_mask, other=0.0).to(tl.float32)
+    return z + tl.load(position_ptr + (position[:, None] * N + offs_n), mask=position_mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -61,14 +61,13 @@ def embeddings_fwd_kernel(
     threshold,
     keep_scale,
     N: tl.constexpr,
-    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program = BLOCK_M whole rows."""
-    first = tl.program_id(0) * BLOCK_M
-    offs_n, mask_n = whole_rows(N, CHUNKS, BLOCK_N)
-    offs_m = first + tl.arange(0, BLOCK_M)[None, :, None]
+    offs_n = tl.broadcast_to(tl.arange(0, BLOCK_N)[None, :], (BLOCK_M, BLOCK_N))
+    mask_n = offs_n < N
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     z = _word_and_position(
         input_ids_ptr, position_ids_ptr, word_ptr, position_ptr, offs_m, mask_m, offs_n, mask_n, words, positions, N
@@ -78,9 +77,9 @@ def embeddings_fwd_kernel(
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     out = normed * weight + bias
     if seed_ptr is not None:
-        keep = keep_rows(seed_ptr, first, threshold, N, CHUNKS, BLOCK_M, BLOCK_N)
+        keep = keep_rows(tl.load(seed_ptr), offs_m, threshold, N, BLOCK_N)
         out = tl.where(keep, out * keep_scale, 0.0)
-    tl.store(out_ptr + (offs_m.to(tl.int64) * N + offs_n), out, mask=mask_m & mask_n)
+    tl.store(out_ptr + (offs_m[:, None].to(tl.int64) * N + offs_n), out, mask=mask_m[:, None] & mask_n)
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
@@ -104,37 +103,41 @@ def embeddings_bwd_kernel(
     threshold,
     keep_scale,
     N: tl.constexpr,
-    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program = every num_programs(0)-th block of BLOCK_M whole rows, and their part of the sums over rows."""
     pid = tl.program_id(0)
-    offs_n, mask_n = whole_rows(N, CHUNKS, BLOCK_N)
+    offs_n = tl.broadcast_to(tl.arange(0, BLOCK_N)[None, :], (BLOCK_M, BLOCK_N))
+    mask_n = offs_n < N
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    dweight = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
-    dbias = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)[None, :, None]
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    for first in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
+        offs_m = first + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        mask = mask_m & mask_n
-        offs = offs_m.to(tl.int64) * N + offs_n
+        mask = mask_m[:, None] & mask_n
+        offs = offs_m[:, None].to(tl.int64) * N + offs_n
         dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
         z = _word_and_position(
             input_ids_ptr, position_ids_ptr, word_ptr, position_ptr, offs_m, mask_m, offs_n, mask_n, words, positions, N
         )
-        normed = (z - mean) * rstd
+        normed = (z - mean[:, None]) * rstd[:, None]
         if seed_ptr is not None:
-            keep = keep_rows(seed_ptr, first, threshold, N, CHUNKS, BLOCK_M, BLOCK_N)
+            keep = keep_rows(seed, offs_m, threshold, N, BLOCK_N)
             dout = tl.where(keep, dout * keep_scale, 0.0)
         tl.store(drows_ptr + offs, standardise_grad(dout * weight, normed, rstd, N), mask=mask)
-        dweight += dout * normed
-        dbias += dout
+        dweight += tl.sum(dout * normed, axis=0)
+        dbias += tl.sum(dout, axis=0)
+    offs_n = tl.arange(0, BLOCK_N)
     parts_ptr += pid * 2 * N + offs_n
-    tl.store(parts_ptr, tl.sum(dweight, axis=1, keep_dims=True), mask=mask_n)
-    tl.store(parts_ptr + N, tl.sum(dbias, axis=1, keep_dims=True), mask=mask_n)
+    tl.store(parts_ptr, dweight, mask=offs_n < N)
+    tl.store(parts_ptr + N, dbias, mask=offs_n < N)
 
 
 @triton.jit
@@ -266,11 +269,11 @@ def embeddings_fwd(
     mean = torch.empty(M, device=out.device, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if M:
-        settings, _ = row_settings("embeddings_fwd", N, out.device)
+        settings = row_settings("embeddings_fwd", N, out.device)
         embeddings_fwd_kernel[(triton.cdiv(M, settings["BLOCK_M"]),)](
             input_ids, position_ids, word_weight, position_weight, weight, bias, seed, out, mean, rstd,
             M, word_weight.shape[0], position_weight.shape[0], eps, *threshold_and_scale(dropout_p),
-            N=N, **settings,
+            **settings,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -290,14 +293,14 @@ def embeddings_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dword (words, hidden), dposition (positions, hidden), dweight, dbias (hidden,), each in its parameter's dtype."""
     M, N = dout.shape
-    settings, programs = row_settings("embeddings_bwd", N, dout.device)
-    programs = min(triton.cdiv(M, settings["BLOCK_M"]), programs)
+    settings = row_settings("embeddings_bwd", N, dout.device)
+    programs = row_programs(M, settings, dout.device)
     drows = torch.empty(M, N, device=dout.device, dtype=word_weight.dtype)
     parts = torch.empty(programs, 2, N, device=dout.device, dtype=torch.float32)
     if M:
         embeddings_bwd_kernel[(programs,)](
             dout, input_ids, position_ids, word_weight, position_weight, weight, mean, rstd, seed, drows, parts,
-            M, word_weight.shape[0], position_weight.shape[0], *threshold_and_scale(dropout_p), N=N, **settings,
+            M, word_weight.shape[0], position_weight.shape[0], *threshold_and_scale(dropout_p), **settings,
         )  # fmt: skip
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     sum_parts(parts, dweight, dbias)

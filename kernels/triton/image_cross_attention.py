@@ -286,21 +286,19 @@ def image_cross_attention_bwd_kernel(
 
 
 def _tile(kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool) -> dict:
-    """Block sizes and launch settings: a tile for as many sequences as look at an image on average."""
+    """Block sizes and launch settings.
+
+    The table has an entry for the readers that an image has on average, 32, 64 or 128; its BLOCK_M may be smaller.
+    """
     images, tokens, _, headdim = k.shape
-    block_q = min(MAX_BLOCK_M, max(16, triton.next_power_of_2(num_queries)))
-    units = triton.next_power_of_2(triton.cdiv(sequences, images))
-    block_m = min(MAX_BLOCK_M, max(32, block_q * units))
-    if headdim > 64 or q.dtype == torch.float32:
-        block_m, name = 32, f"{kernel}_wide"
-    else:
-        name = f"{kernel}_{block_m}"
-    settings = launch.settings(name, q.device)
+    block_q = max(16, triton.next_power_of_2(num_queries))
+    readers = block_q * triton.next_power_of_2(triton.cdiv(sequences, images))
+    wide = headdim > 64 or q.dtype == torch.float32
+    settings = launch.settings(f"{kernel}_{'wide' if wide else min(MAX_BLOCK_M, max(32, readers))}", q.device)
     return dict(
         HEADDIM=headdim,
         BLOCK_D=max(16, triton.next_power_of_2(headdim)),
-        BLOCK_M=block_m,
-        BLOCK_Q=min(block_q, block_m),
+        BLOCK_Q=min(block_q, settings["BLOCK_M"]),
         SPLIT_FIRST=int(tokens > 1 and tokens % settings["BLOCK_N"] == 1 and not has_mask),
         HAS_MASK=has_mask,
         PRECISION=precision(q),

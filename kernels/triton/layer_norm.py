@@ -18,64 +18,43 @@ WIDE = 1024
 
 
 @triton.jit
-def whole_rows(N: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns (CHUNKS, 1, BLOCK_N) of a tile of whole rows (CHUNKS, BLOCK_M, BLOCK_N), and which of them exist.
-
-    With 256 columns of 16 bits a chunk, a row is one warp's work: 16 bytes a thread and chunk, sums by shuffles, and
-    chunks past N fall away at compile time.
-    """
-    offs_n = tl.arange(0, CHUNKS)[:, None, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, None, :]
-    return offs_n, offs_n < N
-
-
-@triton.jit
-def row_sum(x):
-    """(CHUNKS, BLOCK_M, BLOCK_N) -> (1, BLOCK_M, 1)."""
-    return tl.sum(tl.sum(x, axis=0), axis=1)[None, :, None]
-
-
-@triton.jit
 def keep_rows(
-    seed_ptr,  # (1,) int64
-    first,
+    seed,
+    rows,  # (BLOCK_M,)
     threshold,
     N: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(CHUNKS, BLOCK_M, BLOCK_N) bool: what dropout keeps of BLOCK_M rows, the first is ``first``, of N columns."""
-    places = tl.arange(0, CHUNKS * BLOCK_M)
-    counters = (first + places % BLOCK_M) * ((N + 7) // 8) + places // BLOCK_M * (BLOCK_N // 8)
-    keep = dropout_keep(tl.load(seed_ptr), counters[:, None] + tl.arange(0, BLOCK_N // 8)[None, :], threshold)
-    return tl.reshape(keep, (CHUNKS, BLOCK_M, BLOCK_N))
+    """(BLOCK_M, BLOCK_N) bool: what dropout keeps of ``rows`` of a matrix with N columns."""
+    counters = rows[:, None] * ((N + 7) // 8) + tl.arange(0, BLOCK_N // 8)[None, :]
+    return dropout_keep(seed, counters, threshold)
 
 
 @triton.jit
 def standardise(
-    z,  # (CHUNKS, BLOCK_M, BLOCK_N) fp32, zero in masked columns
-    mask_n,  # (CHUNKS, 1, BLOCK_N)
+    z,  # (BLOCK_M, BLOCK_N) fp32, zero in masked columns
+    mask_n,  # (BLOCK_M, BLOCK_N)
     eps,
     N: tl.constexpr,
 ):
-    """(z - mean) / sqrt(variance + eps); mean and 1 / sqrt(variance + eps) as (1, BLOCK_M, 1)."""
-    mean = row_sum(z) / N
-    centred = tl.where(mask_n, z - mean, 0.0)
-    rstd = tl.rsqrt(row_sum(centred * centred) / N + eps)
-    return centred * rstd, mean, rstd
+    """(z - mean) / sqrt(variance + eps), mean, 1 / sqrt(variance + eps)."""
+    mean = tl.sum(z, axis=1) / N
+    centred = tl.where(mask_n, z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
+    return centred * rstd[:, None], mean, rstd
 
 
 @triton.jit
 def standardise_grad(
-    dnormed,  # (CHUNKS, BLOCK_M, BLOCK_N) fp32, zero where masked
-    normed,  # (CHUNKS, BLOCK_M, BLOCK_N) fp32
-    rstd,  # (1, BLOCK_M, 1) fp32
+    dnormed,  # (BLOCK_M, BLOCK_N) fp32, zero where masked
+    normed,  # (BLOCK_M, BLOCK_N) fp32
+    rstd,  # (BLOCK_M,) fp32
     N: tl.constexpr,
 ):
     """Gradient of z under :func:`standardise`."""
-    along = row_sum(dnormed * normed) / N
-    mean = row_sum(dnormed) / N
-    return (dnormed - mean - normed * along) * rstd
+    along = tl.sum(dnormed * normed, axis=1) / N
+    mean = tl.sum(dnormed, axis=1) / N
+    return (dnormed - mean[:, None] - normed * along[:, None]) * rstd[:, None]
 
 
 @triton.jit
@@ -117,10 +96,12 @@ def sum_parts(parts: Tensor, *outputs: Tensor) -> None:
     sum_parts_kernel[grid](parts, outputs[0], outputs[1], third, programs, width, **settings)
 
 
-def row_settings(kernel: str, width: int, device: torch.device) -> tuple[dict[str, Any], int]:
-    """Keyword arguments of a kernel on whole rows, and how many programs fill the device (its backward's)."""
-    settings = dict(launch.settings(kernel if width <= WIDE else f"{kernel}_wide", device))
-    programs = settings.pop("programs", 1) * launch.num_multiprocessors(device)
-    settings["BLOCK_N"] = min(settings["BLOCK_N"], max(triton.next_power_of_2(width), GROUP))
-    settings["CHUNKS"] = triton.next_power_of_2(triton.cdiv(width, settings["BLOCK_N"]))
-    return settings, programs
+def row_settings(kernel: str, width: int, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a kernel whose programs take whole rows."""
+    settings = launch.settings(kernel if width <= WIDE else f"{kernel}_wide", device)
+    return settings | {"N": width, "BLOCK_N": max(triton.next_power_of_2(width), GROUP)}
+
+
+def row_programs(rows: int, settings: dict[str, Any], device: torch.device) -> int:
+    """How many programs of a backward kernel share the rows; takes the table's number a multiprocessor out."""
+    return min(triton.cdiv(rows, settings["BLOCK_M"]), settings.pop("programs") * launch.num_multiprocessors(device))
