@@ -38,14 +38,14 @@ LINEAR_GELU = [{"fused": False}] + [
 ]
 # kernel -> (op, part of the case's shape, mode, candidates)
 CANDIDATES: dict[str, tuple[str, str, str, list[SETTINGS]]] = {
-    "bias_gelu_fwd": ("bias_gelu", "", "fwd", grid(BLOCK_M=[1, 2, 4, 8], BLOCK_N=[512, 1024], num_warps=[4, 8])),
-    "bias_gelu_bwd": ("bias_gelu", "", "bwd", grid(BLOCK_M=[4, 8, 16, 32], BLOCK_N=[128, 256, 512], num_warps=[4, 8])),
+    "bias_gelu_fwd": ("bias_gelu", "", "fwd", grid(BLOCK_M=[2, 4, 8], BLOCK_N=[1024], num_warps=[4, 8])),
+    "bias_gelu_bwd": ("bias_gelu", "", "bwd", grid(BLOCK_M=[4, 8, 16], BLOCK_N=[128, 256], num_warps=[4, 8])),
     "dropout_add_layer_norm_fwd": (
         "dropout_add_layer_norm", "", "fwd", grid(BLOCK_M=[1, 2, 4], num_warps=[1, 2, 4]),
     ),
     "dropout_add_layer_norm_bwd": (
         "dropout_add_layer_norm", "", "bwd",
-        grid(BLOCK_M=[1, 2], num_warps=[1, 2, 4], STAGES=[1, 2, 3], programs=[2, 4, 6, 8]),
+        grid(BLOCK_M=[1, 2], num_warps=[2, 4], STAGES=[1, 3], programs=[2, 4, 8]),
     ),
     "linear_gelu_fwd": ("split_feed_forward_block", "sweep2", "fwd", LINEAR_GELU),
     "linear_gelu_bwd": ("split_feed_forward_block", "sweep2", "bwd", LINEAR_GELU),
@@ -62,10 +62,12 @@ CANDIDATES: dict[str, tuple[str, str, str, list[SETTINGS]]] = {
         "image_cross_attention", "sweep1", "bwd", grid(BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2, 3]),
     ),
     "image_cross_attention_fwd_128": (
-        "image_cross_attention", "sweep2", "fwd", grid(BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[2, 3]),
+        "image_cross_attention", "sweep2", "fwd",
+        grid(BLOCK_M=[64, 128], BLOCK_N=[32, 64], num_warps=[4, 8], num_stages=[2, 3]),
     ),
     "image_cross_attention_bwd_128": (
-        "image_cross_attention", "sweep2", "bwd", grid(BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2, 3]),
+        "image_cross_attention", "sweep2", "bwd",
+        grid(BLOCK_M=[64, 128], BLOCK_N=[32, 64], num_warps=[4, 8], num_stages=[1, 2]),
     ),
 }  # fmt: skip
 
