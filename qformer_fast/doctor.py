@@ -20,7 +20,8 @@ def report() -> dict[str, Any]:
 
     Returns:
         dict: "versions" {package: version or None}, "devices" [{"name", ...}], "backends" {backend: None or the reason
-            why it can't run}, "ops" {op: {"uses": backend, "unavailable": {backend: reason}}}.
+            why it can't run}, "ops" {op: {"uses": what tensors on the GPU take, where there
+            is one, "unavailable": {backend: reason}}}.
     """
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -59,7 +60,8 @@ def _op(name: str) -> dict[str, Any]:
         reason = reasons[backend] or (None if backend in implementations else f"has no {name}")
         if reason:
             unavailable[backend] = reason
-    return {"uses": "reference", "unavailable": unavailable}
+    uses = "triton" if torch.cuda.is_available() and "triton" not in unavailable else "reference"
+    return {"uses": uses, "unavailable": unavailable}
 
 
 def as_text(found: dict[str, Any]) -> str:
