@@ -20,20 +20,20 @@ def inputs(make_captions):
     return (images, ids, mask), dict(negatives=negatives, image_ids=["a", "b", "a", "c", "b", "a", "d"])
 
 
-def build(layers=3):
+def build(layers=3, queries=32):
     torch.manual_seed(0)
-    model = Blip2QFormer(QFormerConfig(num_hidden_layers=layers)).eval()
+    model = Blip2QFormer(QFormerConfig(num_hidden_layers=layers, num_query_tokens=queries)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     return model
 
 
-def run(model, forward, args, options):
+def run(model, forward, args, options, losses=LOSSES):
     model.zero_grad()
     out = forward(*args, **options)
-    out.loss.backward()
-    gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters()}
+    sum(getattr(out, name) for name in losses).backward()
+    gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
     return torch.stack([getattr(out, name).detach().double().cpu() for name in LOSSES]), gradients
 
 
@@ -48,15 +48,20 @@ def test_fp32_equals_the_cpu_in_fp64(inputs, assert_gradients_close):
     assert_gradients_close(actual[1], expected[1], 1e-3)
 
 
-def test_bf16_errs_no_more_than_the_reference_in_bf16(inputs):
-    """Whole model: at most three times the error that the original order makes in the same precision."""
+@pytest.mark.parametrize("queries, losses", [(32, LOSSES[1:]), (1, LOSSES)], ids=["32-queries", "1-query"])
+def test_bf16_errs_no_more_than_the_reference_in_bf16(inputs, queries, losses):
+    """Whole model: at most three times the error that the original order makes in the same precision.
+
+    ITC's gradient is compared with one query: the largest of 32 near-equal similarities changes with any rounding, in
+    either implementation, and with it where the gradient goes.
+    """
     args, options = inputs
-    exact_model = build().double()
-    exact = run(exact_model, exact_model, (args[0].double(), *args[1:]), options)
-    model, device_args = build().cuda(), [x.cuda() for x in args]
+    exact_model = build(queries=queries).double()
+    exact = run(exact_model, exact_model, (args[0].double(), *args[1:]), options, losses)
+    model, device_args = build(queries=queries).cuda(), [x.cuda() for x in args]
     with torch.autocast("cuda", torch.bfloat16):
-        ours = run(model, model, device_args, options)
-        theirs = run(model, lambda *a, **k: original_order_stage1(model, *a, **k), device_args, options)
+        ours = run(model, model, device_args, options, losses)
+        theirs = run(model, lambda *a, **k: original_order_stage1(model, *a, **k), device_args, options, losses)
     error, allowed = ((x[0] - exact[0]).abs().max() for x in (ours, theirs))
     assert error <= 3 * allowed + 1e-3
     errors = [
@@ -67,8 +72,9 @@ def test_bf16_errs_no_more_than_the_reference_in_bf16(inputs):
         }
         for x in (ours, theirs)
     ]
-    # one number's error may be small by luck: the temperature is held to the projections beside it
-    errors[1]["temp"] = max(errors[1][name] for name in ("temp", "vision_proj.bias", "text_proj.bias"))
+    if "temp" in errors[1]:
+        # one number's error may be small by luck: the temperature is held to the projections beside it
+        errors[1]["temp"] = max(errors[1][name] for name in ("temp", "vision_proj.bias", "text_proj.bias"))
     worse = {name: (ours, errors[1][name]) for name, ours in errors[0].items() if ours > 3 * errors[1][name] + 1e-3}
     assert not worse
 

@@ -278,8 +278,9 @@ def image_cross_attention_bwd_kernel(
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
             dq += tl.dot(ds, k, input_precision=PRECISION)
             offs_dk = base_d + token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
-            dk += tl.load(dk_ptr + offs_dk, mask=mask_n & adds, other=0.0).to(tl.float32)
-            dv += tl.load(dv_ptr + offs_dk, mask=mask_n & adds, other=0.0).to(tl.float32)
+            if adds:
+                dk += tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
+                dv += tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
             tl.store(dk_ptr + offs_dk, dk, mask=mask_n)
             tl.store(dv_ptr + offs_dk, dv, mask=mask_n)
         tl.store(dq_ptr + offs_q, dq, mask=mask_m)
