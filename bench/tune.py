@@ -31,11 +31,6 @@ def grid(**values: list) -> list[SETTINGS]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-LINEAR_GELU = [{"fused": False}] + [
-    dict(fused=True, BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, GROUP_M=8, num_warps=warps, num_stages=stages)
-    for m, n, warps in ((128, 256, 8), (128, 128, 8), (128, 128, 4), (128, 64, 4), (64, 128, 4), (64, 256, 4))
-    for stages in (3, 4)
-]
 # kernel -> (op, part of the case's shape, mode, candidates)
 CANDIDATES: dict[str, tuple[str, str, str, list[SETTINGS]]] = {
     "bias_gelu_fwd": ("bias_gelu", "", "fwd", grid(BLOCK_M=[2, 4, 8], BLOCK_N=[1024], num_warps=[4, 8])),
@@ -47,8 +42,6 @@ CANDIDATES: dict[str, tuple[str, str, str, list[SETTINGS]]] = {
         "dropout_add_layer_norm", "", "bwd",
         grid(BLOCK_M=[1, 2], num_warps=[2, 4], STAGES=[1, 3], programs=[2, 4, 8]),
     ),
-    "linear_gelu_fwd": ("split_feed_forward_block", "sweep2", "fwd", LINEAR_GELU),
-    "linear_gelu_bwd": ("split_feed_forward_block", "sweep2", "bwd", LINEAR_GELU),
     "query_text_attention_fwd": (
         "query_text_attention", "sweep2", "fwd", grid(num_warps=[2, 4, 8], num_stages=[1]),
     ),

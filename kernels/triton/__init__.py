@@ -1,6 +1,6 @@
 """Triton kernels and their launchers, one file an op; imported as ``qformer_fast.kernels``."""
 
-from qformer_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from qformer_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_bwd_with_out, bias_gelu_fwd
 from qformer_fast.kernels.dropout_add_layer_norm import dropout_add_layer_norm_bwd, dropout_add_layer_norm_fwd
 from qformer_fast.kernels.embeddings import embeddings_bwd, embeddings_fwd
 from qformer_fast.kernels.image_cross_attention import (
@@ -8,11 +8,11 @@ from qformer_fast.kernels.image_cross_attention import (
     image_cross_attention_bwd_into,
     image_cross_attention_fwd,
 )
-from qformer_fast.kernels.linear_gelu import linear_gelu_bwd, linear_gelu_fwd
 from qformer_fast.kernels.query_text_attention import query_text_attention_bwd, query_text_attention_fwd
 
 __all__ = [
     "bias_gelu_bwd",
+    "bias_gelu_bwd_with_out",
     "bias_gelu_fwd",
     "dropout_add_layer_norm_bwd",
     "dropout_add_layer_norm_fwd",
@@ -21,8 +21,6 @@ __all__ = [
     "image_cross_attention_bwd",
     "image_cross_attention_bwd_into",
     "image_cross_attention_fwd",
-    "linear_gelu_bwd",
-    "linear_gelu_fwd",
     "query_text_attention_bwd",
     "query_text_attention_fwd",
 ]

@@ -58,7 +58,9 @@ def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
     count, hidden = rows.shape
     streamed = num_queries + max_text_length > reference.MAX_TILE
     qkv, context = (rows.new_empty(count, *heads, nheads, hidden // nheads) for heads in ((3,), ()))
-    lse, mean, rstd = (rows.new_empty(n, dtype=torch.float32) for n in ((count * streamed, nheads), count, count))
+    lse, mean, rstd = (
+        rows.new_empty(n, dtype=torch.float32) for n in ((count if streamed else 0, nheads), count, count)
+    )
     return rows.new_empty(rows.shape), qkv, context, lse, rows.new_empty(rows.shape), mean, rstd
 
 

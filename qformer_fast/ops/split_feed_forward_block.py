@@ -31,7 +31,7 @@ def split_feed_forward_block_fwd(
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
     likewise, none without dropout.
     """
-    linear_gelu = backends.kernel_or_formula("linear_gelu_fwd", query_rows)
+    gelu = backends.kernel_or_formula("bias_gelu_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
     count, (hidden, intermediate) = query_rows.shape[0] + text_rows.shape[0], parameters[2].shape
     out, x = (query_rows.new_empty(count, hidden) for _ in range(2))
@@ -40,7 +40,8 @@ def split_feed_forward_block_fwd(
     for _, rows, part, (up_weight, up_bias, down_weight, down_bias, *norm), seed in _parts(
         query_rows, text_rows, parameters, seeds
     ):
-        torch.mm(linear_gelu(rows, up_weight, up_bias, up[part]), down_weight.t(), out=x[part])
+        torch.mm(rows, up_weight.t(), out=up[part])
+        torch.mm(gelu(up[part], up_bias), down_weight.t(), out=x[part])
         _, *mean_rstd = add_norm(x[part], rows, *norm, seed, eps, dropout_p, down_bias, out[part])
         statistics.append(mean_rstd)
     mean, rstd = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*statistics, strict=True))
@@ -79,7 +80,7 @@ def split_feed_forward_block_bwd(
     dropout_p: float,
 ) -> list[Tensor]:
     """dquery_rows, dtext_rows, then the gradients of ``parameters``."""
-    linear_gelu_bwd = backends.kernel_or_formula("linear_gelu_bwd", query_rows)
+    gelu_bwd = backends.kernel_or_formula("bias_gelu_bwd_with_out", query_rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
     drows = [torch.empty_like(query_rows), torch.empty_like(text_rows)]
     gradients = []
@@ -89,7 +90,7 @@ def split_feed_forward_block_bwd(
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
             dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias
         )
-        dup, dup_bias, activation = linear_gelu_bwd(dx, down_weight, up[part], up_bias)
+        dup, dup_bias, activation = gelu_bwd(dx @ down_weight, up[part], up_bias)
         ddown_weight = dx.t() @ activation
         # without dropout dx and dresidual are one tensor, of which dx has been read by now
         drows[kind] = dresidual.addmm_(dup, up_weight)

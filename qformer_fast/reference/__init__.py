@@ -18,6 +18,7 @@ from qformer_fast.reference.losses import contrastive_similarity, linear_cross_e
 from qformer_fast.reference.rowwise import (
     bias_gelu,
     bias_gelu_bwd,
+    bias_gelu_bwd_with_out,
     bias_gelu_fwd,
     dropout_add_layer_norm,
     dropout_add_layer_norm_bwd,
@@ -25,14 +26,13 @@ from qformer_fast.reference.rowwise import (
     embeddings,
     embeddings_bwd,
     embeddings_fwd,
-    linear_gelu_bwd,
-    linear_gelu_fwd,
 )
 
 __all__ = [
     "MAX_TILE",
     "bias_gelu",
     "bias_gelu_bwd",
+    "bias_gelu_bwd_with_out",
     "bias_gelu_fwd",
     "contrastive_similarity",
     "cross_attention_block",
@@ -48,8 +48,6 @@ __all__ = [
     "image_cross_attention_fwd",
     "image_key_value",
     "linear_cross_entropy",
-    "linear_gelu_bwd",
-    "linear_gelu_fwd",
     "query_text_attention",
     "query_text_attention_bwd",
     "query_text_attention_fwd",

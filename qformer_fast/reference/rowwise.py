@@ -29,14 +29,9 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
-def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> Tensor:
-    """gelu(up + bias), where up = x weight^T is written to ``up``."""
-    return bias_gelu_fwd(torch.mm(x, weight.t(), out=up), bias)
-
-
-def linear_gelu_bwd(dy: Tensor, weight: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dup and dbias for the gradient dy of gelu(up + bias) weight^T, and gelu(up + bias) again."""
-    return *bias_gelu_bwd(dy @ weight, up, bias), bias_gelu_fwd(up, bias)
+def bias_gelu_bwd_with_out(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dbias, and the forward's output again."""
+    return *bias_gelu_bwd(dout, x, bias), bias_gelu_fwd(x, bias)
 
 
 def dropout_add_layer_norm(

@@ -62,7 +62,10 @@ def test_forward_and_gradients(shape, dtype, assert_close):
         }  # fmt: skip
         assert actual["dweight"].abs().max() == actual["dbias"].abs().max() == 0
         return
-    # where a row is one column every gradient but dbias is zero, and plain PyTorch's is rounding
+    if shape[1] == 1:
+        # a row of one column is its own mean: these gradients are zero but for rounding, which rstd makes larger
+        for name in ("dx", "dresidual", "dweight"):
+            assert actual.pop(name).abs().max() <= 4 * torch.finfo(dtype).eps * EPS**-0.5
     assert_close(actual, run(plain, tensors, dout), run(plain, double(tensors), dout.double()))
 
 

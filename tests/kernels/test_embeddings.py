@@ -54,6 +54,10 @@ def test_forward_and_gradients(shape, dtype, assert_close):
         assert all(actual[name].shape == x.shape for name, x in zip(NAMES, tables, strict=True))
         assert all(actual[name].abs().max() == 0 for name in NAMES)
         return
+    if shape[3] == 1:
+        # a row of one column is its own mean: these gradients are zero but for rounding, which rstd makes larger
+        for name in ("dword", "dposition", "dweight"):
+            assert actual.pop(name).abs().max() <= 4 * torch.finfo(dtype).eps * EPS**-0.5
     assert_close(actual, run(plain, ids, tables, dout), run(plain, ids, double(tables), dout.double()))
 
 
