@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qformer_fast import ops
-from qformer_fast.backend import BACKENDS, available
+from qformer_fast.backend import BACKENDS, MEASURED, available
 
 PACKAGES = ("qformer_fast", "torch", "triton", "transformers", "open_clip_torch", "safetensors", "numpy")
 
@@ -60,7 +60,8 @@ def _op(name: str) -> dict[str, Any]:
         reason = reasons[backend] or (None if backend in implementations else f"has no {name}")
         if reason:
             unavailable[backend] = reason
-    uses = "triton" if torch.cuda.is_available() and "triton" not in unavailable else "reference"
+    chosen = torch.cuda.is_available() and name in MEASURED and "triton" not in unavailable
+    uses = "triton" if chosen else "reference"
     return {"uses": uses, "unavailable": unavailable}
 
 
