@@ -3,6 +3,7 @@
 One program serves all sequences that look at one head of one image: the queries of several sequences share a tile, so
 keys and values are read once and their gradients are summed in registers. Tokens are visited in the order 1, 2, ...,
 0: of 2^n + 1 tokens the class token, the first, is taken apart and the others fill whole blocks without any masking.
+Dropout counts keys in that order: token t has slot t - 1, token 0 the last.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qformer_fast.kernels import launch
-from qformer_fast.kernels.philox import dropout_keep
+from qformer_fast.kernels.philox import attention_keep
 from qformer_fast.kernels.sequences import precision
 from qformer_fast.reference.philox import GROUP, threshold_and_scale
 
@@ -44,17 +45,9 @@ def _readers(
 
 
 @triton.jit
-def _keep(seed_ptr, rows, head, nheads, groups, first_slot, threshold, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) bool: dropout's choice for these rows and slots; token t has slot t - 1, token 0 the last."""
-    counters = (rows.to(tl.int32) * nheads + head)[:, None] * groups
-    counters += (first_slot // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
-    return dropout_keep(tl.load(seed_ptr), counters, threshold)
-
-
-@triton.jit
-def _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M: tl.constexpr):
+def _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold):
     """(BLOCK_M,) bool: dropout's choice for token 0."""
-    keep = _keep(seed_ptr, rows, head, nheads, groups, tokens - 1, threshold, 8)
+    keep = attention_keep(seed_ptr, rows, head, nheads, groups, tokens - 1, threshold, 8)
     is_first = tl.arange(0, 8)[None, :] == (tokens - 1) % 8
     return tl.sum((keep & is_first).to(tl.int32), axis=1) > 0
 
@@ -112,7 +105,7 @@ def image_cross_attention_fwd_kernel(
             total = tl.full((BLOCK_M,), 1.0, tl.float32)
             weight = total
             if DROPOUT:
-                first_keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M)
+                first_keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold)
                 weight = tl.where(first_keep, keep_scale, 0.0)
             out = weight[:, None] * first_v[None, :]
         else:
@@ -147,7 +140,7 @@ def image_cross_attention_fwd_kernel(
             p = tl.exp2(scores - shift[:, None])
             total = total * shrink + tl.sum(p, axis=1)
             if DROPOUT:
-                keep = _keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
                 p = tl.where(keep, p * keep_scale, 0.0)
             out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             highest = higher
@@ -233,7 +226,7 @@ def image_cross_attention_bwd_kernel(
             first_dp = tl.sum(dout.to(tl.float32) * first_v[None, :], axis=1)
             weight = first_p
             if DROPOUT:
-                first_keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold, BLOCK_M)
+                first_keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold)
                 weight = tl.where(first_keep, first_p * keep_scale, 0.0)
                 first_dp = tl.where(first_keep, first_dp * keep_scale, 0.0)
             first_ds = first_p * (first_dp - delta) * scale
@@ -270,7 +263,7 @@ def image_cross_attention_bwd_kernel(
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             dropped = p
             if DROPOUT:
-                keep = _keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qformer_fast.kernels import launch
-from qformer_fast.kernels.philox import dropout_keep
+from qformer_fast.kernels.philox import attention_keep
 from qformer_fast.kernels.sequences import precision, sequence_rows, visible
 from qformer_fast.kernels.streamed_attention import streamed_attention_bwd, streamed_attention_fwd
 from qformer_fast.reference.attention import MAX_TILE
@@ -38,13 +38,6 @@ def _probabilities(
     scores = tl.where(seen & (offs[None, :] < length), scores, float("-inf"))
     p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     return p / tl.sum(p, axis=1)[:, None]
-
-
-@triton.jit
-def _keep(seed_ptr, rows, head, nheads, groups, threshold, BLOCK: tl.constexpr):
-    """(BLOCK, BLOCK) bool: dropout's choice for reader ``rows`` and the sequence's positions."""
-    counters = (rows.to(tl.int32) * nheads + head)[:, None] * groups + tl.arange(0, BLOCK // 8)[None, :]
-    return dropout_keep(tl.load(seed_ptr), counters, threshold)
 
 
 @triton.jit
@@ -80,7 +73,7 @@ def _fwd_tile(
     v = tl.load(ptrs + 2 * hidden, mask=mask, other=0.0)
     p = _probabilities(q, k, length, queries, kind, scale_log2, BLOCK, PRECISION)
     if DROPOUT:
-        p = tl.where(_keep(seed_ptr, rows, head, nheads, groups, threshold, BLOCK), p * keep_scale, 0.0)
+        p = tl.where(attention_keep(seed_ptr, rows, head, nheads, groups, 0, threshold, BLOCK), p * keep_scale, 0.0)
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     tl.store(out_ptr + rows[:, None] * hidden + head * HEADDIM + offs_d[None, :], out, mask=mask)
 
@@ -165,7 +158,7 @@ def _bwd_tile(
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dropped = p
     if DROPOUT:
-        keep = _keep(seed_ptr, rows, head, nheads, groups, threshold, BLOCK)
+        keep = attention_keep(seed_ptr, rows, head, nheads, groups, 0, threshold, BLOCK)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dv = tl.dot(tl.trans(dropped.to(v.dtype)), dout, input_precision=PRECISION)
@@ -287,8 +280,8 @@ def query_text_attention_bwd(
     softmax_scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """dout, out (rows, nheads, headdim), qkv (rows, 3, nheads, headdim), contiguous -> dqkv, and its sum over rows (3,
-    nheads, headdim) in fp32, which is the gradient of the projections' bias.
+    """dout, out (rows, nheads, headdim), qkv (rows, 3, nheads, headdim), contiguous -> dqkv, and (n, 3, nheads,
+    headdim) whose sum over n is the gradient of the projections' bias.
     """
     nheads, headdim = qkv.shape[2:]
     width = num_queries + max_text_length
@@ -307,7 +300,7 @@ def query_text_attention_bwd(
             softmax_scale,
             dropout_p,
         )
-        return dqkv, dqkv.sum(0, dtype=torch.float32)
+        return dqkv, dqkv
     dqkv = torch.empty_like(qkv)
     sequences = masks.shape[0]
     dbias = torch.empty(sequences, 3, nheads, headdim, device=qkv.device, dtype=torch.float32)
@@ -334,4 +327,4 @@ def query_text_attention_bwd(
         PRECISION=precision(qkv),
         **launch.settings("query_text_attention_bwd", qkv.device),
     )
-    return dqkv, dbias.sum(0)
+    return dqkv, dbias

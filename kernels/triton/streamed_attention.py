@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qformer_fast.kernels import launch
-from qformer_fast.kernels.philox import dropout_keep
+from qformer_fast.kernels.philox import attention_keep
 from qformer_fast.kernels.sequences import precision, sequence_rows, visible
 from qformer_fast.reference.philox import GROUP, threshold_and_scale
 
@@ -27,14 +27,6 @@ def _scores(q, k, offs_m, offs_n, length, queries, kind, scale_log2, PRECISION: 
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     seen = visible(offs_m[:, None], offs_n[None, :], queries, kind) & (offs_n[None, :] < length)
     return tl.where(seen, scores, float("-inf"))
-
-
-@triton.jit
-def _keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) bool, the same choice as the one-tile kernel's."""
-    counters = (rows.to(tl.int32) * nheads + head)[:, None] * groups
-    counters += (start // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
-    return dropout_keep(tl.load(seed_ptr), counters, threshold)
 
 
 @triton.jit
@@ -89,7 +81,7 @@ def streamed_attention_fwd_kernel(
             p = tl.exp2(scores - shift[:, None])
             total = total * shrink + tl.sum(p, axis=1)
             if DROPOUT:
-                keep = _keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
                 p = tl.where(keep, p * keep_scale, 0.0)
             out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             highest = higher
@@ -151,7 +143,7 @@ def streamed_attention_bwd_dq_kernel(
             scores = _scores(q, k, offs_m, offs_n, length, queries, kind, scale * 1.4426950408889634, PRECISION)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if DROPOUT:
-                keep = _keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             ds = tl.exp2(scores - lse[:, None]) * (dp - delta[:, None]) * scale
             dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
@@ -214,7 +206,7 @@ def streamed_attention_bwd_dkv_kernel(
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             dropped = p
             if DROPOUT:
-                keep = _keep(seed_ptr, rows, head, nheads, groups, first_key, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, groups, first_key, threshold, BLOCK_N)
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv += tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)

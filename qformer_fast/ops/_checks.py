@@ -56,7 +56,7 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
     It stays on the device, so that a captured CUDA graph draws anew at each replay.
     """
-    return torch.randint(2**62, (1,), device=x.device) if dropout_p > 0 else None
+    return draw_seeds(x, dropout_p)[0]
 
 
 def draw_seeds(x: Tensor, *dropout_ps: float) -> list[Tensor | None]:

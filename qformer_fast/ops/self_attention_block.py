@@ -97,11 +97,12 @@ def self_attention_block_bwd(
     dout_weight = dx.t() @ context.view(rows.shape)
     dcontext = (dx @ out_weight).view(context.shape)
     sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
-    dqkv, dqkv_bias = attend_bwd(dcontext, qkv, context, lse, text_offsets, masks, attention_seed, *sizes)
+    dqkv, dbias_parts = attend_bwd(dcontext, qkv, context, lse, text_offsets, masks, attention_seed, *sizes)
     dqkv = dqkv.view(rows.shape[0], -1)
     # without dropout dx and drows are one tensor, of which dx has been read by now
     drows = drows.addmm_(dqkv, qkv_weight)
-    return drows, dqkv.t() @ rows, dqkv_bias.flatten(), dout_weight, dout_bias, dnorm_weight, dnorm_bias
+    dqkv_bias = dbias_parts.flatten(1).sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return drows, dqkv.t() @ rows, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias
 
 
 @self_attention_block_bwd.register_fake

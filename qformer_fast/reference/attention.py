@@ -110,12 +110,12 @@ def query_text_attention_fwd(
 def query_text_attention_bwd(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, text_offsets: Tensor, masks: Tensor, *others
 ) -> tuple[Tensor, Tensor]:
-    """dqkv and its sum over rows; arguments as the kernels' backward, of which it needs neither out nor lse."""
+    """dqkv, twice as the kernels' backward, whose arguments these are; of them it needs neither out nor lse."""
     layout, q, k, v, _, p, keep = _self_probabilities(qkv, text_offsets, masks, *others)
     dout = _pad(dout, layout).masked_fill(~layout.is_row[:, None, :, None], 0.0)
     gradients = _attention_bwd(dout, q, k, v, p, keep, others[-2])
     dqkv = torch.stack([_pack(x, layout) for x in gradients], dim=1)
-    return dqkv, dqkv.sum(0, dtype=torch.promote_types(dqkv.dtype, torch.float32))
+    return dqkv, dqkv
 
 
 def _self_probabilities(

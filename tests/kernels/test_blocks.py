@@ -1,5 +1,7 @@
 """The fused sub-layers against the reference composition, with every gradient."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -132,7 +134,7 @@ def test_gradients_with_dropout_are_those_of_the_formula(name, layout, assert_cl
     """The kernels in fp32 and the formula in fp64 drop the same elements when their seeds are the same."""
     inputs, call = blocks(layout)[name]
     dout = torch.randn(layout.num_query_rows if "cross" in name else layout.num_rows, HIDDEN, device=DEVICE)
-    implementation = __import__("importlib").import_module(f"qformer_fast.ops.{name}")._kernels
+    implementation = importlib.import_module(f"qformer_fast.ops.{name}")._kernels
 
     def run(*args, **options):
         torch.manual_seed(5)
@@ -173,7 +175,7 @@ def test_compiles_without_a_graph_break(name, layout):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_opcheck(name, layout, monkeypatch):
     inputs, call = blocks(layout)[name]
-    module = __import__("importlib").import_module(f"qformer_fast.ops.{name}")
+    module = importlib.import_module(f"qformer_fast.ops.{name}")
     seen = []
     op = getattr(module, f"{name}_fwd")
     monkeypatch.setattr(module, f"{name}_fwd", lambda *args: seen.append(args) or op(*args))
