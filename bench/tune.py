@@ -34,7 +34,10 @@ def grid(**values: list) -> list[SETTINGS]:
 # kernel -> (op, part of the case's shape, mode, candidates)
 CANDIDATES: dict[str, tuple[str, str, str, list[SETTINGS]]] = {
     "bias_gelu_fwd": ("bias_gelu", "", "fwd", grid(BLOCK_M=[2, 4, 8], BLOCK_N=[1024], num_warps=[4, 8])),
-    "bias_gelu_bwd": ("bias_gelu", "", "bwd", grid(BLOCK_M=[4, 8, 16], BLOCK_N=[128, 256], num_warps=[4, 8])),
+    "bias_gelu_bwd": (
+        "bias_gelu", "", "bwd",
+        grid(BLOCK_M=[4, 8], BLOCK_N=[256], num_warps=[4, 8], STAGES=[1, 3], programs=[4, 8, 16]),
+    ),
     "dropout_add_layer_norm_fwd": (
         "dropout_add_layer_norm", "", "fwd", grid(BLOCK_M=[1, 2, 4], num_warps=[1, 2, 4]),
     ),

@@ -1,6 +1,11 @@
 """Triton kernels and their launchers, one file an op; imported as ``qformer_fast.kernels``."""
 
 from qformer_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_bwd_with_out, bias_gelu_fwd
+from qformer_fast.kernels.contrastive_similarity import (
+    contrastive_similarity_bwd_image,
+    contrastive_similarity_bwd_text,
+    contrastive_similarity_fwd,
+)
 from qformer_fast.kernels.dropout_add_layer_norm import dropout_add_layer_norm_bwd, dropout_add_layer_norm_fwd
 from qformer_fast.kernels.embeddings import embeddings_bwd, embeddings_fwd
 from qformer_fast.kernels.image_cross_attention import (
@@ -8,12 +13,21 @@ from qformer_fast.kernels.image_cross_attention import (
     image_cross_attention_bwd_into,
     image_cross_attention_fwd,
 )
+from qformer_fast.kernels.linear_cross_entropy import (
+    linear_cross_entropy_bwd,
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_rows_bwd,
+)
 from qformer_fast.kernels.query_text_attention import query_text_attention_bwd, query_text_attention_fwd
+from qformer_fast.kernels.sample_negatives import sample_negatives_fwd
 
 __all__ = [
     "bias_gelu_bwd",
     "bias_gelu_bwd_with_out",
     "bias_gelu_fwd",
+    "contrastive_similarity_bwd_image",
+    "contrastive_similarity_bwd_text",
+    "contrastive_similarity_fwd",
     "dropout_add_layer_norm_bwd",
     "dropout_add_layer_norm_fwd",
     "embeddings_bwd",
@@ -21,6 +35,10 @@ __all__ = [
     "image_cross_attention_bwd",
     "image_cross_attention_bwd_into",
     "image_cross_attention_fwd",
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
+    "linear_cross_entropy_rows_bwd",
     "query_text_attention_bwd",
     "query_text_attention_fwd",
+    "sample_negatives_fwd",
 ]

@@ -11,15 +11,30 @@ from qformer_fast.kernels import launch
 
 
 @triton.jit
-def gelu(y):
-    """y/2 (1 + erf(y / sqrt 2)) in fp32."""
-    return 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
+def normal_cdf(y):
+    """Phi(y) and exp(-y^2 / 2) in fp32.
+
+    Phi(-|y|) exp(y^2 / 2) is a polynomial in 1 / (1 + 0.3 |y|), fitted to 1.5e-7 relative error on [0, 14], as Abramowitz
+    and Stegun's 7.1.26 is with fewer terms. The exponential, most of the cost, is the density's too.
+    """
+    t = 1.0 / (1.0 + 0.3 * tl.abs(y))
+    tail = 0.03567487688186328 * t - 0.15720349929455804
+    tail = tail * t + 0.20635419566827093
+    tail = tail * t - 0.05368424549942068
+    tail = tail * t + 0.128561924188036
+    tail = tail * t + 0.09991340876277541
+    tail = tail * t + 0.12075396824861995
+    tail = tail * t + 0.11962929810634824
+    decay = tl.exp2(-0.7213475204444817 * y * y)
+    tail *= t * decay
+    return tl.where(y < 0, tail, 1.0 - tail), decay
 
 
 @triton.jit
-def gelu_grad(y):
-    """d gelu / dy = Phi(y) + y phi(y) in fp32."""
-    return 0.5 * (1.0 + tl.math.erf(y * 0.7071067811865476)) + y * tl.exp(-0.5 * y * y) * 0.3989422804014327
+def gelu(y):
+    """y Phi(y) in fp32."""
+    cdf, _ = normal_cdf(y)
+    return y * cdf
 
 
 @triton.jit
@@ -54,6 +69,7 @@ def bias_gelu_bwd_kernel(
     N,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     WITH_OUT: tl.constexpr,
 ):
     """One program = BLOCK_N columns of every num_programs(0)-th block of BLOCK_M rows, and their part of dbias."""
@@ -62,17 +78,18 @@ def bias_gelu_bwd_kernel(
     mask_n = offs_n < N
     bias = tl.load(bias_ptr + offs_n, mask=mask_n).to(tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(pid_m * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+    for start in tl.range(pid_m * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask = (offs_m[:, None] < M) & mask_n[None, :]
         offs = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
         x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
         dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         y = x + bias[None, :]
-        dx = dout * gelu_grad(y)
+        cdf, decay = normal_cdf(y)
+        dx = dout * (cdf + y * decay * 0.3989422804014327)
         tl.store(dx_ptr + offs, dx, mask=mask)
         if WITH_OUT:
-            tl.store(out_ptr + offs, gelu(y), mask=mask)
+            tl.store(out_ptr + offs, y * cdf, mask=mask)
         dbias += tl.where(mask, dx, 0.0)
     tl.store(dbias_ptr + pid_m * N + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
 
@@ -102,10 +119,13 @@ def bias_gelu_bwd_with_out(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tenso
 def _bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x)
     M, N = x.shape
-    settings = launch.settings("bias_gelu_bwd", x.device)
-    row_programs = min(triton.cdiv(M, settings["BLOCK_M"]), launch.num_multiprocessors(x.device))
+    settings = dict(launch.settings("bias_gelu_bwd", x.device))
+    columns = triton.cdiv(N, settings["BLOCK_N"])
+    programs = settings.pop("programs") * launch.num_multiprocessors(x.device)
+    row_programs = min(triton.cdiv(M, settings["BLOCK_M"]), max(1, programs // columns))
     dbias = torch.empty(row_programs, N, device=x.device, dtype=torch.float32)
     if M:
-        grid = (row_programs, triton.cdiv(N, settings["BLOCK_N"]))
-        bias_gelu_bwd_kernel[grid](dout, x, bias, dx, dbias, out, M, N, WITH_OUT=out is not None, **settings)
+        bias_gelu_bwd_kernel[(row_programs, columns)](
+            dout, x, bias, dx, dbias, out, M, N, WITH_OUT=out is not None, **settings
+        )
     return dx, dbias.sum(0).to(bias.dtype)

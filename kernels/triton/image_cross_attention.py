@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qformer_fast.kernels import launch
-from qformer_fast.kernels.philox import attention_keep
+from qformer_fast.kernels.philox import ROUNDS, attention_keep, first_counter
 from qformer_fast.kernels.sequences import precision
-from qformer_fast.reference.philox import GROUP, threshold_and_scale
+from qformer_fast.reference.philox import threshold_and_scale
 
 MAX_BLOCK_M = 128
 LOG2E = 1.4426950408889634
@@ -45,11 +45,11 @@ def _readers(
 
 
 @triton.jit
-def _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold):
-    """(BLOCK_M,) bool: dropout's choice for token 0."""
-    keep = attention_keep(seed_ptr, rows, head, nheads, groups, tokens - 1, threshold, 8)
-    is_first = tl.arange(0, 8)[None, :] == (tokens - 1) % 8
-    return tl.sum((keep & is_first).to(tl.int32), axis=1) > 0
+def _keep_first(seed_ptr, rows, head, nheads, tokens, threshold):
+    """(BLOCK_M,) bool: dropout's choice for token 0, whose slot is a multiple of 32."""
+    counters = first_counter(rows, head, nheads, tokens) + (tokens - 1) // 8
+    word = tl.randint4x(tl.load(seed_ptr), counters, ROUNDS)[0]
+    return (word & 0xFFFF) >= threshold
 
 
 @triton.jit
@@ -73,7 +73,6 @@ def image_cross_attention_fwd_kernel(
     scale_log2,
     threshold,
     keep_scale,
-    groups,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -105,7 +104,7 @@ def image_cross_attention_fwd_kernel(
             total = tl.full((BLOCK_M,), 1.0, tl.float32)
             weight = total
             if DROPOUT:
-                first_keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold)
+                first_keep = _keep_first(seed_ptr, rows, head, nheads, tokens, threshold)
                 weight = tl.where(first_keep, keep_scale, 0.0)
             out = weight[:, None] * first_v[None, :]
         else:
@@ -140,7 +139,7 @@ def image_cross_attention_fwd_kernel(
             p = tl.exp2(scores - shift[:, None])
             total = total * shrink + tl.sum(p, axis=1)
             if DROPOUT:
-                keep = attention_keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, tokens, start, threshold, BLOCK_N)
                 p = tl.where(keep, p * keep_scale, 0.0)
             out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             highest = higher
@@ -179,7 +178,6 @@ def image_cross_attention_bwd_kernel(
     scale,
     threshold,
     keep_scale,
-    groups,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -226,7 +224,7 @@ def image_cross_attention_bwd_kernel(
             first_dp = tl.sum(dout.to(tl.float32) * first_v[None, :], axis=1)
             weight = first_p
             if DROPOUT:
-                first_keep = _keep_first(seed_ptr, rows, head, nheads, groups, tokens, threshold)
+                first_keep = _keep_first(seed_ptr, rows, head, nheads, tokens, threshold)
                 weight = tl.where(first_keep, first_p * keep_scale, 0.0)
                 first_dp = tl.where(first_keep, first_dp * keep_scale, 0.0)
             first_ds = first_p * (first_dp - delta) * scale
@@ -263,7 +261,7 @@ def image_cross_attention_bwd_kernel(
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             dropped = p
             if DROPOUT:
-                keep = attention_keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, tokens, start, threshold, BLOCK_N)
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)
@@ -342,7 +340,6 @@ def image_cross_attention_fwd(
         softmax_scale * LOG2E,
         threshold,
         keep_scale,
-        triton.cdiv(tokens, GROUP),
         DROPOUT=seed is not None,
         **tile,
     )
@@ -401,7 +398,6 @@ def image_cross_attention_bwd_into(
         softmax_scale,
         threshold,
         keep_scale,
-        triton.cdiv(tokens, GROUP),
         DROPOUT=seed is not None,
         ACCUMULATE=accumulate,
         **tile,

@@ -23,17 +23,32 @@ def dropout_keep(seed, counters, threshold):
 
 
 @triton.jit
+def first_counter(rows, head, nheads, keys):
+    """(BLOCK_M,) the first of the counters that decide the weights of a row and head, four for 32 keys."""
+    return (rows.to(tl.int32) * nheads + head) * ((keys + 31) // 32 * 4)
+
+
+@triton.jit
 def attention_keep(
     seed_ptr,  # (1,) int64
     rows,  # (BLOCK_M,) reader rows
     head,
     nheads,
-    groups,  # counters a row and head, one for 8 keys
+    keys,
     first_key,
     threshold,
     BLOCK_N: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) bool: what dropout keeps of these readers' weights of BLOCK_N keys from ``first_key`` on."""
-    counters = (rows.to(tl.int32) * nheads + head)[:, None] * groups
-    counters += (first_key // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
-    return dropout_keep(tl.load(seed_ptr), counters, threshold)
+    """(BLOCK_M, BLOCK_N) bool: what dropout keeps of these readers' weights of BLOCK_N keys from ``first_key`` on.
+
+    ``first_key`` is a multiple of 32. Counter t of 32 keys decides keys 8 j + 2 t and 8 j + 2 t + 1 by its word j: those
+    that one thread holds of a row of a tensor-core product, so that no choice has to move between threads.
+    """
+    COUNTERS: tl.constexpr = max(BLOCK_N // 8, 4)
+    counters = first_counter(rows, head, nheads, keys)[:, None] + first_key // 8 + tl.arange(0, COUNTERS)[None, :]
+    a, b, c, d = tl.randint4x(tl.load(seed_ptr), counters, ROUNDS)
+    words = tl.join(a, b) if BLOCK_N == 16 else tl.join(tl.join(a, c), tl.join(b, d))
+    words = words.to(tl.uint32, bitcast=True)
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    halves = tl.reshape(halves, (rows.shape[0], COUNTERS // 4, 4, BLOCK_N // COUNTERS // 2, 2))
+    return tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4)), (rows.shape[0], BLOCK_N)).to(tl.int32) >= threshold

@@ -15,7 +15,7 @@ from qformer_fast.kernels.philox import attention_keep
 from qformer_fast.kernels.sequences import precision, sequence_rows, visible
 from qformer_fast.kernels.streamed_attention import streamed_attention_bwd, streamed_attention_fwd
 from qformer_fast.reference.attention import MAX_TILE
-from qformer_fast.reference.philox import GROUP, threshold_and_scale
+from qformer_fast.reference.philox import threshold_and_scale
 
 LOG2E = 1.4426950408889634
 
@@ -55,7 +55,7 @@ def _fwd_tile(
     scale_log2,
     threshold,
     keep_scale,
-    groups,
+    width,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -73,7 +73,7 @@ def _fwd_tile(
     v = tl.load(ptrs + 2 * hidden, mask=mask, other=0.0)
     p = _probabilities(q, k, length, queries, kind, scale_log2, BLOCK, PRECISION)
     if DROPOUT:
-        p = tl.where(attention_keep(seed_ptr, rows, head, nheads, groups, 0, threshold, BLOCK), p * keep_scale, 0.0)
+        p = tl.where(attention_keep(seed_ptr, rows, head, nheads, width, 0, threshold, BLOCK), p * keep_scale, 0.0)
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     tl.store(out_ptr + rows[:, None] * hidden + head * HEADDIM + offs_d[None, :], out, mask=mask)
 
@@ -91,7 +91,7 @@ def query_text_attention_fwd_kernel(
     scale_log2,
     threshold,
     keep_scale,
-    groups,
+    width,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -106,17 +106,17 @@ def query_text_attention_fwd_kernel(
     if BLOCK > 16 and length <= 16:
         _fwd_tile(
             qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
-            threshold, keep_scale, groups, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
+            threshold, keep_scale, width, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
         )  # fmt: skip
     elif BLOCK > 32 and length <= 32:
         _fwd_tile(
             qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
-            threshold, keep_scale, groups, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
+            threshold, keep_scale, width, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
         )  # fmt: skip
     else:
         _fwd_tile(
             qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
-            threshold, keep_scale, groups, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
+            threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
         )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def _bwd_tile(
     scale,
     threshold,
     keep_scale,
-    groups,
+    width,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -158,7 +158,7 @@ def _bwd_tile(
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dropped = p
     if DROPOUT:
-        keep = attention_keep(seed_ptr, rows, head, nheads, groups, 0, threshold, BLOCK)
+        keep = attention_keep(seed_ptr, rows, head, nheads, width, 0, threshold, BLOCK)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dv = tl.dot(tl.trans(dropped.to(v.dtype)), dout, input_precision=PRECISION)
@@ -168,11 +168,12 @@ def _bwd_tile(
     tl.store(dqkv_ptr + offs_qkv, dq, mask=mask)
     tl.store(dqkv_ptr + offs_qkv + hidden, dk, mask=mask)
     tl.store(dqkv_ptr + offs_qkv + 2 * hidden, dv, mask=mask)
-    # rows past the sequence's end are zero: their dout is, and no reader sees them
+    # rows past the sequence's end are zero: their dout is, and no reader sees them. A shift of all keys moves no
+    # softmax, so the sum of dk is zero
     offs_bias = head * HEADDIM + offs_d
     mask_d = offs_d < HEADDIM
     tl.store(dbias_ptr + offs_bias, tl.sum(dq, axis=0), mask=mask_d)
-    tl.store(dbias_ptr + hidden + offs_bias, tl.sum(dk, axis=0), mask=mask_d)
+    tl.store(dbias_ptr + hidden + offs_bias, tl.zeros((BLOCK_D,), tl.float32), mask=mask_d)
     tl.store(dbias_ptr + 2 * hidden + offs_bias, tl.sum(dv, axis=0), mask=mask_d)
 
 
@@ -191,7 +192,7 @@ def query_text_attention_bwd_kernel(
     scale,
     threshold,
     keep_scale,
-    groups,
+    width,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -207,17 +208,17 @@ def query_text_attention_bwd_kernel(
     if BLOCK > 16 and length <= 16:
         _bwd_tile(
             dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
-            nheads, scale, threshold, keep_scale, groups, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
+            nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
         )  # fmt: skip
     elif BLOCK > 32 and length <= 32:
         _bwd_tile(
             dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
-            nheads, scale, threshold, keep_scale, groups, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
+            nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
         )  # fmt: skip
     else:
         _bwd_tile(
             dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
-            nheads, scale, threshold, keep_scale, groups, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
+            nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
         )  # fmt: skip
 
 
@@ -255,7 +256,7 @@ def query_text_attention_fwd(
         softmax_scale * LOG2E,
         threshold,
         keep_scale,
-        triton.cdiv(width, GROUP),
+        width,
         HEADDIM=headdim,
         BLOCK_D=max(16, triton.next_power_of_2(headdim)),
         BLOCK=max(16, triton.next_power_of_2(width)),
@@ -319,7 +320,7 @@ def query_text_attention_bwd(
         softmax_scale,
         threshold,
         keep_scale,
-        triton.cdiv(width, GROUP),
+        width,
         HEADDIM=headdim,
         BLOCK_D=max(16, triton.next_power_of_2(headdim)),
         BLOCK=max(16, triton.next_power_of_2(width)),

@@ -10,7 +10,7 @@ from torch import Tensor
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import attention_keep
 from qformer_fast.kernels.sequences import precision, sequence_rows, visible
-from qformer_fast.reference.philox import GROUP, threshold_and_scale
+from qformer_fast.reference.philox import threshold_and_scale
 
 LOG2E = 1.4426950408889634
 
@@ -43,7 +43,7 @@ def streamed_attention_fwd_kernel(
     scale_log2,
     threshold,
     keep_scale,
-    groups,
+    width,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -81,7 +81,7 @@ def streamed_attention_fwd_kernel(
             p = tl.exp2(scores - shift[:, None])
             total = total * shrink + tl.sum(p, axis=1)
             if DROPOUT:
-                keep = attention_keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, width, start, threshold, BLOCK_N)
                 p = tl.where(keep, p * keep_scale, 0.0)
             out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             highest = higher
@@ -107,7 +107,7 @@ def streamed_attention_bwd_dq_kernel(
     scale,
     threshold,
     keep_scale,
-    groups,
+    width,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -143,7 +143,7 @@ def streamed_attention_bwd_dq_kernel(
             scores = _scores(q, k, offs_m, offs_n, length, queries, kind, scale * 1.4426950408889634, PRECISION)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if DROPOUT:
-                keep = attention_keep(seed_ptr, rows, head, nheads, groups, start, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, width, start, threshold, BLOCK_N)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             ds = tl.exp2(scores - lse[:, None]) * (dp - delta[:, None]) * scale
             dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
@@ -167,7 +167,7 @@ def streamed_attention_bwd_dkv_kernel(
     scale,
     threshold,
     keep_scale,
-    groups,
+    width,
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -206,7 +206,7 @@ def streamed_attention_bwd_dkv_kernel(
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             dropped = p
             if DROPOUT:
-                keep = attention_keep(seed_ptr, rows, head, nheads, groups, first_key, threshold, BLOCK_N)
+                keep = attention_keep(seed_ptr, rows, head, nheads, width, first_key, threshold, BLOCK_N)
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv += tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)
@@ -259,7 +259,7 @@ def streamed_attention_fwd(
         softmax_scale * LOG2E,
         threshold,
         keep_scale,
-        triton.cdiv(width, GROUP),
+        width,
         **constants,
     )
     return out, lse
@@ -291,7 +291,7 @@ def streamed_attention_bwd(
         softmax_scale,
         threshold,
         keep_scale,
-        triton.cdiv(width, GROUP),
+        width,
     )
     constants = _constants(qkv, seed)
     streamed_attention_bwd_dq_kernel[(masks.shape[0] * nheads, triton.cdiv(width, constants["BLOCK_M"]))](

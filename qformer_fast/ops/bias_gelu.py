@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
+from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape
 
 
@@ -38,7 +39,7 @@ def _backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor]:
     return bias_gelu_bwd(dout.contiguous(), *ctx.saved_tensors)
 
 
-bias_gelu_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(bias_gelu_fwd, _backward, _setup_context)
 
 
 def _kernels(x: Tensor, bias: Tensor) -> Tensor:

@@ -2,36 +2,105 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
-from qformer_fast.ops._checks import check_device, check_floating, check_shape
+from qformer_fast.ops._autograd import register_autograd
+from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape
 
-IMPLEMENTATIONS = {"reference": reference.contrastive_similarity}
+MAX_QUERIES = 2**15
+
+
+@torch.library.custom_op("qformer_fast::contrastive_similarity_fwd", mutates_args=())
+def contrastive_similarity_fwd(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """out and argmax, (images, texts) each."""
+    return backends.kernel_or_formula("contrastive_similarity_fwd", image_features)(image_features, text_features)
+
+
+@contrastive_similarity_fwd.register_fake
+def _(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    out = image_features.new_empty(image_features.shape[0], text_features.shape[0])
+    return out, torch.empty_like(out, dtype=torch.int16)
+
+
+@torch.library.custom_op("qformer_fast::contrastive_similarity_bwd_image", mutates_args=())
+def contrastive_similarity_bwd_image(dout: Tensor, argmax: Tensor, text_features: Tensor, queries: int) -> Tensor:
+    run = backends.kernel_or_formula("contrastive_similarity_bwd_image", text_features)
+    return run(dout, argmax, text_features, queries)
+
+
+@contrastive_similarity_bwd_image.register_fake
+def _(dout: Tensor, argmax: Tensor, text_features: Tensor, queries: int) -> Tensor:
+    return text_features.new_empty(dout.shape[0], queries, text_features.shape[1])
+
+
+@torch.library.custom_op("qformer_fast::contrastive_similarity_bwd_text", mutates_args=())
+def contrastive_similarity_bwd_text(dout: Tensor, argmax: Tensor, image_features: Tensor) -> Tensor:
+    return backends.kernel_or_formula("contrastive_similarity_bwd_text", image_features)(dout, argmax, image_features)
+
+
+@contrastive_similarity_bwd_text.register_fake
+def _(dout: Tensor, argmax: Tensor, image_features: Tensor) -> Tensor:
+    return image_features.new_empty(dout.shape[1], image_features.shape[2])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, argmax = output
+    ctx.save_for_backward(*inputs, argmax)
+
+
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    image_features, text_features, argmax = ctx.saved_tensors
+    dout, dimage, dtext = dout.contiguous(), None, None
+    if ctx.needs_input_grad[0]:
+        dimage = contrastive_similarity_bwd_image(dout, argmax, text_features, image_features.shape[1])
+    if ctx.needs_input_grad[1]:
+        dtext = contrastive_similarity_bwd_text(dout, argmax, image_features)
+    return dimage, dtext
+
+
+register_autograd(contrastive_similarity_fwd, _backward, _setup_context)
+
+
+def _kernels(image_features: Tensor, text_features: Tensor) -> Tensor:
+    dtype = autocast_dtype(image_features)
+    out, _ = contrastive_similarity_fwd(*(x.to(dtype).contiguous() for x in (image_features, text_features)))
+    return out
+
+
+IMPLEMENTATIONS = {"reference": reference.contrastive_similarity, "triton": _kernels}
 
 
 def contrastive_similarity(image_features: Tensor, text_features: Tensor, *, backend: str | None = None) -> Tensor:
     """Of each image and text the largest dot product over the image's queries.
 
-    Replaces LAVIS's matmul and max (blip2_qformer.py:138-150 of LAVIS 506965b).
+    Replaces LAVIS's matmul and max (blip2_qformer.py:138-150 of LAVIS 506965b). The gradient goes to the query with the
+    largest product; the kernels take the first of equal ones. They never hold the products of all queries. fp32 is
+    multiplied to fp32 precision; under autocast both inputs take the autocast dtype.
 
     Args:
-        image_features (Tensor): (images, queries, dim).
-        text_features (Tensor): (texts, dim).
+        image_features (Tensor): (images, queries, dim); fp32, fp16 or bf16.
+        text_features (Tensor): (texts, dim), of the same dtype.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
-        Tensor: (images, texts).
+        Tensor: (images, texts), the dtype of the features; NaN where a product is NaN.
 
     Raises:
-        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for
-            can't run, with the reason.
+        ValueError: shapes or devices that do not fit. TypeError: integer input, dtypes that differ. RuntimeError: the
+            backend asked for can't run, with the reason.
     """
     check_shape("image_features", image_features, "images", "queries", "dim")
-    check_shape("text_features", text_features, "texts", image_features.shape[2])
+    images, queries, dim = image_features.shape
+    if not queries or not dim:
+        raise ValueError(f"image_features must have queries and columns, got {tuple(image_features.shape)}")
+    check_shape("text_features", text_features, "texts", dim)
     check_floating(image_features=image_features, text_features=text_features)
+    if autocast_dtype(image_features) != autocast_dtype(text_features):
+        raise TypeError(f"text_features must be {image_features.dtype}, got {text_features.dtype}")
     check_device(image_features, text_features=text_features)
-    return backends.resolve("contrastive_similarity", IMPLEMENTATIONS, backend, image_features)(
-        image_features, text_features
-    )
+    unsupported = None if queries <= MAX_QUERIES else f"its kernels take {MAX_QUERIES} queries, got {queries}"
+    run = backends.resolve("contrastive_similarity", IMPLEMENTATIONS, backend, image_features, unsupported)
+    return run(image_features, text_features)

@@ -8,6 +8,7 @@ from torch import Tensor
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
+from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -114,19 +115,18 @@ def _setup_context(ctx, inputs, output) -> None:
     query_rows, k, v, q_weight, q_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:14]
     _, *saved = output
     ctx.save_for_backward(query_rows, k, v, *saved, q_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.mark_non_differentiable(*saved)
     ctx.sizes = inputs[14], *inputs[16:]
     ctx.bias_dtype = q_bias.dtype
 
 
-def _backward(ctx, dout: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     *gradients, dbias, dout_weight, dout_bias, dnorm_weight, dnorm_bias = cross_attention_block_bwd(
         dout.contiguous(), *ctx.saved_tensors, *ctx.sizes
     )
     return *gradients, dbias.to(ctx.bias_dtype), dout_weight, dout_bias, dnorm_weight, dnorm_bias, *[None] * 9
 
 
-cross_attention_block_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(cross_attention_block_fwd, _backward, _setup_context)
 
 
 def _kernels(

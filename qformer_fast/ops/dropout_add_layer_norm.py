@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
+from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -65,16 +66,15 @@ def _setup_context(ctx, inputs, output) -> None:
     x, residual, weight, _, seed, _, ctx.dropout_p = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
-    ctx.mark_non_differentiable(mean, rstd)
 
 
-def _backward(ctx, dout: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     seed = ctx.saved_tensors[-1]
     dx, dresidual, *parameters = dropout_add_layer_norm_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.dropout_p)
     return dx, dx if seed is None else dresidual, *parameters, None, None, None
 
 
-dropout_add_layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(dropout_add_layer_norm_fwd, _backward, _setup_context)
 
 
 def _kernels(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout_p: float) -> Tensor:

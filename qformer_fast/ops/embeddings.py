@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
+from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -82,15 +83,14 @@ def _setup_context(ctx, inputs, output) -> None:
     *tables, _, seed, ctx.padding_idx, _, ctx.dropout_p, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(*tables, mean, rstd, seed)
-    ctx.mark_non_differentiable(mean, rstd)
 
 
-def _backward(ctx, dout: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     gradients = embeddings_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p)
     return None, None, *gradients, *[None] * 5
 
 
-embeddings_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(embeddings_fwd, _backward, _setup_context)
 
 
 def _kernels(

@@ -8,6 +8,7 @@ from torch import Tensor
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
+from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -72,16 +73,15 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
-    ctx.mark_non_differentiable(output[1])
     ctx.sizes = inputs[7:]
 
 
-def _backward(ctx, dout: Tensor, _) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     gradients = image_cross_attention_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
     return *gradients, *[None] * (4 + len(ctx.sizes))
 
 
-image_cross_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(image_cross_attention_fwd, _backward, _setup_context)
 
 
 def _kernels(

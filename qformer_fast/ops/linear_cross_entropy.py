@@ -2,13 +2,155 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
-from qformer_fast.ops._checks import check_device, check_floating, check_shape
+from qformer_fast.ops._autograd import register_autograd
+from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape
 
-IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy}
+
+@torch.library.custom_op("qformer_fast::linear_cross_entropy_fwd", mutates_args=())
+def linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    with_gradients: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, divisor, dx, dweight, dbias; ``with_gradients`` says which of x, weight and bias require one."""
+    run = backends.kernel_or_formula("linear_cross_entropy_fwd", x)
+    return run(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients)
+
+
+@linear_cross_entropy_fwd.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    with_gradients: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def empty(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    if reduction == "none":
+        return empty(x.shape[0]), empty(0), x.new_empty(0), empty(0), empty(0)
+    dx = torch.empty_like(x) if with_gradients[0] else x.new_empty(0)
+    dweight = empty(*weight.shape) if with_gradients[1] else empty(0)
+    return empty(), empty(), dx, dweight, empty(weight.shape[0] if with_gradients[2] else 0)
+
+
+@torch.library.custom_op("qformer_fast::linear_cross_entropy_bwd", mutates_args=())
+def linear_cross_entropy_bwd(
+    dout: Tensor,
+    divisor: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What forward made, times dout / divisor."""
+    run = backends.kernel_or_formula("linear_cross_entropy_bwd", dx)
+    return run(dout, divisor, dx, dweight, dbias, weight_dtype, bias_dtype)
+
+
+@linear_cross_entropy_bwd.register_fake
+def _(
+    dout: Tensor,
+    divisor: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtypes = {"dtype": weight_dtype}, {"dtype": bias_dtype}
+    return torch.empty_like(dx), torch.empty_like(dweight, **dtypes[0]), torch.empty_like(dbias, **dtypes[1])
+
+
+@torch.library.custom_op("qformer_fast::linear_cross_entropy_rows_bwd", mutates_args=())
+def linear_cross_entropy_rows_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    with_gradients: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole backward of a loss that is not reduced."""
+    run = backends.kernel_or_formula("linear_cross_entropy_rows_bwd", x)
+    return run(dout, x, weight, bias, labels, label_smoothing, ignore_index, with_gradients)
+
+
+@linear_cross_entropy_rows_bwd.register_fake
+def _(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    with_gradients: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(x: Tensor, wanted: bool) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
+
+    none = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    dbias = none if bias is None else like(bias, with_gradients[2])
+    return like(x, with_gradients[0]), like(weight, with_gradients[1]), dbias
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, labels, *ctx.options, ctx.reduction, ctx.with_gradients = inputs
+    ctx.dtypes = weight.dtype, x.dtype if bias is None else bias.dtype
+    ctx.save_for_backward(*(inputs[:4] if ctx.reduction == "none" else output[1:]))
+
+
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.reduction == "none":
+        arguments = *ctx.saved_tensors, *ctx.options, ctx.with_gradients
+        gradients = linear_cross_entropy_rows_bwd(dout.contiguous(), *arguments)
+    else:
+        gradients = linear_cross_entropy_bwd(dout, *ctx.saved_tensors, *ctx.dtypes)
+    wanted = [dx if wants else None for dx, wants in zip(gradients, ctx.with_gradients, strict=True)]
+    return *wanted, *[None] * 5
+
+
+register_autograd(linear_cross_entropy_fwd, _backward, _setup_context)
+
+
+def _kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    inputs = x, weight, bias
+    with_gradients = [torch.is_grad_enabled() and y is not None and y.requires_grad for y in inputs]
+    x, labels = x.to(autocast_dtype(x)).contiguous(), labels.contiguous()
+    loss, *_ = linear_cross_entropy_fwd(
+        x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients
+    )
+    return loss
+
+
+IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy, "triton": _kernels}
 
 
 def linear_cross_entropy(
@@ -24,24 +166,28 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(x weight^T + bias, labels) with label smoothing.
 
-    Replaces LAVIS's decoder and loss (Qformer.py:688, 1073-1083), whose label smoothing is 0.1.
+    Replaces LAVIS's decoder and loss (Qformer.py:688, 1073-1083), whose label smoothing is 0.1. The kernels hold the
+    logits of some rows at a time, and make the gradients of a reduced loss in forward, for which backward is one
+    product. Under autocast they multiply in the autocast dtype.
 
     Args:
-        x (Tensor): (rows, hidden).
-        weight (Tensor): (vocab, hidden); may be tied to the word embeddings.
-        bias (Tensor, Optional): (vocab,).
-        labels (Tensor): (rows,) int64 in [0, vocab) or ``ignore_index``.
+        x (Tensor): (rows, hidden); fp32, fp16 or bf16.
+        weight (Tensor): (vocab, hidden), fp32 or x.dtype; may be tied to the word embeddings.
+        bias (Tensor, Optional): (vocab,), fp32 or x.dtype.
+        labels (Tensor): (rows,) int64 in [0, vocab) or ``ignore_index``. That is checked on a CPU; on a device it would
+            cost a host sync, and another label makes its row's loss and gradient NaN.
         label_smoothing (float): probability spread evenly over the vocabulary, in [0, 1]. Default: 0.0.
         ignore_index (int): rows with this label do not count. Default: -100.
         reduction (str): "mean" over counted rows, "sum" or "none". Default: "mean".
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
-        Tensor: 0-dim, or (rows,) with "none"; nats.
+        Tensor: 0-dim, or (rows,) with "none"; nats. The kernels return fp32, plain PyTorch outside autocast x.dtype.
+            The mean over no counted rows is NaN, its gradient zero.
 
     Raises:
-        ValueError: shapes, devices or options that do not fit. TypeError: integer x. RuntimeError: the backend asked
-            for can't run, with the reason.
+        ValueError: shapes, devices, labels or options that do not fit. TypeError: integer x, labels that are not int64.
+            RuntimeError: the backend asked for can't run, with the reason.
     """
     check_shape("x", x, "rows", "hidden")
     check_shape("weight", weight, "vocab", x.shape[1])
@@ -50,9 +196,20 @@ def linear_cross_entropy(
         check_shape("bias", bias, weight.shape[0])
     check_floating(x=x, weight=weight, bias=bias)
     check_device(x, weight=weight, bias=bias, labels=labels)
+    _check_labels(labels, weight.shape[0], ignore_index)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     run = backends.resolve("linear_cross_entropy", IMPLEMENTATIONS, backend, x)
     return run(x, weight, bias, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction)
+
+
+def _check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab))]
+    if outside.numel():
+        raise ValueError(f"labels must lie in [0, {vocab}) or be {ignore_index}, got {int(outside[0])}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
+from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_floating,
@@ -70,16 +71,15 @@ def _(dout: Tensor, qkv: Tensor, *_) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], *output, *inputs[1:4])
-    ctx.mark_non_differentiable(output[1])
     ctx.sizes = inputs[4:]
 
 
-def _backward(ctx, dout: Tensor, _) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     dqkv = query_text_attention_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
     return dqkv, *[None] * (3 + len(ctx.sizes))
 
 
-query_text_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(query_text_attention_fwd, _backward, _setup_context)
 
 
 def _kernels(qkv: Tensor, layout: SequenceLayout, *, softmax_scale: float | None, dropout_p: float) -> Tensor:

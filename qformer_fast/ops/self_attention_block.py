@@ -8,6 +8,7 @@ from torch import Tensor
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
+from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -116,17 +117,16 @@ def _setup_context(ctx, inputs, output) -> None:
     rows, qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:11]
     _, *saved = output
     ctx.save_for_backward(rows, *saved, qkv_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.mark_non_differentiable(*saved)
     ctx.sizes = *inputs[11:14], *inputs[16:]
     ctx.bias_dtype = qkv_bias.dtype
 
 
-def _backward(ctx, dout: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     drows, dweight, dbias, *others = self_attention_block_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
     return drows, dweight, dbias.to(ctx.bias_dtype), *others, *[None] * 11
 
 
-self_attention_block_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(self_attention_block_fwd, _backward, _setup_context)
 
 
 def _kernels(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
+from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -106,12 +107,11 @@ def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, *_) -> list[Te
 def _setup_context(ctx, inputs, output) -> None:
     query_rows, text_rows, parameters, seeds, _, ctx.dropout_p = inputs
     _, *saved = output
-    ctx.mark_non_differentiable(*saved)
     ctx.num_parameters = len(parameters)
     ctx.save_for_backward(query_rows, text_rows, *saved, *parameters, *seeds)
 
 
-def _backward(ctx, dout: Tensor, *_):
+def _backward(ctx, dout: Tensor):
     rows_and_saved, others = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     parameters, seeds = list(others[: ctx.num_parameters]), list(others[ctx.num_parameters :])
     dquery_rows, dtext_rows, *gradients = split_feed_forward_block_bwd(
@@ -120,7 +120,7 @@ def _backward(ctx, dout: Tensor, *_):
     return dquery_rows, dtext_rows, gradients, [None] * len(seeds), None, None
 
 
-split_feed_forward_block_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(split_feed_forward_block_fwd, _backward, _setup_context)
 
 
 def _kernels(

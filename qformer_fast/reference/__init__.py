@@ -14,7 +14,18 @@ from qformer_fast.reference.attention import (
 )
 from qformer_fast.reference.blocks import cross_attention_block, self_attention_block, split_feed_forward_block
 from qformer_fast.reference.image_kv import image_key_value
-from qformer_fast.reference.losses import contrastive_similarity, linear_cross_entropy, sample_negatives
+from qformer_fast.reference.losses import (
+    contrastive_similarity,
+    contrastive_similarity_bwd_image,
+    contrastive_similarity_bwd_text,
+    contrastive_similarity_fwd,
+    linear_cross_entropy,
+    linear_cross_entropy_bwd,
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_rows_bwd,
+    sample_negatives,
+    sample_negatives_fwd,
+)
 from qformer_fast.reference.rowwise import (
     bias_gelu,
     bias_gelu_bwd,
@@ -35,6 +46,9 @@ __all__ = [
     "bias_gelu_bwd_with_out",
     "bias_gelu_fwd",
     "contrastive_similarity",
+    "contrastive_similarity_bwd_image",
+    "contrastive_similarity_bwd_text",
+    "contrastive_similarity_fwd",
     "cross_attention_block",
     "dropout_add_layer_norm",
     "dropout_add_layer_norm_bwd",
@@ -48,10 +62,14 @@ __all__ = [
     "image_cross_attention_fwd",
     "image_key_value",
     "linear_cross_entropy",
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
+    "linear_cross_entropy_rows_bwd",
     "query_text_attention",
     "query_text_attention_bwd",
     "query_text_attention_fwd",
     "sample_negatives",
+    "sample_negatives_fwd",
     "self_attention_block",
     "split_feed_forward_block",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qformer_fast.layout import SequenceLayout
-from qformer_fast.reference.philox import dropout_keep, threshold_and_scale
+from qformer_fast.reference.philox import attention_keep, threshold_and_scale
 
 # sequences of at most this many rows are one tile of the kernels, whose backward needs no statistics from forward
 MAX_TILE = 64
@@ -145,7 +145,7 @@ def _self_probabilities(
     if seed is None:
         return layout, q, k, v, scores, p, 1.0
     width = num_queries + max_text_length
-    keep = dropout_keep(seed, rows * nheads, width, dropout_p).view(rows, nheads, width)
+    keep = attention_keep(seed, rows * nheads, width, dropout_p).view(rows, nheads, width)
     keep = keep[layout.padded_rows].transpose(1, 2)
     # positions count from a sequence's first row, which without queries is its first token
     alone = keep.roll(num_queries, -1)
@@ -218,6 +218,6 @@ def _cross_probabilities(
     if seed is None:
         return image_index, q, k, v, scores, p, 1.0
     # dropout counts tokens from the second on, the first comes last
-    keep = dropout_keep(seed, rows * nheads, tokens, dropout_p).roll(1, -1)
+    keep = attention_keep(seed, rows * nheads, tokens, dropout_p).roll(1, -1)
     keep = keep.view(-1, num_queries, nheads, tokens).transpose(1, 2)
     return image_index, q, k, v, scores, p, keep * threshold_and_scale(dropout_p)[1]

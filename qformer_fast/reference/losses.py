@@ -6,10 +6,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qformer_fast.reference.philox import random_words
+
+# what sample_negatives' kernel takes larger logits for, and its negative for NaN
+LARGEST = 1e38
+
 
 def contrastive_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
     """max over queries of the dot products: (images, queries, dim) x (texts, dim) -> (images, texts)."""
     return torch.einsum("iqd,td->itq", image_features, text_features).max(-1).values
+
+
+def contrastive_similarity_fwd(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """out, and in int16 the first query of the largest product."""
+    out, argmax = torch.einsum("iqd,td->itq", image_features, text_features).max(-1)
+    return out, argmax.to(torch.int16)
+
+
+def contrastive_similarity_bwd_image(dout: Tensor, argmax: Tensor, text_features: Tensor, queries: int) -> Tensor:
+    """dimage[i, q] = sum of dout[i, t] text[t] over the t whose largest product with image i is query q's."""
+    return torch.einsum("itq,td->iqd", _chosen(dout, argmax, queries), text_features)
+
+
+def contrastive_similarity_bwd_text(dout: Tensor, argmax: Tensor, image_features: Tensor) -> Tensor:
+    """dtext[t] = sum over i of dout[i, t] image[i, argmax[i, t]]"""
+    return torch.einsum("itq,iqd->td", _chosen(dout, argmax, image_features.shape[1]), image_features)
+
+
+def _chosen(dout: Tensor, argmax: Tensor, queries: int) -> Tensor:
+    return dout[..., None] * F.one_hot(argmax.long(), queries)
 
 
 def linear_cross_entropy(
@@ -29,6 +54,85 @@ def linear_cross_entropy(
     )
 
 
+def linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    with_gradients: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, divisor, and for a loss that is reduced dx, dweight and dbias of the losses' sum; arguments and results as
+    the kernels' forward.
+    """
+    losses, dlogits = _losses_and_dlogits(x, weight, bias, labels, label_smoothing, ignore_index)
+    if reduction == "none":
+        return losses, losses.new_empty(0), *(losses.new_empty(0) for _ in range(3))
+    count = (labels != ignore_index).sum().to(losses.dtype) if reduction == "mean" else losses.new_ones(())
+    gradients = _linear_gradients(dlogits, x, weight, with_gradients)
+    return losses.sum() / count, count.clamp_min(1), gradients[0].to(x.dtype), *gradients[1:]
+
+
+def linear_cross_entropy_bwd(
+    dout: Tensor,
+    divisor: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss is the losses' sum / divisor, so its gradients are those of the sum times dout / divisor."""
+    scale = dout / divisor
+    return (dx * scale).to(dx.dtype), (dweight * scale).to(weight_dtype), (dbias * scale).to(bias_dtype)
+
+
+def linear_cross_entropy_rows_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    with_gradients: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for dout (rows,)."""
+    _, dlogits = _losses_and_dlogits(x, weight, bias, labels, label_smoothing, ignore_index)
+    dx, dweight, dbias = _linear_gradients(dlogits * dout[:, None], x, weight, with_gradients)
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+
+
+def _losses_and_dlogits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """With target t = label_smoothing / vocab everywhere and 1 - label_smoothing more at the label: loss -t log p and
+    its gradient p - t by the logits; zero for ``ignore_index``, NaN for another label outside the vocabulary.
+    """
+    dtype, vocab = torch.promote_types(x.dtype, torch.float32), weight.shape[0]
+    logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    log_p = logits.log_softmax(1)
+    target = torch.full_like(log_p, label_smoothing / vocab)
+    target.scatter_add_(1, labels.clamp(0, vocab - 1)[:, None], torch.full_like(log_p[:, :1], 1 - label_smoothing))
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    counted = (labels != ignore_index).to(dtype).masked_fill(outside, torch.nan)
+    return -(target * log_p).sum(1) * counted, (log_p.exp() - target) * counted[:, None]
+
+
+def _linear_gradients(
+    dlogits: Tensor, x: Tensor, weight: Tensor, with_gradients: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dlogits weight, dlogits^T x and the sum of dlogits over rows; without elements where not asked for."""
+    empty, dtype = dlogits.new_empty, dlogits.dtype
+    return (
+        dlogits @ weight.to(dtype) if with_gradients[0] else empty(0),
+        dlogits.t() @ x.to(dtype) if with_gradients[1] else empty(0),
+        dlogits.sum(0) if with_gradients[2] else empty(0),
+    )
+
+
 def sample_negatives(logits: Tensor, excluded: Tensor) -> Tensor:
     """One index a row, drawn from softmax(logits) over what is not excluded, by Gumbel-max.
 
@@ -42,3 +146,16 @@ def sample_negatives(logits: Tensor, excluded: Tensor) -> Tensor:
     logits = logits.float().masked_fill(nothing_left, 0.0).masked_fill(excluded & ~nothing_left, -torch.inf)
     noise = -torch.empty_like(logits).exponential_().log()
     return (logits + noise).argmax(1)
+
+
+def sample_negatives_fwd(logits: Tensor, excluded: Tensor, seed: Tensor) -> Tensor:
+    """The kernel's draw: g = -log(-log(1 - v)) with v = (w + 1/2) / 2^32 in fp32, w the word of row and column.
+
+    log(1 - v) is taken as -(v + v^2 / 2) where v < 2^-11; -log(1 - v) and so g stay finite.
+    """
+    rows, candidates = logits.shape
+    v = (random_words(seed, rows, candidates).float() + 0.5).mul(2**-32).clamp_max(1 - 2**-24)
+    noise = -torch.where(v < 2**-11, v + 0.5 * v * v, -(1 - v).log()).log()
+    scores = logits.float().nan_to_num(-LARGEST).clamp(-LARGEST, LARGEST) + noise
+    scores = torch.where(excluded.all(1, keepdim=True), noise, scores.masked_fill(excluded, -torch.inf))
+    return scores.argmax(1)

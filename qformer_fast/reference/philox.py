@@ -39,6 +39,23 @@ def dropout_keep(seed: Tensor, rows: int, width: int, dropout_p: float) -> Tenso
     return halves[:, :width] >= threshold_and_scale(dropout_p)[0]
 
 
+def attention_keep(seed: Tensor, rows: int, keys: int, dropout_p: float) -> Tensor:
+    """As dropout_keep, for the weights of ``keys`` keys: (rows, keys) bool.
+
+    Each 32 keys have four counters; word j of counter t decides keys 8 j + 2 t and 8 j + 2 t + 1.
+    """
+    blocks = -(-keys // 32)
+    keep = dropout_keep(seed, rows, 32 * blocks, dropout_p).view(rows, blocks, 4, 4, 2)
+    return keep.transpose(2, 3).reshape(rows, 32 * blocks)[:, :keys]
+
+
+def random_words(seed: Tensor, rows: int, width: int) -> Tensor:
+    """(rows, width) int64 in [0, 2^32): each row has ceil(width / 4) counters, one for 4 columns."""
+    groups = -(-width // 4)
+    words = torch.stack(_philox(torch.arange(rows * groups, device=seed.device), seed), dim=-1)
+    return words.view(rows, groups * 4)[:, :width]
+
+
 def _philox(counters: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
     """Four 32-bit words, as int64, of each 32-bit counter."""
     c0, c1, c2, c3 = counters, *(torch.zeros_like(counters) for _ in range(3))
