@@ -1,6 +1,6 @@
 """Triton kernels and their launchers, one file an op; imported as ``qformer_fast.kernels``."""
 
-from qformer_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_bwd_with_out, bias_gelu_fwd
+from qformer_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_bwd_in_place, bias_gelu_fwd
 from qformer_fast.kernels.contrastive_similarity import (
     contrastive_similarity_bwd_image,
     contrastive_similarity_bwd_text,
@@ -23,7 +23,7 @@ from qformer_fast.kernels.sample_negatives import sample_negatives_fwd
 
 __all__ = [
     "bias_gelu_bwd",
-    "bias_gelu_bwd_with_out",
+    "bias_gelu_bwd_in_place",
     "bias_gelu_fwd",
     "contrastive_similarity_bwd_image",
     "contrastive_similarity_bwd_text",

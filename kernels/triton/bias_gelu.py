@@ -14,8 +14,8 @@ from qformer_fast.kernels import launch
 def normal_cdf(y):
     """Phi(y) and exp(-y^2 / 2) in fp32.
 
-    Phi(-|y|) exp(y^2 / 2) is a polynomial in 1 / (1 + 0.3 |y|), fitted to 1.5e-7 relative error on [0, 14], as Abramowitz
-    and Stegun's 7.1.26 is with fewer terms. The exponential, most of the cost, is the density's too.
+    Phi(-|y|) exp(y^2 / 2) is a polynomial in 1 / (1 + 0.3 |y|), fitted to 1.5e-7 relative error on [0, 14]: the form of
+    Abramowitz and Stegun's 7.1.26, with more terms. The exponential is the density's too.
     """
     t = 1.0 / (1.0 + 0.3 * tl.abs(y))
     tail = 0.03567487688186328 * t - 0.15720349929455804
@@ -62,8 +62,8 @@ def bias_gelu_bwd_kernel(
     dout_ptr,  # (M, N)
     x_ptr,  # (M, N)
     bias_ptr,  # (N,)
-    dx_ptr,  # (M, N)
-    dbias_ptr,  # (row programs, N), fp32
+    dx_ptr,  # (M, N), may be dout
+    dbias_ptr,  # (row programs, N), fp32, ADDed to
     out_ptr,  # (M, N), made again, with WITH_OUT
     M,
     N,
@@ -71,6 +71,7 @@ def bias_gelu_bwd_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     WITH_OUT: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """One program = BLOCK_N columns of every num_programs(0)-th block of BLOCK_M rows, and their part of dbias."""
     pid_m = tl.program_id(0)
@@ -91,7 +92,11 @@ def bias_gelu_bwd_kernel(
         if WITH_OUT:
             tl.store(out_ptr + offs, y * cdf, mask=mask)
         dbias += tl.where(mask, dx, 0.0)
-    tl.store(dbias_ptr + pid_m * N + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
+    total = tl.sum(dbias, axis=0)
+    dbias_ptr += pid_m * N + offs_n
+    if ADD:
+        total += tl.load(dbias_ptr, mask=mask_n)
+    tl.store(dbias_ptr, total, mask=mask_n)
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
@@ -107,25 +112,38 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
 
 def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """dout, x (rows, width) contiguous, bias (width,) -> dx (rows, width), dbias (width,) in bias's dtype."""
-    return _bias_gelu_bwd(dout, x, bias, None)
-
-
-def bias_gelu_bwd_with_out(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As bias_gelu_bwd, and the forward's output again, for the gradient of the layer after it."""
-    out = torch.empty_like(x)
-    return *_bias_gelu_bwd(dout, x, bias, out), out
-
-
-def _bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x)
+    return dx, _bias_gelu_bwd(dx, dout, x, bias).sum(0).to(bias.dtype)
+
+
+def bias_gelu_bwd_in_place(
+    dout: Tensor, x: Tensor, bias: Tensor, out: Tensor, dbias_parts: Tensor | None = None
+) -> Tensor:
+    """Overwrites dout with dx and makes the forward's output again in ``out``, all (rows, width) contiguous.
+
+    Returns (n, width) fp32 whose sum over n is dbias; ``dbias_parts``, of a call with no fewer rows, is added to.
+    """
+    return _bias_gelu_bwd(dout, dout, x, bias, out, dbias_parts)
+
+
+def _bias_gelu_bwd(
+    dx: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    out: Tensor | None = None,
+    dbias_parts: Tensor | None = None,
+) -> Tensor:
     M, N = x.shape
     settings = dict(launch.settings("bias_gelu_bwd", x.device))
     columns = triton.cdiv(N, settings["BLOCK_N"])
     programs = settings.pop("programs") * launch.num_multiprocessors(x.device)
-    row_programs = min(triton.cdiv(M, settings["BLOCK_M"]), max(1, programs // columns))
-    dbias = torch.empty(row_programs, N, device=x.device, dtype=torch.float32)
+    adds = dbias_parts is not None
+    if not adds:
+        row_programs = min(triton.cdiv(M, settings["BLOCK_M"]), max(1, programs // columns))
+        dbias_parts = torch.empty(row_programs, N, device=x.device, dtype=torch.float32)
     if M:
-        bias_gelu_bwd_kernel[(row_programs, columns)](
-            dout, x, bias, dx, dbias, out, M, N, WITH_OUT=out is not None, **settings
+        bias_gelu_bwd_kernel[(dbias_parts.shape[0], columns)](
+            dout, x, bias, dx, dbias_parts, out, M, N, WITH_OUT=out is not None, ADD=adds, **settings
         )
-    return dx, dbias.sum(0).to(bias.dtype)
+    return dbias_parts

@@ -90,7 +90,8 @@ def image_cross_attention_fwd_kernel(
     end = tl.load(image_offsets_ptr + image + 1).to(tl.int32) * chunks
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEADDIM
-    base = image * stride_kb + head * HEADDIM
+    k_ptr += image * stride_kb + head * HEADDIM
+    v_ptr += image * stride_kb + head * HEADDIM
     slots = tokens - SPLIT_FIRST
     for first in range(begin, end, BLOCK_M // BLOCK_Q):
         rows, reader, exists = _readers(first, end, num_queries, chunks, image_order_ptr, BLOCK_M, BLOCK_Q)
@@ -98,14 +99,14 @@ def image_cross_attention_fwd_kernel(
         offs_q = (rows[:, None] * nheads + head) * HEADDIM + offs_d[None, :]
         q = tl.load(q_ptr + offs_q, mask=mask_m, other=0.0)
         if SPLIT_FIRST:
-            first_k = tl.load(k_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            first_v = tl.load(v_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            highest = tl.sum(q.to(tl.float32) * first_k[None, :], axis=1) * scale_log2
+            first_k = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            first_v = tl.load(v_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            highest = tl.sum(q.to(tl.float32) * first_k[None, :], axis=1)
             total = tl.full((BLOCK_M,), 1.0, tl.float32)
             weight = total
             if DROPOUT:
                 first_keep = _keep_first(seed_ptr, rows, head, nheads, tokens, threshold)
-                weight = tl.where(first_keep, keep_scale, 0.0)
+                weight = tl.where(first_keep, 1.0, 0.0)
             out = weight[:, None] * first_v[None, :]
         else:
             highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -114,15 +115,15 @@ def image_cross_attention_fwd_kernel(
         for start in range(0, slots, BLOCK_N):
             slot = start + tl.arange(0, BLOCK_N)
             if SPLIT_FIRST:
-                offs_k = base + (slot + 1)[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
+                offs_k = (slot + 1)[:, None] * stride_kn + offs_d[None, :]
                 mask_n = mask_d[None, :]
             else:
                 token = tl.where(slot == tokens - 1, 0, slot + 1)
-                offs_k = base + token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
+                offs_k = token[:, None] * stride_kn + offs_d[None, :]
                 mask_n = (slot[:, None] < tokens) & mask_d[None, :]
             k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
             v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if not SPLIT_FIRST:
                 scores = tl.where(slot[None, :] < tokens, scores, float("-inf"))
             if HAS_MASK:
@@ -135,19 +136,19 @@ def image_cross_attention_fwd_kernel(
                 scores = tl.where(seen != 0, scores, float("-inf"))
             higher = tl.maximum(highest, tl.max(scores, axis=1))
             shift = tl.where(higher == float("-inf"), 0.0, higher) if HAS_MASK else higher
-            shrink = tl.exp2(highest - shift)
-            p = tl.exp2(scores - shift[:, None])
+            shrink = tl.exp2((highest - shift) * scale_log2)
+            p = tl.exp2(scores * scale_log2 - (shift * scale_log2)[:, None])
             total = total * shrink + tl.sum(p, axis=1)
             if DROPOUT:
                 keep = attention_keep(seed_ptr, rows, head, nheads, tokens, start, threshold, BLOCK_N)
-                p = tl.where(keep, p * keep_scale, 0.0)
+                p = tl.where(keep, p, 0.0)
             out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             highest = higher
         # a reader that sees nothing has no weight and gets zeros
         sees = total > 0
         total = tl.where(sees, total, 1.0)
-        lse = tl.where(sees, highest + tl.log2(total), float("inf"))
-        tl.store(out_ptr + offs_q, out / total[:, None], mask=mask_m)
+        lse = tl.where(sees, highest * scale_log2 + tl.log2(total), float("inf"))
+        tl.store(out_ptr + offs_q, out * (keep_scale / total)[:, None], mask=mask_m)
         tl.store(lse_ptr + rows * nheads + head, lse, mask=exists)
 
 
@@ -199,8 +200,10 @@ def image_cross_attention_bwd_kernel(
     end = tl.load(image_offsets_ptr + image + 1).to(tl.int32) * chunks
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEADDIM
-    base = image * stride_kb + head * HEADDIM
-    base_d = image * stride_db + head * HEADDIM
+    k_ptr += image * stride_kb + head * HEADDIM
+    v_ptr += image * stride_kb + head * HEADDIM
+    dk_ptr += image * stride_db + head * HEADDIM
+    dv_ptr += image * stride_db + head * HEADDIM
     scale_log2 = scale * 1.4426950408889634
     slots = tokens - SPLIT_FIRST
     # at least one round, so that an image that no one looks at gets zeros
@@ -218,8 +221,8 @@ def image_cross_attention_bwd_kernel(
         lse = tl.load(lse_ptr + rows * nheads + head, mask=exists, other=float("inf"))
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         if SPLIT_FIRST:
-            first_k = tl.load(k_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            first_v = tl.load(v_ptr + base + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            first_k = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            first_v = tl.load(v_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
             first_p = tl.exp2(tl.sum(q.to(tl.float32) * first_k[None, :], axis=1) * scale_log2 - lse)
             first_dp = tl.sum(dout.to(tl.float32) * first_v[None, :], axis=1)
             weight = first_p
@@ -231,10 +234,10 @@ def image_cross_attention_bwd_kernel(
             dq = first_ds[:, None] * first_k[None, :]
             first_dk = tl.sum(first_ds[:, None] * q.to(tl.float32), axis=0)
             first_dv = tl.sum(weight[:, None] * dout.to(tl.float32), axis=0)
-            first_dk += tl.load(dk_ptr + base_d + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
-            first_dv += tl.load(dv_ptr + base_d + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
-            tl.store(dk_ptr + base_d + offs_d, first_dk, mask=mask_d)
-            tl.store(dv_ptr + base_d + offs_d, first_dv, mask=mask_d)
+            first_dk += tl.load(dk_ptr + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
+            first_dv += tl.load(dv_ptr + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
+            tl.store(dk_ptr + offs_d, first_dk, mask=mask_d)
+            tl.store(dv_ptr + offs_d, first_dv, mask=mask_d)
         for start in range(0, slots, BLOCK_N):
             slot = start + tl.arange(0, BLOCK_N)
             if SPLIT_FIRST:
@@ -243,7 +246,7 @@ def image_cross_attention_bwd_kernel(
             else:
                 token = tl.where(slot == tokens - 1, 0, slot + 1)
                 mask_n = (slot[:, None] < tokens) & mask_d[None, :]
-            offs_k = base + token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
+            offs_k = token[:, None] * stride_kn + offs_d[None, :]
             k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
             v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
@@ -262,13 +265,13 @@ def image_cross_attention_bwd_kernel(
             dropped = p
             if DROPOUT:
                 keep = attention_keep(seed_ptr, rows, head, nheads, tokens, start, threshold, BLOCK_N)
-                dropped = tl.where(keep, p * keep_scale, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)
-            ds = (p * (dp - delta[:, None]) * scale).to(q.dtype)
+                dropped = tl.where(keep, p, 0.0)
+                dp = tl.where(keep, dp, 0.0)
+            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION) * keep_scale
+            ds = (p * (dp * (keep_scale * scale) - (delta * scale)[:, None])).to(q.dtype)
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
             dq += tl.dot(ds, k, input_precision=PRECISION)
-            offs_dk = base_d + token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
+            offs_dk = token[:, None] * stride_dn + offs_d[None, :]
             if adds:
                 dk += tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
                 dv += tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)

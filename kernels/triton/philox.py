@@ -17,9 +17,16 @@ def dropout_keep(seed, counters, threshold):
     Keeps where the 16 bits are at least ``threshold``, which is the probability of dropping times 65536.
     """
     a, b, c, d = tl.randint4x(seed, counters, ROUNDS)
-    words = tl.join(tl.join(a, c), tl.join(b, d)).to(tl.uint32, bitcast=True)
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, (counters.shape[0], counters.shape[1] * 8)).to(tl.int32) >= threshold
+    keep = _keep_halves(tl.join(tl.join(a, c), tl.join(b, d)), threshold)
+    return tl.reshape(keep, (counters.shape[0], counters.shape[1] * 8))
+
+
+@triton.jit
+def _keep_halves(words, threshold):
+    """(..., 2) bool: whether the lower and the upper 16 bits of 32 are at least ``threshold``."""
+    words = words.to(tl.uint32, bitcast=True)
+    limit = threshold.to(tl.uint32) << 16
+    return tl.join((words << 16) >= limit, words >= limit)
 
 
 @triton.jit
@@ -41,14 +48,12 @@ def attention_keep(
 ):
     """(BLOCK_M, BLOCK_N) bool: what dropout keeps of these readers' weights of BLOCK_N keys from ``first_key`` on.
 
-    ``first_key`` is a multiple of 32. Counter t of 32 keys decides keys 8 j + 2 t and 8 j + 2 t + 1 by its word j: those
-    that one thread holds of a row of a tensor-core product, so that no choice has to move between threads.
+    ``first_key`` is a multiple of 32. Counter t of 32 keys decides keys 8 j + 2 t and 8 j + 2 t + 1 by its word j: what
+    one thread holds of a row of a tensor-core product, so that no choice has to move between threads.
     """
     COUNTERS: tl.constexpr = max(BLOCK_N // 8, 4)
     counters = first_counter(rows, head, nheads, keys)[:, None] + first_key // 8 + tl.arange(0, COUNTERS)[None, :]
     a, b, c, d = tl.randint4x(tl.load(seed_ptr), counters, ROUNDS)
     words = tl.join(a, b) if BLOCK_N == 16 else tl.join(tl.join(a, c), tl.join(b, d))
-    words = words.to(tl.uint32, bitcast=True)
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    halves = tl.reshape(halves, (rows.shape[0], COUNTERS // 4, 4, BLOCK_N // COUNTERS // 2, 2))
-    return tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4)), (rows.shape[0], BLOCK_N)).to(tl.int32) >= threshold
+    keep = tl.reshape(_keep_halves(words, threshold), (rows.shape[0], COUNTERS // 4, 4, BLOCK_N // COUNTERS // 2, 2))
+    return tl.reshape(tl.permute(keep, (0, 1, 3, 2, 4)), (rows.shape[0], BLOCK_N))

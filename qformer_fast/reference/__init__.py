@@ -29,7 +29,7 @@ from qformer_fast.reference.losses import (
 from qformer_fast.reference.rowwise import (
     bias_gelu,
     bias_gelu_bwd,
-    bias_gelu_bwd_with_out,
+    bias_gelu_bwd_in_place,
     bias_gelu_fwd,
     dropout_add_layer_norm,
     dropout_add_layer_norm_bwd,
@@ -43,7 +43,7 @@ __all__ = [
     "MAX_TILE",
     "bias_gelu",
     "bias_gelu_bwd",
-    "bias_gelu_bwd_with_out",
+    "bias_gelu_bwd_in_place",
     "bias_gelu_fwd",
     "contrastive_similarity",
     "contrastive_similarity_bwd_image",

@@ -29,9 +29,14 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
-def bias_gelu_bwd_with_out(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dbias, and the forward's output again."""
-    return *bias_gelu_bwd(dout, x, bias), bias_gelu_fwd(x, bias)
+def bias_gelu_bwd_in_place(
+    dout: Tensor, x: Tensor, bias: Tensor, out: Tensor, dbias_parts: Tensor | None = None
+) -> Tensor:
+    """Overwrites dout with dx and ``out`` with the forward's output; returns (n, width) whose sum over n is dbias."""
+    dx, dbias = bias_gelu_bwd(dout, x, _wide(bias))
+    dout.copy_(dx)
+    out.copy_(bias_gelu_fwd(x, bias))
+    return dbias[None] if dbias_parts is None else dbias_parts.add_(dbias)
 
 
 def dropout_add_layer_norm(
