@@ -63,7 +63,7 @@ def bias_gelu_bwd_kernel(
     x_ptr,  # (M, N)
     bias_ptr,  # (N,)
     dx_ptr,  # (M, N), may be dout
-    dbias_ptr,  # (row programs, N), fp32, ADDed to
+    dbias_ptr,  # (row programs, N), fp32
     out_ptr,  # (M, N), made again, with WITH_OUT
     M,
     N,
@@ -71,7 +71,6 @@ def bias_gelu_bwd_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     WITH_OUT: tl.constexpr,
-    ADD: tl.constexpr,
 ):
     """One program = BLOCK_N columns of every num_programs(0)-th block of BLOCK_M rows, and their part of dbias."""
     pid_m = tl.program_id(0)
@@ -92,11 +91,7 @@ def bias_gelu_bwd_kernel(
         if WITH_OUT:
             tl.store(out_ptr + offs, y * cdf, mask=mask)
         dbias += tl.where(mask, dx, 0.0)
-    total = tl.sum(dbias, axis=0)
-    dbias_ptr += pid_m * N + offs_n
-    if ADD:
-        total += tl.load(dbias_ptr, mask=mask_n)
-    tl.store(dbias_ptr, total, mask=mask_n)
+    tl.store(dbias_ptr + pid_m * N + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
@@ -113,37 +108,24 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
 def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """dout, x (rows, width) contiguous, bias (width,) -> dx (rows, width), dbias (width,) in bias's dtype."""
     dx = torch.empty_like(x)
-    return dx, _bias_gelu_bwd(dx, dout, x, bias).sum(0).to(bias.dtype)
+    return dx, _bias_gelu_bwd(dx, dout, x, bias, None)
 
 
-def bias_gelu_bwd_in_place(
-    dout: Tensor, x: Tensor, bias: Tensor, out: Tensor, dbias_parts: Tensor | None = None
-) -> Tensor:
-    """Overwrites dout with dx and makes the forward's output again in ``out``, all (rows, width) contiguous.
-
-    Returns (n, width) fp32 whose sum over n is dbias; ``dbias_parts``, of a call with no fewer rows, is added to.
-    """
-    return _bias_gelu_bwd(dout, dout, x, bias, out, dbias_parts)
+def bias_gelu_bwd_in_place(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites dout with dx; returns dbias and, for the gradient of the layer after it, the forward's output."""
+    out = torch.empty_like(x)
+    return _bias_gelu_bwd(dout, dout, x, bias, out), out
 
 
-def _bias_gelu_bwd(
-    dx: Tensor,
-    dout: Tensor,
-    x: Tensor,
-    bias: Tensor,
-    out: Tensor | None = None,
-    dbias_parts: Tensor | None = None,
-) -> Tensor:
+def _bias_gelu_bwd(dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
     M, N = x.shape
     settings = dict(launch.settings("bias_gelu_bwd", x.device))
     columns = triton.cdiv(N, settings["BLOCK_N"])
     programs = settings.pop("programs") * launch.num_multiprocessors(x.device)
-    adds = dbias_parts is not None
-    if not adds:
-        row_programs = min(triton.cdiv(M, settings["BLOCK_M"]), max(1, programs // columns))
-        dbias_parts = torch.empty(row_programs, N, device=x.device, dtype=torch.float32)
+    row_programs = min(triton.cdiv(M, settings["BLOCK_M"]), max(1, programs // columns))
+    dbias = torch.empty(row_programs, N, device=x.device, dtype=torch.float32)
     if M:
-        bias_gelu_bwd_kernel[(dbias_parts.shape[0], columns)](
-            dout, x, bias, dx, dbias_parts, out, M, N, WITH_OUT=out is not None, ADD=adds, **settings
+        bias_gelu_bwd_kernel[(row_programs, columns)](
+            dout, x, bias, dx, dbias, out, M, N, WITH_OUT=out is not None, **settings
         )
-    return dbias_parts
+    return dbias.sum(0).to(bias.dtype)

@@ -115,11 +115,11 @@ def image_cross_attention_fwd_kernel(
         for start in range(0, slots, BLOCK_N):
             slot = start + tl.arange(0, BLOCK_N)
             if SPLIT_FIRST:
-                offs_k = (slot + 1)[:, None] * stride_kn + offs_d[None, :]
+                offs_k = (slot + 1)[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
                 mask_n = mask_d[None, :]
             else:
                 token = tl.where(slot == tokens - 1, 0, slot + 1)
-                offs_k = token[:, None] * stride_kn + offs_d[None, :]
+                offs_k = token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
                 mask_n = (slot[:, None] < tokens) & mask_d[None, :]
             k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
             v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
@@ -246,7 +246,7 @@ def image_cross_attention_bwd_kernel(
             else:
                 token = tl.where(slot == tokens - 1, 0, slot + 1)
                 mask_n = (slot[:, None] < tokens) & mask_d[None, :]
-            offs_k = token[:, None] * stride_kn + offs_d[None, :]
+            offs_k = token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
             k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
             v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
@@ -265,13 +265,13 @@ def image_cross_attention_bwd_kernel(
             dropped = p
             if DROPOUT:
                 keep = attention_keep(seed_ptr, rows, head, nheads, tokens, start, threshold, BLOCK_N)
-                dropped = tl.where(keep, p, 0.0)
+                dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp, 0.0)
-            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION) * keep_scale
+            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)
             ds = (p * (dp * (keep_scale * scale) - (delta * scale)[:, None])).to(q.dtype)
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
             dq += tl.dot(ds, k, input_precision=PRECISION)
-            offs_dk = token[:, None] * stride_dn + offs_d[None, :]
+            offs_dk = token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
             if adds:
                 dk += tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
                 dv += tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)

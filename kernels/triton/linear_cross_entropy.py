@@ -12,7 +12,7 @@ from qformer_fast.kernels import launch
 
 # below every logit, and finite: the difference of two stays a number
 LOWEST = tl.constexpr(-1e38)
-# columns of the logits' buffer are a multiple: cuBLAS and the kernels then read and write 16 bytes at a time
+# the vocabulary is padded to a multiple: cuBLAS takes its slowest kernels for rows that 16 bytes do not divide
 COLUMNS = 64
 # rows of all chunks but the last are a multiple: their pointers are alike, and no kernel compiles twice
 ROWS = 16
@@ -266,22 +266,20 @@ def _chunk_by_chunk(
     settings |= {"GROUP": 16 // x.element_size(), "SMOOTHED": label_smoothing > 0}
 
     dx = torch.empty_like(x) if with_gradients[0] else x.new_empty(0)
-    dweight = x.new_empty(weight.shape if with_gradients[1] else 0, dtype=torch.float32)
+    dweight = x.new_empty((width, x.shape[1]) if with_gradients[1] else 0, dtype=torch.float32)
     dbias = x.new_empty(vocab if with_gradients[2] else 0, dtype=torch.float32)
     if not rows:
-        return dx, dweight.zero_(), dbias.zero_()
+        return dx, dweight.zero_()[:vocab], dbias.zero_()
 
-    weight = weight.to(x.dtype)
+    weight_rows = F.pad(weight.to(x.dtype), (0, 0, 0, width - vocab))
     bias_row = None if bias is None else F.pad(bias.to(x.dtype), (0, width - vocab))
     buffer = x.new_empty(min(chunk, rows), width)
-    buffer[:, vocab:] = 0.0
     for start in range(0, rows, chunk):
         part = x[start : start + chunk]
-        wide = buffer[: len(part)]
-        logits = wide[:, :vocab]
-        torch.mm(part, weight.t(), out=logits)
+        logits = buffer[: len(part)]
+        torch.mm(part, weight_rows.t(), out=logits)
         linear_cross_entropy_fwd_kernel[(len(part),)](
-            wide,
+            logits,
             bias_row,
             labels[start:],
             None if dout is None else dout[start:],
@@ -295,12 +293,12 @@ def _chunk_by_chunk(
             **settings,
         )
         if with_gradients[0]:
-            torch.mm(logits, weight, out=dx[start : start + chunk])
+            torch.mm(logits, weight_rows, out=dx[start : start + chunk])
         if with_gradients[1]:
             _add_product(dweight, logits.t(), part, add=start > 0)
         if with_gradients[2]:
-            _add_column_sums(dbias, wide, add=start > 0)
-    return dx, dweight, dbias
+            _add_column_sums(dbias, logits, add=start > 0)
+    return dx, dweight[:vocab], dbias
 
 
 def chunk_rows(rows: int, limit: int) -> int:

@@ -29,14 +29,11 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
-def bias_gelu_bwd_in_place(
-    dout: Tensor, x: Tensor, bias: Tensor, out: Tensor, dbias_parts: Tensor | None = None
-) -> Tensor:
-    """Overwrites dout with dx and ``out`` with the forward's output; returns (n, width) whose sum over n is dbias."""
-    dx, dbias = bias_gelu_bwd(dout, x, _wide(bias))
+def bias_gelu_bwd_in_place(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites dout with dx; returns dbias and the forward's output."""
+    dx, dbias = bias_gelu_bwd(dout, x, bias)
     dout.copy_(dx)
-    out.copy_(bias_gelu_fwd(x, bias))
-    return dbias[None] if dbias_parts is None else dbias_parts.add_(dbias)
+    return dbias, bias_gelu_fwd(x, bias)
 
 
 def dropout_add_layer_norm(
