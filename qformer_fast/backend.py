@@ -19,6 +19,7 @@ MEASURED = frozenset(
         "cross_attention_block",
         "dropout_add_layer_norm",
         "image_cross_attention",
+        "linear_cross_entropy",
         "query_text_attention",
         "self_attention_block",
         "split_feed_forward_block",
