@@ -94,6 +94,7 @@ def split_feed_forward_block_bwd(
         dup = dx @ down_weight
         dup_bias, activation = gelu_bwd_in_place(dup, up[part], up_bias)
         ddown_weight = dx.t() @ activation
+        del activation
         # without dropout dx and dresidual are one tensor, of which dx has been read by now
         drows[kind] = dresidual.addmm_(dup, up_weight)
         gradients += [dup.t() @ rows, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]

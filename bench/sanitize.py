@@ -1,0 +1,70 @@
+"""Every kernel once on a small batch of BLIP-2's width, and calls that must be rejected, for compute-sanitizer.
+
+compute-sanitizer --tool memcheck python bench/sanitize.py
+"""
+
+from __future__ import annotations
+
+import torch
+from _cases import CASES, Sizes
+from torch import Tensor
+
+from qformer_fast import ops
+
+SIZES = (
+    Sizes(3, "cuda", vocab=523, layers=2),
+    Sizes(2, "cuda", vocab=523, layers=2, shortest=40, longest=70, tokens=50),
+)
+
+
+def new(*shape: int, std: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * std).requires_grad_()
+
+
+def run_everything(sizes: Sizes) -> None:
+    for op, make in CASES.items():
+        for case in make(sizes):
+            for dropout_p in case.dropouts:
+                made = case.make(new)
+                inputs = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in made.items()}
+                out = case.call(getattr(ops, op), inputs, dropout_p, backend="triton")
+                if out.requires_grad:
+                    torch.autograd.grad(out, [x for x in inputs.values() if x.requires_grad], torch.randn_like(out))
+    torch.cuda.synchronize()
+
+
+def reject() -> int:
+    """How many calls with a wrong shape, device or dtype went through."""
+    x, layout = torch.randn(8, 32, device="cuda"), SIZES[0].layouts()["sweep1"]
+    labels = torch.zeros(8, dtype=torch.int64, device="cuda")
+    calls = (
+        lambda: ops.bias_gelu(x, x[0, :31], backend="triton"),
+        lambda: ops.bias_gelu(x, x[0].cpu(), backend="triton"),
+        lambda: ops.bias_gelu(x.long(), x[0], backend="triton"),
+        lambda: ops.dropout_add_layer_norm(x, x[:4], x[0], x[0], eps=1e-12, backend="triton"),
+        lambda: ops.linear_cross_entropy(x, x[:, :3], None, labels, backend="triton"),
+        lambda: ops.contrastive_similarity(x.view(2, 4, 32), x[:, :5], backend="triton"),
+        lambda: ops.query_text_attention(x.new_zeros(5, 3, 2, 16), layout, backend="triton"),
+    )
+    accepted = 0
+    for call in calls:
+        try:
+            call()
+        except (ValueError, TypeError):
+            continue
+        accepted += 1
+    torch.cuda.synchronize()
+    return accepted
+
+
+def main() -> None:
+    for sizes in SIZES:
+        run_everything(sizes)
+        print(f"ran captions of {sizes.shortest} to {sizes.longest} tokens", flush=True)
+    if accepted := reject():
+        raise SystemExit(f"{accepted} wrong calls were accepted")
+    print("wrong calls rejected")
+
+
+if __name__ == "__main__":
+    main()
