@@ -25,7 +25,7 @@ def dropout_keep(seed, counters, threshold):
 def _keep_halves(words, threshold):
     """(..., 2) bool: whether the lower and the upper 16 bits of 32 are at least ``threshold``."""
     words = words.to(tl.uint32, bitcast=True)
-    limit = threshold.to(tl.uint32) << 16
+    limit = tl.cast(threshold, tl.uint32) << 16
     return tl.join((words << 16) >= limit, words >= limit)
 
 
