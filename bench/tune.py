@@ -46,7 +46,7 @@ CANDIDATES: dict[str, tuple[str, str, str, list[SETTINGS]]] = {
         grid(BLOCK_M=[1, 2], num_warps=[2, 4], STAGES=[1, 3], programs=[2, 4, 8]),
     ),
     "query_text_attention_fwd": (
-        "query_text_attention", "sweep2", "fwd", grid(num_warps=[2, 4, 8], num_stages=[1]),
+        "query_text_attention", "sweep2", "fwd", grid(num_warps=[2, 4, 8], num_stages=[1], maxnreg=[96, 255]),
     ),
     "query_text_attention_bwd": (
         "query_text_attention", "sweep2", "bwd", grid(num_warps=[2, 4, 8], num_stages=[1]),
@@ -59,7 +59,7 @@ CANDIDATES: dict[str, tuple[str, str, str, list[SETTINGS]]] = {
     ),
     "image_cross_attention_fwd_128": (
         "image_cross_attention", "sweep2", "fwd",
-        grid(BLOCK_M=[64, 128], BLOCK_N=[32, 64], num_warps=[4, 8], num_stages=[2, 3]),
+        grid(BLOCK_M=[64, 128], BLOCK_N=[32, 64], num_warps=[4, 8], num_stages=[2, 3], maxnreg=[168, 255]),
     ),
     "image_cross_attention_bwd_128": (
         "image_cross_attention", "sweep2", "bwd",

@@ -121,8 +121,7 @@ def _bias_gelu_bwd(dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor, out: Tenso
     M, N = x.shape
     settings = dict(launch.settings("bias_gelu_bwd", x.device))
     columns = triton.cdiv(N, settings["BLOCK_N"])
-    programs = settings.pop("programs") * launch.num_multiprocessors(x.device)
-    row_programs = min(triton.cdiv(M, settings["BLOCK_M"]), max(1, programs // columns))
+    row_programs = launch.row_programs(M, settings, x.device, columns)
     dbias = torch.empty(row_programs, N, device=x.device, dtype=torch.float32)
     if M:
         bias_gelu_bwd_kernel[(row_programs, columns)](

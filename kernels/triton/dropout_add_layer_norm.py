@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qformer_fast.kernels import launch
 from qformer_fast.kernels.layer_norm import (
     keep_rows,
-    row_programs,
     row_settings,
     standardise,
     standardise_grad,
@@ -179,7 +179,7 @@ def dropout_add_layer_norm_bwd(
     """
     M, N = x.shape
     settings = row_settings("dropout_add_layer_norm_bwd", N, x.device)
-    programs = row_programs(M, settings, x.device)
+    programs = launch.row_programs(M, settings, x.device)
     dx = torch.empty_like(x)
     dresidual = dx if seed is None else torch.empty_like(x)
     parts = torch.empty(programs, 2 if x_bias is None else 3, N, device=x.device, dtype=torch.float32)

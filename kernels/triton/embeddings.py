@@ -10,7 +10,6 @@ from torch import Tensor
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.layer_norm import (
     keep_rows,
-    row_programs,
     row_settings,
     standardise,
     standardise_grad,
@@ -294,7 +293,7 @@ def embeddings_bwd(
     """dword (words, hidden), dposition (positions, hidden), dweight, dbias (hidden,), each in its parameter's dtype."""
     M, N = dout.shape
     settings = row_settings("embeddings_bwd", N, dout.device)
-    programs = row_programs(M, settings, dout.device)
+    programs = launch.row_programs(M, settings, dout.device)
     drows = torch.empty(M, N, device=dout.device, dtype=word_weight.dtype)
     parts = torch.empty(programs, 2, N, device=dout.device, dtype=torch.float32)
     if M:

@@ -41,3 +41,11 @@ def architecture(device: torch.device) -> str:
 def num_multiprocessors(device: torch.device) -> int:
     """What fills the device with one program each; 2 under the interpreter, so that programs loop there too."""
     return 2 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def row_programs(rows: int, settings: dict[str, Any], device: torch.device, columns: int = 1) -> int:
+    """How many programs of a backward kernel share the rows of each of ``columns`` blocks of columns; takes the table's
+    number a multiprocessor out of ``settings``.
+    """
+    programs = settings.pop("programs") * num_multiprocessors(device)
+    return min(-(-rows // settings["BLOCK_M"]), max(1, programs // columns))

@@ -100,8 +100,3 @@ def row_settings(kernel: str, width: int, device: torch.device) -> dict[str, Any
     """Keyword arguments of a kernel whose programs take whole rows."""
     settings = launch.settings(kernel if width <= WIDE else f"{kernel}_wide", device)
     return settings | {"N": width, "BLOCK_N": max(triton.next_power_of_2(width), GROUP)}
-
-
-def row_programs(rows: int, settings: dict[str, Any], device: torch.device) -> int:
-    """How many programs of a backward kernel share the rows; takes the table's number a multiprocessor out."""
-    return min(triton.cdiv(rows, settings["BLOCK_M"]), settings.pop("programs") * launch.num_multiprocessors(device))

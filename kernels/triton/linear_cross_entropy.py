@@ -271,7 +271,9 @@ def _chunk_by_chunk(
     if not rows:
         return dx, dweight.zero_()[:vocab], dbias.zero_()
 
-    weight_rows = F.pad(weight.to(x.dtype), (0, 0, 0, width - vocab))
+    weight_rows = x.new_empty(width, x.shape[1])
+    weight_rows[:vocab] = weight
+    weight_rows[vocab:] = 0.0
     bias_row = None if bias is None else F.pad(bias.to(x.dtype), (0, width - vocab))
     buffer = x.new_empty(min(chunk, rows), width)
     for start in range(0, rows, chunk):

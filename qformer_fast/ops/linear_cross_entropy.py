@@ -28,16 +28,7 @@ def linear_cross_entropy_fwd(
 
 
 @linear_cross_entropy_fwd.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    with_gradients: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients) -> tuple[Tensor, ...]:
     def empty(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -64,15 +55,7 @@ def linear_cross_entropy_bwd(
 
 
 @linear_cross_entropy_bwd.register_fake
-def _(
-    dout: Tensor,
-    divisor: Tensor,
-    dx: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dout, divisor, dx, dweight, dbias, weight_dtype, bias_dtype) -> tuple[Tensor, ...]:
     dtypes = {"dtype": weight_dtype}, {"dtype": bias_dtype}
     return torch.empty_like(dx), torch.empty_like(dweight, **dtypes[0]), torch.empty_like(dbias, **dtypes[1])
 
@@ -94,16 +77,7 @@ def linear_cross_entropy_rows_bwd(
 
 
 @linear_cross_entropy_rows_bwd.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    with_gradients: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dout, x, weight, bias, labels, label_smoothing, ignore_index, with_gradients) -> tuple[Tensor, ...]:
     def like(x: Tensor, wanted: bool) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
 
