@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -24,9 +25,16 @@ def compiled_provider(case: Case) -> Provider:
     return Provider(torch.compile(reference_provider(case).run, dynamic=False))
 
 
-def triton_provider(case: Case) -> Provider:
-    function = getattr(ops, case.op)
-    return Provider(lambda inputs, dropout_p: case.call(function, inputs, dropout_p, backend="triton"))
+def kernel_provider(backend: str) -> Callable[[Case], Provider | None]:
+    """Our kernels; None where the op has none of this backend."""
+
+    def provider(case: Case) -> Provider | None:
+        if backend not in importlib.import_module(f"qformer_fast.ops.{case.op}").IMPLEMENTATIONS:
+            return None
+        function = getattr(ops, case.op)
+        return Provider(lambda inputs, dropout_p: case.call(function, inputs, dropout_p, backend=backend))
+
+    return provider
 
 
 def sdpa_provider(backend: SDPBackend) -> Callable[[Case], Provider | None]:
@@ -97,7 +105,8 @@ def _liger_layer_norm(inputs: Inputs, dropout_p: float) -> Tensor:
 PROVIDERS: dict[str, Callable[[Case], Provider | None]] = {
     "reference": reference_provider,
     "compiled": compiled_provider,
-    "triton": triton_provider,
+    "triton": kernel_provider("triton"),
+    "cuda": kernel_provider("cuda"),
     "sdpa_flash": sdpa_provider(SDPBackend.FLASH_ATTENTION),
     "sdpa_cudnn": sdpa_provider(SDPBackend.CUDNN_ATTENTION),
     "sdpa_efficient": sdpa_provider(SDPBackend.EFFICIENT_ATTENTION),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from _cases import CASES, Sizes
 from _harness import Case, Setup, make_arm, time_mode
-from _providers import triton_provider
+from _providers import kernel_provider
 
 from qformer_fast.kernels import launch
 
@@ -85,7 +85,7 @@ def compile_and_run(kernel: str, settings: SETTINGS) -> bool:
     case, mode = case_of(kernel)
     try:
         for dropout_p in case.dropouts:
-            make_arm(case, triton_provider(case), mode, dropout_p, setup)()[0]()
+            make_arm(case, kernel_provider("triton")(case), mode, dropout_p, setup)()[0]()
         torch.cuda.synchronize()
     except Exception as error:
         print(f"{kernel} {settings}: {type(error).__name__} {str(error)[:100]}", flush=True)
@@ -113,7 +113,7 @@ def main() -> None:
         for (name, settings), fits in zip(everything, runs, strict=True):
             if name == kernel and fits:
                 use(kernel, settings, architecture)
-                found = time_mode(case, triton_provider(case), mode, dropout_p, setup)
+                found = time_mode(case, kernel_provider("triton")(case), mode, dropout_p, setup)
                 times.append((found["p50_us"], settings))
         if not times:
             print(f"{kernel:<32} none of the candidates runs, left as it was", flush=True)

@@ -10,28 +10,33 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from qformer_fast import extension
+
 BACKENDS = ("reference", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# ops whose kernels CUDA tensors take unasked: those that a GPU has run and bench/results has figures of
-MEASURED = frozenset(
-    {
-        "bias_gelu",
-        "cross_attention_block",
-        "dropout_add_layer_norm",
-        "image_cross_attention",
-        "linear_cross_entropy",
-        "query_text_attention",
-        "self_attention_block",
-        "split_feed_forward_block",
-    }
-)
+# ops that CUDA tensors take unasked, by backend, the first that can: a GPU has run them and bench/results has figures
+MEASURED = {
+    "cuda": frozenset({"split_feed_forward_block"}),
+    "triton": frozenset(
+        {
+            "bias_gelu",
+            "cross_attention_block",
+            "dropout_add_layer_norm",
+            "image_cross_attention",
+            "linear_cross_entropy",
+            "query_text_attention",
+            "self_attention_block",
+            "split_feed_forward_block",
+        }
+    ),
+}
 
 _active: str | None = None
 
 
 def available() -> dict[str, str | None]:
     """Each backend and the reason why it can't run here, or None when it can."""
-    return {"reference": None, "triton": _why_no_triton(), "cuda": "this version ships no CUDA extension"}
+    return {"reference": None, "triton": _why_no_triton(), "cuda": extension.why_not()}
 
 
 @torch.compiler.assume_constant_result
@@ -84,6 +89,7 @@ def resolve(
     backend: str | None,
     x: Tensor,
     unsupported: str | None = None,
+    extension_unsupported: str | None = None,
 ) -> Callable:
     """The implementation that runs ``op``: the backend asked for, else :func:`use_backend`'s, else the fastest for x.
 
@@ -93,21 +99,28 @@ def resolve(
         backend (str, Optional): asked for by name; never falls back.
         x (Tensor): the input whose device and dtype count.
         unsupported (str, Optional): why the kernels can't take this call's other arguments. Default: `None`, they can.
+        extension_unsupported (str, Optional): why the extension's can't. Default: `None`, they can.
 
     Raises:
         ValueError: an unknown backend. RuntimeError: the backend asked for has no such op or can't run here.
     """
+
+    def why_not(name: str) -> str | None:
+        reason = _why_not_triton_on(x, unsupported)
+        if name == "cuda":
+            reason = extension.why_not() or reason or extension_unsupported
+        return reason
+
     name = backend or _active
     if name is None:
-        runs = x.is_cuda and op in MEASURED and _why_not_triton_on(x, unsupported) is None
-        return implementations["triton" if runs else "reference"]
+        chosen = (name for name, ops in MEASURED.items() if op in ops and why_not(name) is None)
+        return implementations[next(chosen, "reference") if x.is_cuda else "reference"]
     _check(name)
     if name not in implementations:
         raise RuntimeError(f"backend {name!r} has no {op}; it runs on {sorted(implementations)}")
-    if name == "triton":
-        reason = _why_not_triton_on(x, unsupported)
-        if reason is not None:
-            raise RuntimeError(f"backend 'triton' can't run this {op}: {reason}")
+    reason = None if name == "reference" else why_not(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} can't run this {op}: {reason}")
     return implementations[name]
 
 

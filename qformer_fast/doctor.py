@@ -60,8 +60,8 @@ def _op(name: str) -> dict[str, Any]:
         reason = reasons[backend] or (None if backend in implementations else f"has no {name}")
         if reason:
             unavailable[backend] = reason
-    chosen = torch.cuda.is_available() and name in MEASURED and "triton" not in unavailable
-    uses = "triton" if chosen else "reference"
+    can_run = (backend for backend, names in MEASURED.items() if name in names and backend not in unavailable)
+    uses = next(can_run, "reference") if torch.cuda.is_available() else "reference"
     return {"uses": uses, "unavailable": unavailable}
 
 

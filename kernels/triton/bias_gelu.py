@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qformer_fast.kernels import launch
+from qformer_fast.kernels.layer_norm import sum_parts
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def bias_gelu_bwd_kernel(
     x_ptr,  # (M, N)
     bias_ptr,  # (N,)
     dx_ptr,  # (M, N), may be dout
-    dbias_ptr,  # (row programs, N), fp32
+    parts_ptr,  # (row programs, N) fp32: dbias
     out_ptr,  # (M, N), made again, with WITH_OUT
     M,
     N,
@@ -91,7 +92,7 @@ def bias_gelu_bwd_kernel(
         if WITH_OUT:
             tl.store(out_ptr + offs, y * cdf, mask=mask)
         dbias += tl.where(mask, dx, 0.0)
-    tl.store(dbias_ptr + pid_m * N + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
+    tl.store(parts_ptr + pid_m * N + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
@@ -122,9 +123,11 @@ def _bias_gelu_bwd(dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor, out: Tenso
     settings = dict(launch.settings("bias_gelu_bwd", x.device))
     columns = triton.cdiv(N, settings["BLOCK_N"])
     row_programs = launch.row_programs(M, settings, x.device, columns)
-    dbias = torch.empty(row_programs, N, device=x.device, dtype=torch.float32)
+    parts = torch.empty(row_programs, 1, N, device=x.device, dtype=torch.float32)
     if M:
         bias_gelu_bwd_kernel[(row_programs, columns)](
-            dout, x, bias, dx, dbias, out, M, N, WITH_OUT=out is not None, **settings
+            dout, x, bias, dx, parts, out, M, N, WITH_OUT=out is not None, **settings
         )
-    return dbias.sum(0).to(bias.dtype)
+    dbias = torch.empty_like(bias)
+    sum_parts(parts, dbias)
+    return dbias

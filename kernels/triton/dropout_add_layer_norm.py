@@ -135,6 +135,7 @@ def dropout_add_layer_norm_fwd(
     dropout_p: float,
     x_bias: Tensor | None = None,
     out: Tensor | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """layer_norm(dropout(x + x_bias) + residual) * weight + bias; without ``seed`` nothing is dropped.
 
@@ -144,6 +145,7 @@ def dropout_add_layer_norm_fwd(
         seed (Tensor, Optional): (1,) int64.
         x_bias (Tensor, Optional): (hidden,), the bias that the product which made x left out.
         out (Tensor, Optional): (rows, hidden) contiguous, to write into.
+        statistics (tuple, Optional): mean and rstd to write into.
 
     Returns:
         tuple: out (rows, hidden) in x's dtype; mean and rstd (rows,) fp32.
@@ -151,8 +153,9 @@ def dropout_add_layer_norm_fwd(
     M, N = x.shape
     if out is None:
         out = torch.empty_like(x)
-    mean = torch.empty(M, device=x.device, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    if statistics is None:
+        statistics = tuple(torch.empty(M, device=x.device, dtype=torch.float32) for _ in range(2))
+    mean, rstd = statistics
     if M:
         settings = row_settings("dropout_add_layer_norm_fwd", N, x.device)
         dropout_add_layer_norm_fwd_kernel[(triton.cdiv(M, settings["BLOCK_M"]),)](

@@ -95,10 +95,12 @@ def embeddings_bwd_kernel(
     rstd_ptr,  # (M,) fp32
     seed_ptr,  # (1,) int64 or None
     drows_ptr,  # (M, N): gradient of word row + position row
+    keys_ptr,  # (2, M) int32: each row's word, and its position counted on from words; words + positions for none
     parts_ptr,  # (programs, 2, N) fp32: dweight, dbias
     M,
     words,
     positions,
+    skipped,
     threshold,
     keep_scale,
     N: tl.constexpr,
@@ -133,6 +135,13 @@ def embeddings_bwd_kernel(
         tl.store(drows_ptr + offs, standardise_grad(dout * weight, normed, rstd, N), mask=mask)
         dweight += tl.sum(dout * normed, axis=0)
         dbias += tl.sum(dout, axis=0)
+        word = tl.load(input_ids_ptr + offs_m, mask=mask_m, other=-1)
+        position = tl.load(position_ids_ptr + offs_m, mask=mask_m, other=-1)
+        has_word = (word >= 0) & (word < words) & (word != skipped)
+        has_position = (position >= 0) & (position < positions)
+        none = words + positions
+        tl.store(keys_ptr + offs_m, tl.where(has_word, word, none), mask=mask_m)
+        tl.store(keys_ptr + M + offs_m, tl.where(has_position, words + position, none), mask=mask_m)
     offs_n = tl.arange(0, BLOCK_N)
     parts_ptr += pid * 2 * N + offs_n
     tl.store(parts_ptr, dweight, mask=offs_n < N)
@@ -142,112 +151,113 @@ def embeddings_bwd_kernel(
 @triton.jit
 def sum_runs_kernel(
     rows_ptr,  # (M, N)
-    ids_ptr,  # (M,) sorted
-    order_ptr,  # (M,) int64: the row that each sorted id belongs to
-    table_ptr,  # (size, N), zeros
+    keys_ptr,  # (places,) int32, sorted
+    order_ptr,  # (places,) int64: where each sorted key stood
+    word_ptr,  # (words, N), zeros
+    position_ptr,  # (positions, N), zeros
     parts_ptr,  # (windows, 2, N) fp32
     M,
-    size,
-    skipped,
+    places,
+    words,
+    positions,
     N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One program = BLOCK_N columns of the rows of one id that lie in one window of WINDOW sorted places.
+    """One program = BLOCK_N columns of one window of WINDOW sorted places: the sum over the rows of each key.
 
-    Program ``first`` starts at place ``first`` and has work only where an id or a window begins. An id inside one
-    window goes to the table, parts of a longer one to parts[window, 1] where it begins and parts[window, 0] further on.
+    A key inside one window goes to its table. Of a longer one each window's sum is a part: parts[window, 1] where the
+    key begins, parts[window, 0] further on.
     """
-    first = tl.program_id(0)
+    window = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    window = first // WINDOW
-    this = tl.load(ids_ptr + first)
-    begins = (first == 0) | (tl.load(ids_ptr + first - 1, mask=first > 0, other=0) != this)
-    wanted = (this >= 0) & (this < size) & (this != skipped)
-    if wanted & (begins | (first % WINDOW == 0)):
-        end = (window + 1) * WINDOW
-        places = window * WINDOW + tl.arange(0, WINDOW)
-        same = tl.load(ids_ptr + places, mask=(places >= first) & (places < M), other=-1) == this
-        last = first + tl.sum(same.to(tl.int32), axis=0)
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(first, last, BLOCK_M):
-            offs_m = start + tl.arange(0, BLOCK_M)
-            rows = tl.load(order_ptr + offs_m, mask=offs_m < last, other=0)
-            mask = (offs_m < last)[:, None] & mask_n[None, :]
-            total += tl.load(rows_ptr + rows[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        row = tl.sum(total, axis=0)
-        ends = (last < end) | (tl.load(ids_ptr + end, mask=end < M, other=-1) != this)
-        if begins & ends:
-            tl.store(table_ptr + this.to(tl.int64) * N + offs_n, row, mask=mask_n)
-        else:
-            tl.store(parts_ptr + (2 * window + begins.to(tl.int32)).to(tl.int64) * N + offs_n, row, mask=mask_n)
+    mask_n = (offs_n < N)[None, :]
+    offs_w = tl.arange(0, WINDOW)
+    place = window * WINDOW + offs_w
+    end = (window + 1) * WINDOW
+    key = tl.load(keys_ptr + place, mask=place < places, other=2147483647)
+    begins = key != tl.load(keys_ptr + place - 1, mask=(place > 0) & (place < places), other=-1)
+    goes_on = key == tl.load(keys_ptr + end, mask=end < places, other=-1)
+    wanted = key < words + positions
+    row = tl.load(order_ptr + place, mask=wanted, other=0) % M
+    rows = tl.load(rows_ptr + row[:, None] * N + offs_n[None, :], mask=wanted[:, None] & mask_n, other=0.0)
+    same = tl.where(key[:, None] == key[None, :], 1.0, 0.0)
+    total = tl.dot(same, rows.to(tl.float32), input_precision="ieee")
+    first = wanted & (begins | (offs_w == 0))
+    whole = begins & ~goes_on
+    is_word = key < words
+    offs = key.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(word_ptr + offs, total, mask=(first & whole & is_word)[:, None] & mask_n)
+    offs = (key - words).to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(position_ptr + offs, total, mask=(first & whole & ~is_word)[:, None] & mask_n)
+    offs = (2 * window + begins.to(tl.int32)).to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(parts_ptr + offs, total, mask=(first & ~whole)[:, None] & mask_n)
 
 
 @triton.jit
 def join_runs_kernel(
-    ids_ptr,  # (M,) sorted
-    table_ptr,  # (size, N)
+    keys_ptr,  # (places,) int32, sorted
+    word_ptr,  # (words, N)
+    position_ptr,  # (positions, N)
     parts_ptr,  # (windows, 2, N) fp32, of sum_runs_kernel
-    M,
-    size,
-    skipped,
+    places,
+    words,
+    positions,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One program = BLOCK_N columns of the id that begins in one window and goes on in the next, if there is one."""
+    """One program = BLOCK_N columns of the key that begins in one window and goes on in the next, if there is one."""
     window = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     begin = window * WINDOW
     end = begin + WINDOW
-    this = tl.load(ids_ptr + end, mask=end < M, other=-1)
-    goes_on = (end < M) & (tl.load(ids_ptr + end - 1, mask=end < M, other=-1) == this)
-    begins = (begin == 0) | (tl.load(ids_ptr + begin - 1, mask=begin > 0, other=0) != this)
-    if goes_on & begins & (this >= 0) & (this < size) & (this != skipped):
+    this = tl.load(keys_ptr + end, mask=end < places, other=-1)
+    goes_on = (end < places) & (tl.load(keys_ptr + end - 1, mask=end < places, other=-1) == this)
+    begins = (begin == 0) | (tl.load(keys_ptr + begin - 1, mask=begin > 0, other=0) != this)
+    if goes_on & begins & (this < words + positions):
         offs_w = window + tl.arange(0, BLOCK_M)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         count = BLOCK_M
         while count == BLOCK_M:
-            places = offs_w * WINDOW
-            inside = (offs_w > window) & (places < M)
-            same = (offs_w == window) | (tl.load(ids_ptr + places, mask=inside, other=-1) == this)
-            slots = 2 * offs_w + (offs_w == window).to(tl.int32)
+            place = offs_w * WINDOW
+            inside = (offs_w > window) & (place < places)
+            same = (offs_w == window) | (tl.load(keys_ptr + place, mask=inside, other=-1) == this)
+            slot = 2 * offs_w + (offs_w == window).to(tl.int32)
             mask = same[:, None] & mask_n[None, :]
-            total += tl.load(parts_ptr + slots[:, None].to(tl.int64) * N + offs_n[None, :], mask=mask, other=0.0)
+            total += tl.load(parts_ptr + slot[:, None].to(tl.int64) * N + offs_n[None, :], mask=mask, other=0.0)
             count = tl.sum(same.to(tl.int32), axis=0)
             offs_w += BLOCK_M
-        tl.store(table_ptr + this.to(tl.int64) * N + offs_n, tl.sum(total, axis=0), mask=mask_n)
+        row = tl.sum(total, axis=0)
+        if this < words:
+            tl.store(word_ptr + this.to(tl.int64) * N + offs_n, row, mask=mask_n)
+        else:
+            tl.store(position_ptr + (this - words).to(tl.int64) * N + offs_n, row, mask=mask_n)
 
 
-def sum_rows_by_id(rows: Tensor, ids: Tensor, table: Tensor, skipped: int | None) -> Tensor:
-    """The gradient of ``table``, dense: row i is the sum of the ``rows`` whose id is i.
+def sum_rows_by_key(rows: Tensor, keys: Tensor, dword: Tensor, dposition: Tensor) -> None:
+    """Adds the ``rows`` of each key up in its row of the tables, which hold zeros.
 
-    The same bits at every call: ids are sorted stably, and each row is summed in that order.
+    The same bits at every call: keys are sorted stably, and each row is summed in that order.
 
     Args:
         rows (Tensor): (rows, hidden) contiguous.
-        ids (Tensor): (rows,) integers; ids outside the table are left out.
-        table (Tensor): (size, hidden).
-        skipped (int, Optional): the row that stays zero.
+        keys (Tensor): (2, rows) int32, as embeddings_bwd_kernel writes them.
+        dword, dposition (Tensor): (words, hidden), (positions, hidden).
     """
-    out = torch.zeros_like(table)
     M, N = rows.shape
-    if not M:
-        return out
-    settings = launch.settings("sum_runs", rows.device)
+    settings = dict(launch.settings("sum_runs", rows.device))
+    join = {"BLOCK_M": settings.pop("BLOCK_M")}
     columns = triton.cdiv(N, settings["BLOCK_N"])
-    windows = triton.cdiv(M, settings["WINDOW"])
-    ids, order = ids.to(torch.int32).sort(stable=True)
+    windows = triton.cdiv(2 * M, settings["WINDOW"])
+    keys, order = keys.flatten().sort(stable=True)
     parts = torch.empty(windows, 2, N, device=rows.device, dtype=torch.float32)
-    limits = M, table.shape[0], -1 if skipped is None else skipped
-    sum_runs_kernel[(M, columns)](rows, ids, order, out, parts, *limits, N=N, **settings)
+    sizes = 2 * M, dword.shape[0], dposition.shape[0]
+    sum_runs_kernel[(windows, columns)](rows, keys, order, dword, dposition, parts, M, *sizes, N=N, **settings)
     if windows > 1:
-        join_runs_kernel[(windows, columns)](ids, out, parts, *limits, N=N, **settings)
-    return out
+        join_runs_kernel[(windows, columns)](keys, dword, dposition, parts, *sizes, N=N, **settings, **join)
 
 
 def embeddings_fwd(
@@ -295,14 +305,16 @@ def embeddings_bwd(
     settings = row_settings("embeddings_bwd", N, dout.device)
     programs = launch.row_programs(M, settings, dout.device)
     drows = torch.empty(M, N, device=dout.device, dtype=word_weight.dtype)
+    keys = torch.empty(2, M, device=dout.device, dtype=torch.int32)
     parts = torch.empty(programs, 2, N, device=dout.device, dtype=torch.float32)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    dword, dposition = torch.zeros_like(word_weight), torch.zeros_like(position_weight)
     if M:
         embeddings_bwd_kernel[(programs,)](
-            dout, input_ids, position_ids, word_weight, position_weight, weight, mean, rstd, seed, drows, parts,
-            M, word_weight.shape[0], position_weight.shape[0], *threshold_and_scale(dropout_p), **settings,
+            dout, input_ids, position_ids, word_weight, position_weight, weight, mean, rstd, seed, drows, keys, parts,
+            M, word_weight.shape[0], position_weight.shape[0], -1 if padding_idx is None else padding_idx,
+            *threshold_and_scale(dropout_p), **settings,
         )  # fmt: skip
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+        sum_rows_by_key(drows, keys, dword, dposition)
     sum_parts(parts, dweight, dbias)
-    dword = sum_rows_by_id(drows, input_ids, word_weight, padding_idx)
-    dposition = sum_rows_by_id(drows, position_ids, position_weight, None)
     return dword, dposition, dweight, dbias

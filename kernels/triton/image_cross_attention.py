@@ -83,7 +83,7 @@ def image_cross_attention_fwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program = one head of one image."""
+    """One program = every num_programs(1)-th tile of the readers of one head of one image."""
     image = (tl.program_id(0) // nheads).to(tl.int64)
     head = tl.program_id(0) % nheads
     begin = tl.load(image_offsets_ptr + image).to(tl.int32) * chunks
@@ -93,7 +93,8 @@ def image_cross_attention_fwd_kernel(
     k_ptr += image * stride_kb + head * HEADDIM
     v_ptr += image * stride_kb + head * HEADDIM
     slots = tokens - SPLIT_FIRST
-    for first in range(begin, end, BLOCK_M // BLOCK_Q):
+    units = BLOCK_M // BLOCK_Q
+    for first in range(begin + tl.program_id(1) * units, end, tl.num_programs(1) * units):
         rows, reader, exists = _readers(first, end, num_queries, chunks, image_order_ptr, BLOCK_M, BLOCK_Q)
         mask_m = exists[:, None] & mask_d[None, :]
         offs_q = (rows[:, None] * nheads + head) * HEADDIM + offs_d[None, :]
@@ -280,16 +281,18 @@ def image_cross_attention_bwd_kernel(
         tl.store(dq_ptr + offs_q, dq, mask=mask_m)
 
 
-def _tile(kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool) -> dict:
+def _tile(kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool, few: bool) -> dict:
     """Block sizes and launch settings.
 
     The table has an entry for the readers that an image has on average, 32, 64 or 128; its BLOCK_M may be smaller.
+    Another one is for ``few`` heads of images, which leave multiprocessors idle.
     """
     images, tokens, _, headdim = k.shape
     block_q = max(16, triton.next_power_of_2(num_queries))
     readers = block_q * triton.next_power_of_2(triton.cdiv(sequences, images))
     wide = headdim > 64 or q.dtype == torch.float32
-    settings = launch.settings(f"{kernel}_{'wide' if wide else min(MAX_BLOCK_M, max(32, readers))}", q.device)
+    entry = "wide" if wide else "few" if few else min(MAX_BLOCK_M, max(32, readers))
+    settings = launch.settings(f"{kernel}_{entry}", q.device)
     return dict(
         HEADDIM=headdim,
         BLOCK_D=max(16, triton.next_power_of_2(headdim)),
@@ -321,9 +324,14 @@ def image_cross_attention_fwd(
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], device=q.device, dtype=torch.float32)
     images, tokens, nheads, _ = k.shape
-    tile = _tile("image_cross_attention_fwd", q, k, image_order.shape[0], num_queries, image_mask is not None)
+    sequences = image_order.shape[0]
+    few = images * nheads < launch.num_multiprocessors(q.device)
+    tile = _tile("image_cross_attention_fwd", q, k, sequences, num_queries, image_mask is not None, few)
+    chunks = triton.cdiv(num_queries, tile["BLOCK_Q"])
+    units = tile["BLOCK_M"] // tile["BLOCK_Q"]
+    splits = triton.cdiv(triton.cdiv(sequences, images) * chunks, units) if few else 1
     threshold, keep_scale = threshold_and_scale(dropout_p)
-    image_cross_attention_fwd_kernel[(images * nheads,)](
+    image_cross_attention_fwd_kernel[(images * nheads, max(1, splits))](
         q,
         k,
         v,
@@ -334,7 +342,7 @@ def image_cross_attention_fwd(
         lse,
         seed,
         num_queries,
-        triton.cdiv(num_queries, tile["BLOCK_Q"]),
+        chunks,
         tokens,
         nheads,
         k.stride(0),
@@ -373,7 +381,7 @@ def image_cross_attention_bwd_into(
     """
     dq = torch.empty_like(q)
     images, tokens, nheads, _ = k.shape
-    tile = _tile("image_cross_attention_bwd", q, k, image_order.shape[0], num_queries, image_mask is not None)
+    tile = _tile("image_cross_attention_bwd", q, k, image_order.shape[0], num_queries, image_mask is not None, False)
     threshold, keep_scale = threshold_and_scale(dropout_p)
     image_cross_attention_bwd_kernel[(images * nheads,)](
         dout,

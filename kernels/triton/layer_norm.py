@@ -61,7 +61,7 @@ def standardise_grad(
 def sum_parts_kernel(
     parts_ptr,  # (P, outputs, N) fp32
     first_ptr,  # (N,)
-    second_ptr,  # (N,)
+    second_ptr,  # (N,) or None
     third_ptr,  # (N,) or None
     P,
     N,
@@ -82,18 +82,18 @@ def sum_parts_kernel(
     if output == 0:
         tl.store(first_ptr + offs_n, column, mask=mask_n)
     elif output == 1:
-        tl.store(second_ptr + offs_n, column, mask=mask_n)
+        if second_ptr is not None:
+            tl.store(second_ptr + offs_n, column, mask=mask_n)
     elif third_ptr is not None:
         tl.store(third_ptr + offs_n, column, mask=mask_n)
 
 
 def sum_parts(parts: Tensor, *outputs: Tensor) -> None:
-    """Sums (programs, outputs, width) fp32 over the programs into two or three outputs (width,) of any dtype."""
+    """Sums (programs, outputs, width) fp32 over the programs into one to three outputs (width,) of any dtype."""
     settings = launch.settings("sum_parts", parts.device)
     programs, count, width = parts.shape
     grid = (triton.cdiv(width, settings["BLOCK_N"]), count)
-    third = outputs[2] if count == 3 else None
-    sum_parts_kernel[grid](parts, outputs[0], outputs[1], third, programs, width, **settings)
+    sum_parts_kernel[grid](parts, *outputs, *[None] * (3 - count), programs, width, **settings)
 
 
 def row_settings(kernel: str, width: int, device: torch.device) -> dict[str, Any]:

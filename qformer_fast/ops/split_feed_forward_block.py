@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
-from qformer_fast import reference
+from qformer_fast import extension, reference
 from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import (
     autocast_dtype,
@@ -16,6 +18,9 @@ from qformer_fast.ops._checks import (
     check_shape,
     draw_seeds,
 )
+from qformer_fast.ops.dropout_add_layer_norm import statistics_dtype
+
+WHOLE_ROWS = 8192
 
 
 @torch.library.custom_op("qformer_fast::split_feed_forward_block_fwd", mutates_args=())
@@ -26,27 +31,40 @@ def split_feed_forward_block_fwd(
     seeds: list[Tensor],
     eps: float,
     dropout_p: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias), mean and rstd.
 
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
-    likewise, none without dropout.
+    likewise, none without dropout. ``backend`` "cuda" has GELU made in the extension's products, where that is faster.
     """
     gelu = backends.kernel_or_formula("bias_gelu_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
     count, (hidden, intermediate) = query_rows.shape[0] + text_rows.shape[0], parameters[2].shape
     out, x = (query_rows.new_empty(count, hidden) for _ in range(2))
     up = query_rows.new_empty(count, intermediate)
-    statistics = []
+    mean, rstd = (query_rows.new_empty(count, dtype=statistics_dtype(query_rows)) for _ in range(2))
     for _, rows, part, (up_weight, up_bias, down_weight, down_bias, *norm), seed in _parts(
         query_rows, text_rows, parameters, seeds
     ):
-        torch.mm(rows, up_weight.t(), out=up[part])
-        torch.mm(gelu(up[part], up_bias), down_weight.t(), out=x[part])
-        _, *mean_rstd = add_norm(x[part], rows, *norm, seed, eps, dropout_p, down_bias, out[part])
-        statistics.append(mean_rstd)
-    mean, rstd = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*statistics, strict=True))
+        if _fuses(backend, rows, extension.FWD_ROWS):
+            activation = extension.linear_gelu_fwd(rows, up_weight, up_bias, up[part])
+        else:
+            activation = gelu(torch.mm(rows, up_weight.t(), out=up[part]), up_bias)
+        torch.mm(activation, down_weight.t(), out=x[part])
+        add_norm(x[part], rows, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
     return out, up, x, mean, rstd
+
+
+def _halves(rows: int) -> list[tuple[int, int]]:
+    """Backward's rows in two parts where there are many, since it holds twice their intermediate width at a time."""
+    size = rows if rows <= WHOLE_ROWS else -(-rows // 2)
+    return [(start, min(rows, start + size)) for start in range(0, rows, size)]
+
+
+def _fuses(backend: str, rows: Tensor, least: int) -> bool:
+    """Whether the extension makes a product with GELU: with few rows cuBLAS's and a pass of GELU are faster."""
+    return backend == "cuda" and rows.shape[0] >= least
 
 
 def _parts(query_rows: Tensor, text_rows: Tensor, parameters: list[Tensor], seeds: list[Tensor]) -> list:
@@ -61,9 +79,7 @@ def _parts(query_rows: Tensor, text_rows: Tensor, parameters: list[Tensor], seed
 def _(query_rows, text_rows, parameters, *_) -> tuple[Tensor, ...]:
     count, (hidden, intermediate) = query_rows.shape[0] + text_rows.shape[0], parameters[2].shape
     out, up, x = (query_rows.new_empty(count, width) for width in (hidden, intermediate, hidden))
-    mean, rstd = (
-        query_rows.new_empty(count, dtype=torch.promote_types(query_rows.dtype, torch.float32)) for _ in range(2)
-    )
+    mean, rstd = (query_rows.new_empty(count, dtype=statistics_dtype(query_rows)) for _ in range(2))
     return out, up, x, mean, rstd
 
 
@@ -79,11 +95,12 @@ def split_feed_forward_block_bwd(
     parameters: list[Tensor],
     seeds: list[Tensor],
     dropout_p: float,
+    backend: str,
 ) -> list[Tensor]:
     """dquery_rows, dtext_rows, then the gradients of ``parameters``."""
     gelu_bwd_in_place = backends.kernel_or_formula("bias_gelu_bwd_in_place", query_rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
-    drows = [torch.empty_like(query_rows), torch.empty_like(text_rows)]
+    drows = [query_rows.new_empty(0, query_rows.shape[1]) for _ in range(2)]
     gradients = []
     for kind, rows, part, (up_weight, up_bias, down_weight, down_bias, norm_weight, _), seed in _parts(
         query_rows, text_rows, parameters, seeds
@@ -91,13 +108,25 @@ def split_feed_forward_block_bwd(
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
             dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias
         )
-        dup = dx @ down_weight
-        dup_bias, activation = gelu_bwd_in_place(dup, up[part], up_bias)
-        ddown_weight = dx.t() @ activation
-        del activation
-        # without dropout dx and dresidual are one tensor, of which dx has been read by now
-        drows[kind] = dresidual.addmm_(dup, up_weight)
-        gradients += [dup.t() @ rows, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
+        dup_weight, ddown_weight = torch.empty_like(up_weight), torch.empty_like(down_weight)
+        dup_biases = []
+        for start, stop in _halves(rows.shape[0]):
+            dx_half, up_half = dx[start:stop], up[part][start:stop]
+            if _fuses(backend, dx_half, extension.BWD_ROWS):
+                dup, dbias, activation = extension.linear_gelu_bwd(dx_half, down_weight, up_half, up_bias)
+            else:
+                dup = dx_half @ down_weight
+                dbias, activation = gelu_bwd_in_place(dup, up_half, up_bias)
+            add = float(start > 0)
+            torch.addmm(ddown_weight, dx_half.t(), activation, beta=add, out=ddown_weight)
+            torch.addmm(dup_weight, dup.t(), rows[start:stop], beta=add, out=dup_weight)
+            dup_biases.append(dbias)
+            # without dropout dx and dresidual are one tensor, of which these rows have been read by now
+            dresidual[start:stop].addmm_(dup, up_weight)
+            del dup, activation
+        drows[kind] = dresidual
+        dup_bias = functools.reduce(torch.add, dup_biases)
+        gradients += [dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
     return [*drows, *gradients]
 
 
@@ -107,7 +136,7 @@ def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, *_) -> list[Te
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query_rows, text_rows, parameters, seeds, _, ctx.dropout_p = inputs
+    query_rows, text_rows, parameters, seeds, _, ctx.dropout_p, ctx.backend = inputs
     _, *saved = output
     ctx.num_parameters = len(parameters)
     ctx.save_for_backward(query_rows, text_rows, *saved, *parameters, *seeds)
@@ -117,9 +146,9 @@ def _backward(ctx, dout: Tensor):
     rows_and_saved, others = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     parameters, seeds = list(others[: ctx.num_parameters]), list(others[ctx.num_parameters :])
     dquery_rows, dtext_rows, *gradients = split_feed_forward_block_bwd(
-        dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.dropout_p
+        dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.dropout_p, ctx.backend
     )
-    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), None, None
+    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), None, None, None
 
 
 register_autograd(split_feed_forward_block_fwd, _backward, _setup_context)
@@ -133,6 +162,7 @@ def _kernels(
     *,
     eps: float,
     dropout_p: float,
+    backend: str = "triton",
 ) -> Tensor:
     dtype = autocast_dtype(query_rows)
     given = [p for rows, p in ((query_rows, query_parameters), (text_rows, text_parameters)) if rows.shape[0]]
@@ -141,10 +171,23 @@ def _kernels(
         parameters += [up_weight.to(dtype), up_bias, down_weight.to(dtype), *others]
     seeds = [seed for seed in draw_seeds(query_rows, *[dropout_p] * len(given)) if seed is not None]
     rows = query_rows.to(dtype).contiguous(), text_rows.to(dtype).contiguous()
-    return split_feed_forward_block_fwd(*rows, parameters, seeds, eps, dropout_p)[0]
+    return split_feed_forward_block_fwd(*rows, parameters, seeds, eps, dropout_p, backend)[0]
 
 
-IMPLEMENTATIONS = {"reference": reference.split_feed_forward_block, "triton": _kernels}
+def _extension_unsupported(rows: Tensor, *parameters: tuple[Tensor, ...] | None) -> str | None:
+    dtype = autocast_dtype(rows)
+    if dtype not in extension.DTYPES:
+        return f"its products take fp16 and bf16, got {dtype}"
+    widths = {size for given in parameters if given is not None for size in given[0].shape}
+    odd = sorted(width for width in widths if width % 8)
+    return f"its products take widths that are multiples of 8, got {odd}" if odd else None
+
+
+IMPLEMENTATIONS = {
+    "reference": reference.split_feed_forward_block,
+    "triton": _kernels,
+    "cuda": functools.partial(_kernels, backend="cuda"),
+}
 
 
 def split_feed_forward_block(
@@ -195,5 +238,8 @@ def split_feed_forward_block(
         if parameters is not None:
             check_shape(f"{name}[0]", parameters[0], "intermediate", hidden)
             check_shape(f"{name}[2]", parameters[2], hidden, parameters[0].shape[0])
-    run = backends.resolve("split_feed_forward_block", IMPLEMENTATIONS, backend, query_rows)
+    reason = _extension_unsupported(query_rows, query_parameters, text_parameters)
+    run = backends.resolve(
+        "split_feed_forward_block", IMPLEMENTATIONS, backend, query_rows, extension_unsupported=reason
+    )
     return run(query_rows, text_rows, query_parameters, text_parameters, eps=eps, dropout_p=dropout_p)

@@ -53,10 +53,13 @@ def dropout_add_layer_norm_fwd(
     dropout_p: float,
     x_bias: Tensor | None = None,
     out: Tensor | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, and of each row the mean and 1 / sqrt(variance + eps); arguments as the kernels' forward."""
     normed, mean, rstd = _standardise(_add_dropped(x, residual, x_bias, seed, dropout_p), eps)
     result = (normed * _wide(weight) + _wide(bias)).to(x.dtype)
+    if statistics is not None:
+        mean, rstd = (place.copy_(x) for place, x in zip(statistics, (mean, rstd), strict=True))
     return result if out is None else out.copy_(result), mean, rstd
 
 

@@ -1,0 +1,63 @@
+"""The CUDA extension ``qformer_fast._C``: why it can't run here, and the launchers of its kernels (csrc/)."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CAPABILITY = (9, 0)
+DTYPES = (torch.float16, torch.bfloat16)
+ROWS_PER_SUM = 128
+# from how many rows on a product with GELU is faster than cuBLAS's and a pass over its result
+FWD_ROWS, BWD_ROWS = 2048, 256
+
+
+@torch.compiler.assume_constant_result
+def why_not() -> str | None:
+    """Why the extension can't run here, or None."""
+    return _probe()
+
+
+@functools.cache
+def _probe() -> str | None:
+    library = next(Path(__file__).parent.glob("_C*.so"), None)
+    if library is None:
+        return "the extension was not built; QFORMER_FAST_EXT=1 pip install --no-build-isolation . builds it"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} can't be loaded ({error})"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    found = torch.cuda.get_device_capability()
+    return None if found == CAPABILITY else f"it needs compute capability {CAPABILITY}, this device has {found}"
+
+
+def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> Tensor:
+    """up = rows @ weight^T, rounded to its dtype; returns gelu(up + bias).
+
+    rows (rows, inputs), weight (outputs, inputs) and up (rows, outputs) contiguous; bias (outputs,) of their dtype or
+    fp32; widths multiples of 8.
+    """
+    out = torch.empty_like(up)
+    torch.ops.qformer_fast_cuda.linear_gelu_fwd(rows, weight, bias[None], up, out)
+    return out
+
+
+def linear_gelu_bwd(dout: Tensor, weight: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From dout, the gradient of gelu(up + bias) @ weight^T: dup, dbias, and gelu(up + bias) made again.
+
+    dout (rows, outputs), weight (outputs, inputs) and up (rows, inputs) contiguous; bias (inputs,).
+    """
+    from qformer_fast.kernels.layer_norm import sum_parts
+
+    dup, out, dbias = torch.empty_like(up), torch.empty_like(up), torch.empty_like(bias)
+    sums = up.new_empty(-(-up.shape[0] // ROWS_PER_SUM), 1, up.shape[1], dtype=torch.float32)
+    torch.ops.qformer_fast_cuda.linear_gelu_bwd(dout, weight, up, bias[None], dup, out, sums[:, 0])
+    sum_parts(sums, dbias)
+    return dup, dbias, out
