@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qformer_fast.kernels import launch
+from qformer_fast.reference.losses import weight_gradient_dtype
 
 # below every logit, and finite: the difference of two stays a number
 LOWEST = tl.constexpr(-1e38)
@@ -189,7 +190,7 @@ def linear_cross_entropy_fwd(
         with_gradients (list): which of x's, weight's and bias's gradients to make; the others have no elements.
 
     Returns:
-        tuple: loss () or (rows,) fp32; divisor () fp32; dx (rows, hidden), x.dtype; dweight and dbias fp32.
+        tuple: loss () or (rows,) fp32; divisor () fp32; dx (rows, hidden), x.dtype; dweight; dbias fp32.
     """
     losses = x.new_empty(x.shape[0], dtype=torch.float32)
     inputs = x, weight, bias, labels
@@ -258,7 +259,7 @@ def _chunk_by_chunk(
     losses: Tensor | None = None,
     dout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills ``losses`` and returns gradient_scale times dx in x.dtype, dweight and dbias in fp32."""
+    """Fills ``losses`` and returns gradient_scale times dx in x.dtype, dweight, and dbias in fp32."""
     rows, vocab = x.shape[0], weight.shape[0]
     width = triton.cdiv(vocab, COLUMNS) * COLUMNS
     settings = dict(launch.settings("linear_cross_entropy_fwd", x.device))
@@ -266,7 +267,8 @@ def _chunk_by_chunk(
     settings |= {"GROUP": 16 // x.element_size(), "SMOOTHED": label_smoothing > 0}
 
     dx = torch.empty_like(x) if with_gradients[0] else x.new_empty(0)
-    dweight = x.new_empty((width, x.shape[1]) if with_gradients[1] else 0, dtype=torch.float32)
+    dtype = weight_gradient_dtype(x, weight, with_gradients)
+    dweight = x.new_empty((width, x.shape[1]) if with_gradients[1] else 0, dtype=dtype)
     dbias = x.new_empty(vocab if with_gradients[2] else 0, dtype=torch.float32)
     if not rows:
         return dx, dweight.zero_()[:vocab], dbias.zero_()

@@ -9,6 +9,7 @@ from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.ops._autograd import register_autograd
 from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape
+from qformer_fast.reference.losses import weight_gradient_dtype
 
 
 @torch.library.custom_op("qformer_fast::linear_cross_entropy_fwd", mutates_args=())
@@ -35,7 +36,8 @@ def _(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gr
     if reduction == "none":
         return empty(x.shape[0]), empty(0), x.new_empty(0), empty(0), empty(0)
     dx = torch.empty_like(x) if with_gradients[0] else x.new_empty(0)
-    dweight = empty(*weight.shape) if with_gradients[1] else empty(0)
+    dtype = weight_gradient_dtype(x, weight, with_gradients)
+    dweight = x.new_empty(weight.shape if with_gradients[1] else 0, dtype=dtype)
     return empty(), empty(), dx, dweight, empty(weight.shape[0] if with_gradients[2] else 0)
 
 

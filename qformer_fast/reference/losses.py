@@ -10,6 +10,8 @@ from qformer_fast.reference.philox import random_words
 
 # what sample_negatives' kernel takes larger logits for, and its negative for NaN
 LARGEST = 1e38
+# of an LM head, for whose weight's gradient no second product has to be added up
+ROWS_OF_ONE_PRODUCT = 4096
 
 
 def contrastive_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -71,8 +73,16 @@ def linear_cross_entropy_fwd(
     if reduction == "none":
         return losses, losses.new_empty(0), *(losses.new_empty(0) for _ in range(3))
     count = (labels != ignore_index).sum().to(losses.dtype) if reduction == "mean" else losses.new_ones(())
-    gradients = _linear_gradients(dlogits, x, weight, with_gradients)
-    return losses.sum() / count, count.clamp_min(1), gradients[0].to(x.dtype), *gradients[1:]
+    dx, dweight, dbias = _linear_gradients(dlogits, x, weight, with_gradients)
+    dweight = dweight.to(weight_gradient_dtype(x, weight, with_gradients))
+    return losses.sum() / count, count.clamp_min(1), dx.to(x.dtype), dweight, dbias
+
+
+def weight_gradient_dtype(x: Tensor, weight: Tensor, with_gradients: list[bool]) -> torch.dtype:
+    """Of forward's dweight: fp32, or bf16 for a weight in bf16 and few rows: that halves what is written and read."""
+    if with_gradients[1] and x.dtype == weight.dtype == torch.bfloat16 and x.shape[0] <= ROWS_OF_ONE_PRODUCT:
+        return torch.bfloat16
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def linear_cross_entropy_bwd(

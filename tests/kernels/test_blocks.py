@@ -129,6 +129,20 @@ def test_feed_forward_of_one_kind_of_rows(rows, layout, assert_close):
     assert_close(actual, low, gradients(call, reference.split_feed_forward_block, exact, dout.double()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_feed_forward_backward_in_halves(layout, dtype, monkeypatch, assert_close):
+    """Many rows go through backward in two parts, of which the second may be smaller."""
+    monkeypatch.setattr(importlib.import_module("qformer_fast.ops.split_feed_forward_block"), "WHOLE_ROWS", 8)
+    inputs, call = blocks(layout)["split_feed_forward_block"]
+    inputs = {key: x.to(dtype) for key, x in inputs.items()}
+    assert len(inputs["query_rows"]) % 2 == 1 and len(inputs["text_rows"]) > 8
+    dout = torch.randn(layout.num_rows, HIDDEN, device=DEVICE).to(dtype)
+    actual = gradients(call, ops.split_feed_forward_block, inputs, dout, backend="triton")
+    low = gradients(call, reference.split_feed_forward_block, inputs, dout)
+    exact = {key: x.double() for key, x in inputs.items()}
+    assert_close(actual, low, gradients(call, reference.split_feed_forward_block, exact, dout.double()))
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradients_with_dropout_are_those_of_the_formula(name, layout, assert_close):
     """The kernels in fp32 and the formula in fp64 drop the same elements when their seeds are the same."""
