@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAVIS := .cache/lavis
+# the CUDA extension, where there is an nvcc to build it
+EXTENSION := $(if $(shell command -v nvcc),$(VENV)/extension)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench opbench kernels doctor clean
+.PHONY: help demo test extension lint bench opbench kernels doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z.$$()A-Z/]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 12
@@ -13,8 +15,10 @@ help: ## this list
 demo: $(VENV)/installed ## train stage 1 on real pictures, evaluate it and write a report
 	$(BIN)/qformer-fast demo
 
-test: $(VENV)/installed $(LAVIS)/lavis ## run the tests
+test: $(VENV)/installed $(EXTENSION) $(LAVIS)/lavis ## run the tests, with the CUDA extension where nvcc is
 	$(BIN)/python -m pytest -q
+
+extension: $(VENV)/extension ## build the CUDA extension into qformer_fast/; needs nvcc, no GPU
 
 lint: $(VENV)/installed ## check style and formatting
 	$(BIN)/ruff check .
@@ -34,12 +38,17 @@ doctor: $(VENV)/installed ## versions, devices, and which backend each op uses
 	$(BIN)/qformer-fast doctor
 
 clean: ## remove everything that the other targets made
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info qformer_fast/_C*.so
 
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+	touch $@
+
+$(VENV)/extension: setup.py $(wildcard csrc/*) | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps "setuptools>=77" nvidia-cutlass
+	QFORMER_FAST_EXT=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 # the original's code, which tests and benchmarks compare with; it can't be installed beside today's packages

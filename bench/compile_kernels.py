@@ -37,7 +37,8 @@ from qformer_fast.kernels import launch
 
 # bytes that one block may have
 SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
-MULTIPROCESSORS = 132
+# fewer than the heads of two images, but more than those of "few_heads"
+MULTIPROCESSORS = 16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = [f"{arch}-{dtype}" for arch in SHARED_LIMITS for dtype in DTYPES]
 # captions of one length: numbers of rows are multiples of 16, which Triton makes kernels of their own for
@@ -45,6 +46,7 @@ SIZES = {
     "blip2": Sizes(2, "cpu", shortest=16, longest=16),
     "long_text": Sizes(2, "cpu", shortest=96, longest=96),
     "headdim_32": Sizes(2, "cpu", shortest=16, longest=16, hidden=384, intermediate=1536),
+    "few_heads": Sizes(2, "cpu", shortest=16, longest=16, hidden=384, nheads=6, intermediate=1536),
     "headdim_128": Sizes(2, "cpu", shortest=16, longest=16, hidden=1536, intermediate=6144),
 }
 

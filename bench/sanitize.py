@@ -9,7 +9,7 @@ import torch
 from _cases import CASES, Sizes
 from torch import Tensor
 
-from qformer_fast import ops
+from qformer_fast import extension, ops
 
 SIZES = (
     Sizes(3, "cuda", vocab=523, layers=2),
@@ -30,6 +30,15 @@ def run_everything(sizes: Sizes) -> None:
                 out = case.call(getattr(ops, op), inputs, dropout_p, backend="triton")
                 if out.requires_grad:
                     torch.autograd.grad(out, [x for x in inputs.values() if x.requires_grad], torch.randn_like(out))
+    torch.cuda.synchronize()
+
+
+def run_extension() -> None:
+    for rows, hidden, intermediate in ((300, 768, 3072), (127, 136, 264)):
+        x, bias = new(rows, hidden).detach(), new(intermediate).detach()
+        up = x.new_empty(rows, intermediate)
+        extension.linear_gelu_fwd(x, new(intermediate, hidden).detach(), bias, up)
+        extension.linear_gelu_bwd(x, new(hidden, intermediate).detach(), up, bias)
     torch.cuda.synchronize()
 
 
@@ -61,6 +70,11 @@ def main() -> None:
     for sizes in SIZES:
         run_everything(sizes)
         print(f"ran captions of {sizes.shortest} to {sizes.longest} tokens", flush=True)
+    if reason := extension.why_not():
+        print(f"extension not run: {reason}")
+    else:
+        run_extension()
+        print("ran the extension")
     if accepted := reject():
         raise SystemExit(f"{accepted} wrong calls were accepted")
     print("wrong calls rejected")

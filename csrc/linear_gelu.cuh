@@ -225,12 +225,12 @@ template <Direction kDirection, class Element, class BiasElement>
 struct LinearGelu {
   static constexpr bool kBackward = kDirection == Direction::kBackward;
   static constexpr int kThreads = 128;
-  static constexpr int kStagesC = kBackward ? 4 : 2;
+  static constexpr int kStagesC = 2;
   static constexpr int kStagesD = 2;
   static constexpr int kAlignment = 8;
   static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
   using TileShape = Shape<Int<kRowsPerSum>, Int<kBackward ? 128 : 192>, _64>;
-  using Cluster = Shape<_2, _1, _1>;
+  using Cluster = cute::conditional_t<kBackward, Shape<_2, _1, _1>, Shape<_1, _2, _1>>;
   using EpilogueTile = Shape<_64, Int<kBackward ? 64 : 32>>;
   static constexpr int kFragment = size(EpilogueTile{}) / kThreads;
 

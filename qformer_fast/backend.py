@@ -20,11 +20,14 @@ MEASURED = {
     "triton": frozenset(
         {
             "bias_gelu",
+            "contrastive_similarity",
             "cross_attention_block",
             "dropout_add_layer_norm",
+            "embeddings",
             "image_cross_attention",
             "linear_cross_entropy",
             "query_text_attention",
+            "sample_negatives",
             "self_attention_block",
             "split_feed_forward_block",
         }

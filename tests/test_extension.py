@@ -118,7 +118,7 @@ def test_wrong_arguments_are_refused(on_gpu):
         "weight must be contiguous": (x, weight.t().contiguous().t(), bias, up),
         "bias must be": (x, weight, bias[:8], up),
         "bias has another dtype": (x, weight, bias.half(), up),
-        "aux must be": (x, weight, bias, up[:8]),
+        "out must be": (x, weight, bias, up[:8]),
         "aligned to 16 bytes": (x.new_empty(16 * 32 + 1)[1:].view(16, 32), weight, bias, up),
         "multiples of 8": (x[:, :12].contiguous(), weight[:, :12].contiguous(), bias, up),
     }

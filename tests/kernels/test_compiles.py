@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     command = [sys.executable, str(ROOT / "bench" / "compile_kernels.py"), "--quick", "--target", *TARGETS]
-    command += ["--sizes", "blip2", "long_text"]
+    command += ["--sizes", "blip2", "long_text", "few_heads"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
