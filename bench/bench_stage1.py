@@ -1,4 +1,5 @@
-"""Forward + backward of stage 1: the packed two-sweep path, the original-order reference and the original's own code.
+"""Forward + backward of stage 1: the packed two-sweep path, on a GPU also as CUDA graphs, the original-order reference
+and the original's own code.
 
 All rows come from one run: the same weights, the same batch, taken in turn. Before anything is timed the three losses
 of all rows must agree. FLOPs are counted, not estimated: those of the matrix products that each row really ran.
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.reference.stage1 import original_order_stage1
+from qformer_fast.training.graphs import GraphedStage1
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 PADDED_LENGTH = 32
@@ -41,13 +43,17 @@ def make_batch(batch: int, tokens: int, shortest: int, longest: int, device: str
 
 
 def build_rows(
-    model: Blip2QFormer, batch: tuple[Tensor, Tensor, Tensor]
+    model: Blip2QFormer, batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype | None
 ) -> dict[str, tuple[torch.nn.Module, Callable]]:
-    """Name -> (module whose gradients count, forward of the batch)."""
+    """Name -> (module whose gradients count, forward of the batch; with graphs its backward too)."""
     images, input_ids, mask = batch
     original = _original.build_stage1(model)
-    return {
-        "packed": (model, lambda **o: model(images, input_ids, mask, **o)),
+    rows = {"packed": (model, lambda **o: model(images, input_ids, mask, **o))}
+    if images.is_cuda:
+        graphed = GraphedStage1(model, dtype=dtype)
+        captions = input_ids.cpu(), mask.cpu()
+        rows["graphs"] = (model, lambda: graphed(images, *captions))
+    return rows | {
         "reference": (model, lambda **o: original_order_stage1(model, images, input_ids, mask, **o)),
         "original": (original, lambda: original({"image": images, "text_input": (input_ids, mask)})),
     }
@@ -68,14 +74,29 @@ def check_agreement(model, rows, batch: int, autocast, tolerance: float) -> dict
                 with _original.fixed_negatives(*negatives):
                     out = forward()
                 out.loss_itg = out.loss_lm
+            elif name == "graphs":
+                continue
             else:
                 out = forward(negatives=negatives)
         losses[name] = [float(getattr(out, loss)) for loss in LOSSES]
         module.train()
+    if "graphs" in rows:
+        _check_graphs(model, rows, autocast, tolerance)
     for name, values in losses.items():
         worst = max(abs(a - b) for a, b in zip(values, losses["reference"], strict=True))
         assert worst <= tolerance, f"losses of {name} differ from the reference by {worst}: {losses}"
     return losses
+
+
+def _check_graphs(model, rows, autocast, tolerance: float) -> None:
+    """Graphs draw their own negatives: the packed path gets the same ones."""
+    model.eval()
+    out = rows["graphs"][1]()
+    with torch.no_grad(), autocast():
+        expected = rows["packed"][1](negatives=out.negatives)
+    model.train()
+    worst = max(abs(float(getattr(out, loss)) - float(getattr(expected, loss))) for loss in LOSSES)
+    assert worst <= tolerance, f"losses of graphs differ from the packed path's by {worst}"
 
 
 def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, Any]]:
@@ -85,7 +106,8 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
         begin = time.perf_counter()
         with autocast():
             loss = forward().loss
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         _synchronize(device)
         return time.perf_counter() - begin
 
@@ -96,7 +118,9 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             torch.cuda.reset_peak_memory_stats()
         with FlopCounterMode(display=False) as flops:
             step(*row)
-        results[name] = {"gflop": round(flops.get_total_flops() / 1e9, 1), "seconds": []}
+        # replays count none: they run what the packed path runs
+        counted = flops.get_total_flops() / 1e9 or results["packed"]["gflop"]
+        results[name] = {"gflop": round(counted, 1), "seconds": []}
         if device == "cuda":
             results[name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     for _ in range(repeats):
@@ -137,7 +161,7 @@ def main() -> None:
     model = Blip2QFormer(config).to(options.device).train()
     batch = make_batch(options.batch, options.tokens, *options.lengths, options.device)
     with _original.process_group():
-        rows = build_rows(model, batch)
+        rows = build_rows(model, batch, torch.bfloat16 if options.precision == "bf16" else None)
         losses = check_agreement(model, rows, options.batch, autocast, AGREEMENT[options.precision])
         results = measure(rows, autocast, options.repeats, options.device)
     ours = results["packed"]

@@ -116,9 +116,9 @@ class PackedText:
     def __len__(self) -> int:
         return self.offsets.shape[0] - 1
 
-    def with_first_token(self, token_id: int) -> PackedText:
-        """The same captions beginning with ``token_id``, as ITG puts [DEC] in the place of [CLS]."""
-        input_ids = self.input_ids.index_fill(0, self.offsets[:-1], token_id)
+    def with_first_token(self, token_id: int, captions: int) -> PackedText:
+        """The same, the first ``captions`` beginning with ``token_id``, as ITG puts [DEC] in the place of [CLS]."""
+        input_ids = self.input_ids.index_fill(0, self.offsets[:captions], token_id)
         return PackedText(input_ids, self.position_ids, self.offsets, self.max_length)
 
     def next_tokens(self) -> tuple[Tensor, Tensor]:
@@ -130,11 +130,25 @@ class PackedText:
         )
         return rows, self.input_ids[rows + 1]
 
-    def select(self, index: Tensor, num_rows: int) -> PackedText:
-        """Captions ``index`` in that order, repeats allowed; ``num_rows`` is the sum of their lengths."""
+    def select(self, index: Tensor, num_rows: int, *, fill: bool = False) -> PackedText:
+        """Captions ``index`` in that order, repeats allowed.
+
+        ``num_rows`` is the sum of their lengths, or with ``fill`` any number above it: then captions of arbitrary
+        tokens follow, ``fillers(num_rows)`` of them, some empty, so that shapes depend on ``num_rows`` alone.
+        """
         offsets = _lengths_to_offsets(self.lengths[index])
+        if fill:
+            fillers = torch.arange(1, self.fillers(num_rows) + 1, device=offsets.device)
+            ends = (offsets[-1] + self.max_length * fillers).clamp(max=num_rows)
+            offsets, index = torch.cat([offsets, ends]), torch.cat([index, torch.zeros_like(fillers)])
         rows = _rows_of(index, self.offsets, offsets, num_rows)
+        if fill:
+            rows = rows.clamp(max=self.num_rows - 1)
         return PackedText(self.input_ids[rows], self.position_ids[rows], offsets, self.max_length)
+
+    def fillers(self, num_rows: int) -> int:
+        """How many captions of ``max_length`` tokens fill ``num_rows``."""
+        return -(-num_rows // self.max_length)
 
     @staticmethod
     def concatenate(*texts: PackedText) -> PackedText:

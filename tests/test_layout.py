@@ -43,8 +43,25 @@ def test_select_and_next_tokens(rows, data):
     where, following = text.next_tokens()
     assert following.tolist() == [token for row in rows for token in row[1:]]
     assert text.input_ids[where].tolist() == [token for row in rows for token in row[:-1]]
-    begun = text.with_first_token(99)
+    begun = text.with_first_token(99, len(rows))
     assert begun.input_ids.tolist() == [token for row in rows for token in [99, *row[1:]]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=captions, extra=st.integers(0, 40), data=st.data())
+def test_fillers_follow_the_captions(rows, extra, data):
+    text = PackedText.from_padded(*padded(rows, 9), **LIMITS)
+    index = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
+    tokens = [token for i in index for token in rows[i]]
+    filled = text.select(torch.tensor(index), len(tokens) + extra, fill=True)
+    assert filled.num_rows == len(tokens) + extra == filled.offsets[-1]
+    assert len(filled) == len(index) + text.fillers(filled.num_rows)
+    assert filled.input_ids.tolist()[: len(tokens)] == tokens
+    assert filled.lengths[: len(index)].tolist() == [len(rows[i]) for i in index]
+    assert filled.lengths.min() >= 0 and filled.lengths.max() <= text.max_length
+    begun = filled.with_first_token(99, len(index))
+    assert begun.input_ids.tolist()[: len(tokens)] == [token for i in index for token in [99, *rows[i][1:]]]
+    assert torch.equal(begun.input_ids[len(tokens) :], filled.input_ids[len(tokens) :])
 
 
 def test_holes_in_a_mask_are_dropped():

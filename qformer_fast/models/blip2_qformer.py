@@ -46,6 +46,23 @@ class Stage1Output:
     negatives: tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class FirstSweep:
+    """What sweep 1 leaves for the captions' loss and for sweep 2.
+
+    Args:
+        image_kv (ImageKV): of the batch's images.
+        itg_rows (Tensor): (text rows, hidden), captions that begin with [DEC] and saw their image.
+        loss_itc, sim_i2t, sim_t2i (Tensor): as in :class:`Stage1Output`, similarities with gradients.
+    """
+
+    image_kv: ImageKV
+    itg_rows: Tensor
+    loss_itc: Tensor
+    sim_i2t: Tensor
+    sim_t2i: Tensor
+
+
 class LMHead(nn.Module):
     """BERT's prediction head without its decoder matrix, which is the word embeddings (Qformer.py:575-625)."""
 
@@ -166,57 +183,110 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             ValueError: sizes that disagree, an empty caption, indices out of range, non-finite image tokens (on CPU);
                 the message names the argument.
         """
-        batch = image_embeds.shape[0]
+        batch, device = image_embeds.shape[0], image_embeds.device
+        text = self.pack_captions(input_ids, attention_mask, batch).to(device)
+        same_image = self.same_image(image_ids, batch, device)
+        first = self.first_sweep(image_embeds, text, same_image)
+        if negatives is None:
+            negatives = self.draw_negatives(first, same_image)
+        image_index, text_index = self._check_negatives(negatives, batch, device)
+        negative_rows = self._count_negative_rows(text, image_index, text_index)
+        loss_itg = self.caption_loss(first.itg_rows, *text.next_tokens())
+        pairs = text.select(pairs_of(text_index), 2 * text.num_rows + negative_rows)
+        loss_itm, itm_logits = self.second_sweep(first.image_kv, pairs, image_index)
+        return Stage1Output(
+            loss=first.loss_itc + loss_itm + loss_itg,
+            loss_itc=first.loss_itc,
+            loss_itm=loss_itm,
+            loss_itg=loss_itg,
+            sim_i2t=first.sim_i2t.detach(),
+            sim_t2i=first.sim_t2i.detach(),
+            itm_logits=itm_logits.detach(),
+            itm_labels=self.match_labels(batch),
+            negatives=(image_index, text_index),
+        )
+
+    def pack_captions(self, input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> PackedText:
+        """The captions of ``batch`` images without padding, on the device of ``input_ids``.
+
+        Raises:
+            ValueError: another number of captions, an empty one, or none with a token to predict.
+        """
         if input_ids.shape[0] != batch:
             raise ValueError(f"input_ids must have batch size {batch} as image_embeds, got {input_ids.shape[0]}")
-        device = image_embeds.device
-        text = self.qformer.pack_text(input_ids, attention_mask).to(device)
+        text = self.qformer.pack_text(input_ids, attention_mask)
         if text.num_rows == batch:
             raise ValueError(
                 "attention_mask must keep at least two tokens of some caption, or ITG has nothing to predict"
             )
-        image_kv = self.image_kv(image_embeds)
-        itg_text = text.with_first_token(self.dec_token_id)
+        return text
 
-        both = PackedText.concatenate(itg_text, text)
+    def first_sweep(self, image_embeds: Tensor, text: PackedText, same_image: Tensor) -> FirstSweep:
+        """Each pair as [queries | caption] and each caption alone, and ITC.
+
+        Args:
+            image_embeds (Tensor): (batch, tokens, encoder_hidden).
+            text (PackedText): the batch's captions; captions after these are encoded and not read.
+            same_image (Tensor): (batch, batch) bool, True where two pairs show one image.
+        """
+        batch, device = image_embeds.shape[0], image_embeds.device
+        image_kv = self.image_kv(image_embeds)
+        both = PackedText.concatenate(text.with_first_token(self.dec_token_id, batch), text)
+        unimodal = _filled(len(both) - batch, Mask.UNIMODAL, device)
         layout = SequenceLayout(
             num_queries=self.query_tokens.shape[1],
             image_index=torch.arange(batch, device=device),
             text_offsets=both.offsets,
-            masks=torch.cat([_filled(batch, Mask.MULTIMODAL_CAUSAL, device), _filled(batch, Mask.UNIMODAL, device)]),
+            masks=torch.cat([_filled(batch, Mask.MULTIMODAL_CAUSAL, device), unimodal]),
             num_text_rows=both.num_rows,
             max_text_length=both.max_length,
         )
         rows = self.qformer.encode(layout, query_embeds=self.query_tokens, text=both, image_kv=image_kv)
         query_rows, itg_rows, text_rows = rows.split([layout.num_query_rows, text.num_rows, text.num_rows])
-
         image_features = self._image_features(query_rows)
-        text_features = self._text_features(text_rows[text.offsets[:-1]])
+        text_features = self._text_features(text_rows[text.offsets[:batch]])
         sim_i2t, sim_t2i = self._similarities(image_features, text_features)
-        same_image = self._same_image(image_ids, batch, device)
-        loss_itc = self._contrastive_loss(sim_i2t, sim_t2i, same_image)
-
-        if negatives is None:
-            negatives = self._draw_negatives(sim_i2t.detach(), sim_t2i.detach(), same_image)
-        image_index, text_index = self._check_negatives(negatives, batch, device)
-        itm_text, itm_layout = self._matching_pairs(text, image_index, text_index)
-        loss_itg = self._caption_loss(itg_rows, itg_text)
-
-        itm_rows = self.qformer.encode(itm_layout, query_embeds=self.query_tokens, text=itm_text, image_kv=image_kv)
-        itm_logits = self._match_logits(itm_rows[: itm_layout.num_query_rows])
-        itm_labels = (torch.arange(3 * batch, device=device) < batch).long()
-        loss_itm = F.cross_entropy(itm_logits, itm_labels)
-        return Stage1Output(
-            loss=loss_itc + loss_itm + loss_itg,
-            loss_itc=loss_itc,
-            loss_itm=loss_itm,
-            loss_itg=loss_itg,
-            sim_i2t=sim_i2t.detach(),
-            sim_t2i=sim_t2i.detach(),
-            itm_logits=itm_logits.detach(),
-            itm_labels=itm_labels,
-            negatives=(image_index, text_index),
+        return FirstSweep(
+            image_kv=image_kv,
+            itg_rows=itg_rows,
+            loss_itc=self._contrastive_loss(sim_i2t, sim_t2i, same_image),
+            sim_i2t=sim_i2t,
+            sim_t2i=sim_t2i,
         )
+
+    def caption_loss(self, itg_rows: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Next-token loss (Qformer.py:1069-1083): ``labels`` (n,) of the ``rows`` (n,) among ``itg_rows``, -100 and
+        padding ignored.
+        """
+        return ops.linear_cross_entropy(
+            self.lm_head(itg_rows[rows]),
+            self.qformer.embeddings.word_embeddings.weight,
+            self.lm_head.bias,
+            labels.masked_fill(labels == self.config.pad_token_id, -100),
+            label_smoothing=LABEL_SMOOTHING,
+        )
+
+    def second_sweep(self, image_kv: ImageKV, pairs: PackedText, image_index: Tensor) -> tuple[Tensor, Tensor]:
+        """ITM on captions [own, own, negative] with images [own, negative, own] (blip2_qformer.py:211-238).
+
+        Captions after these are encoded and not read. Returns the loss and the logits (3 * batch, 2).
+        """
+        batch = len(image_index)
+        own = torch.arange(batch, device=image_index.device)
+        layout = SequenceLayout(
+            num_queries=self.query_tokens.shape[1],
+            image_index=torch.cat([own, image_index, own]),
+            text_offsets=pairs.offsets,
+            masks=_filled(len(pairs), Mask.BIDIRECTIONAL, own.device),
+            num_text_rows=pairs.num_rows,
+            max_text_length=pairs.max_length,
+        )
+        rows = self.qformer.encode(layout, query_embeds=self.query_tokens, text=pairs, image_kv=image_kv)
+        logits = self._match_logits(rows[: layout.num_query_rows])
+        return F.cross_entropy(logits, self.match_labels(batch)), logits
+
+    def match_labels(self, batch: int) -> Tensor:
+        return (torch.arange(3 * batch, device=self.temp.device) < batch).long()
 
     def _image_features(self, query_rows: Tensor) -> Tensor:
         features = F.normalize(_at_least_fp32(self.vision_proj(query_rows)), dim=-1)
@@ -239,7 +309,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
                 t2i = i2t.T
             return i2t / self.temp, t2i / self.temp
 
-    def _same_image(self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device) -> Tensor:
+    def same_image(self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device) -> Tensor:
         """(batch, batch) bool, True where two pairs show one image."""
         if image_ids is None:
             return torch.eye(batch, dtype=torch.bool, device=device)
@@ -257,8 +327,10 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         targets = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / same_image.shape[1]
         return (F.cross_entropy(sim_i2t, targets) + F.cross_entropy(sim_t2i, targets)) / 2
 
-    def _draw_negatives(self, sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.sample_negatives(sim_t2i, same_image), ops.sample_negatives(sim_i2t, same_image)
+    def draw_negatives(self, first: FirstSweep, same_image: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each text an image and of each image a text, (batch,) each, likely where ITC finds them alike."""
+        with torch.no_grad():
+            return ops.sample_negatives(first.sim_t2i, same_image), ops.sample_negatives(first.sim_i2t, same_image)
 
     def _check_negatives(
         self, negatives: tuple[Tensor, Tensor], batch: int, device: torch.device
@@ -269,43 +341,15 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
                 raise ValueError(f"negatives must be two indices of shape ({batch},), got {tuple(index.shape)}")
         return image_index, text_index
 
-    def _matching_pairs(
-        self, text: PackedText, image_index: Tensor, text_index: Tensor
-    ) -> tuple[PackedText, SequenceLayout]:
-        """Text and layout of sweep 2: text [own, own, negative] with image [own, negative, own]
-        (blip2_qformer.py:211-238).
-
-        The number of text rows depends on the draw: the step's one host sync after the captions were packed.
-        """
+    def _count_negative_rows(self, text: PackedText, image_index: Tensor, text_index: Tensor) -> int:
+        """Tokens of the negative captions: the step's one host sync after the captions were packed."""
         batch = len(text)
-        own = torch.arange(batch, device=image_index.device)
         negative_rows, *ends = torch.stack(
             [text.lengths[text_index.clamp(0, batch - 1)].sum(), *image_index.aminmax(), *text_index.aminmax()]
         ).tolist()
         if min(ends) < 0 or max(ends) >= batch:
             raise ValueError(f"negatives must lie in [0, {batch}), got {min(ends) if min(ends) < 0 else max(ends)}")
-        pairs = text.select(torch.cat([own, own, text_index]), 2 * text.num_rows + negative_rows)
-        layout = SequenceLayout(
-            num_queries=self.query_tokens.shape[1],
-            image_index=torch.cat([own, image_index, own]),
-            text_offsets=pairs.offsets,
-            masks=_filled(3 * batch, Mask.BIDIRECTIONAL, own.device),
-            num_text_rows=pairs.num_rows,
-            max_text_length=pairs.max_length,
-        )
-        return pairs, layout
-
-    def _caption_loss(self, itg_rows: Tensor, itg_text: PackedText) -> Tensor:
-        """Next-token loss on the rows that have a next token (Qformer.py:1069-1083)."""
-        rows, labels = itg_text.next_tokens()
-        labels = labels.masked_fill(labels == self.config.pad_token_id, -100)
-        return ops.linear_cross_entropy(
-            self.lm_head(itg_rows[rows]),
-            self.qformer.embeddings.word_embeddings.weight,
-            self.lm_head.bias,
-            labels,
-            label_smoothing=LABEL_SMOOTHING,
-        )
+        return negative_rows
 
     def _match_logits(self, query_rows: Tensor) -> Tensor:
         """Mean over the queries of the head's logits: (pairs * queries, hidden) -> (pairs, 2)."""
@@ -410,6 +454,12 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
 
     def _as_image_kv(self, images: Tensor | ImageKV) -> ImageKV:
         return images if isinstance(images, ImageKV) else self.image_kv(images)
+
+
+def pairs_of(text_index: Tensor) -> Tensor:
+    """Sweep 2's captions: own, own, negative."""
+    own = torch.arange(len(text_index), device=text_index.device)
+    return torch.cat([own, own, text_index])
 
 
 def _filled(sequences: int, mask: Mask, device: torch.device) -> Tensor:

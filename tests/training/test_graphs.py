@@ -1,0 +1,147 @@
+"""Stage 1 as CUDA graphs against the model itself, and the filled-up shapes that they need."""
+
+import pytest
+import torch
+
+from qformer_fast import Blip2QFormer, QFormerConfig
+from qformer_fast.backend import available, use_backend
+from qformer_fast.models.blip2_qformer import pairs_of
+from qformer_fast.training.graphs import GraphedStage1
+
+LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
+LENGTHS = [2, 12, 9, 5, 11, 3, 7]
+
+
+def config(**options):
+    sizes = dict(hidden_size=64, num_attention_heads=2, intermediate_size=96, num_hidden_layers=2, vocab_size=30523)
+    return QFormerConfig(**sizes, num_query_tokens=5, encoder_hidden_size=40, **options)
+
+
+def build(device, dropout=0.0):
+    torch.manual_seed(0)
+    options = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    return Blip2QFormer(config(**options)).to(device).train()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        scale = max(float(x.abs().max()), 1e-3)
+        assert float((actual[name] - x).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("text_rows, negative_rows", [(49, 60), (64, 64), (200, 49)])
+def test_fillers_change_neither_losses_nor_gradients(text_rows, negative_rows, backend, make_captions):
+    """What the graphs run, without them: more text rows than the captions have."""
+    if reason := available()[backend]:
+        pytest.skip(reason)
+    model = build("cpu")
+    ids, mask = make_captions(LENGTHS, 12)
+    images, same_image = torch.randn(7, 6, 40), torch.eye(7, dtype=torch.bool)
+    negatives = (torch.arange(7) + 1) % 7, (torch.arange(7) + 2) % 7
+    expected = model(images, ids, mask, negatives=negatives)
+    expected.loss.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    text = model.pack_captions(ids, mask, 7)
+    assert text.num_rows == 49
+    filled = text.select(torch.arange(7), text_rows, fill=True)
+    pairs = filled.select(pairs_of(negatives[1]), 2 * text_rows + negative_rows, fill=True)
+    assert filled.num_rows == text_rows and pairs.num_rows == 2 * text_rows + negative_rows
+    with use_backend(backend):
+        first = model.first_sweep(images, filled, same_image)
+        loss_itm, logits = model.second_sweep(first.image_kv, pairs, negatives[0])
+        loss = first.loss_itc + loss_itm + model.caption_loss(first.itg_rows, *text.next_tokens())
+        torch.testing.assert_close(loss, expected.loss)
+        torch.testing.assert_close(logits, expected.itm_logits)
+        loss.backward()
+    assert_same(gradients(model), wanted, 1e-4)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="model must be on a CUDA device, got cpu"):
+        GraphedStage1(build("cpu"))
+
+
+@pytest.fixture
+def batches(make_captions):
+    def make(lengths):
+        ids, mask = make_captions(lengths, 32)
+        return torch.randn(len(lengths), 6, 40, device="cuda"), ids, mask
+
+    return [make(LENGTHS), make([9, 4, 32, 2, 6, 20, 3]), make(LENGTHS[::-1])]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bucket", [1, 64])
+def test_losses_and_gradients_are_the_models(bucket, dtype, tolerance, batches):
+    """Also with a bucket of one row, where most draws find too little room and are run again."""
+    model = build("cuda")
+    graphed = GraphedStage1(model, dtype=dtype, bucket=bucket)
+    for images, ids, mask in batches * 2:
+        model.zero_grad()
+        out = graphed(images, ids, mask, [0, 1, 0, 2, 3, 4, 5])
+        actual = gradients(model)
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            expected = model(images, ids, mask, [0, 1, 0, 2, 3, 4, 5], negatives=out.negatives)
+        expected.loss.backward()
+        for name in LOSSES:
+            torch.testing.assert_close(getattr(out, name), getattr(expected, name).detach(), rtol=tolerance, atol=1e-4)
+        assert_same(actual, gradients(model), tolerance)
+        assert all((index != torch.arange(7, device="cuda")).all() for index in out.negatives)
+
+
+@pytest.mark.cuda
+def test_accumulation_scale_and_zero_grad(batches):
+    model = build("cuda")
+    graphed = GraphedStage1(model, bucket=64)
+    first, second = (graphed(*batch, scale=scale) for batch, scale in ((batches[0], 0.5), (batches[1], 2.0)))
+    actual = gradients(model)
+    model.zero_grad(set_to_none=True)
+    for batch, out, scale in ((batches[0], first, 0.5), (batches[1], second, 2.0)):
+        (model(*batch, negatives=out.negatives).loss * scale).backward()
+    assert_same(actual, gradients(model), 1e-4)
+    model.zero_grad(set_to_none=False)
+    graphed(*batches[0], scale=torch.tensor(0.0, device="cuda"))
+    assert all(g.abs().max() == 0 for g in gradients(model).values())
+
+
+@pytest.mark.cuda
+def test_each_replay_draws_its_own_dropout(batches):
+    model = build("cuda", dropout=0.3)
+    graphed = GraphedStage1(model, bucket=64)
+
+    def losses(seed):
+        torch.manual_seed(seed)
+        return [float(graphed(*batches[0]).loss) for _ in range(3)]
+
+    losses(0)
+    first, again, other = losses(1), losses(1), losses(2)
+    assert first == again
+    assert len({*first, *other}) == 6
+
+
+@pytest.mark.cuda
+def test_training_with_a_changing_learning_rate(batches):
+    """Ten steps, losses beside those of a twin without graphs."""
+    model, twin = build("cuda"), build("cuda")
+    graphed = GraphedStage1(model, bucket=64)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in (model, twin)]
+    for step in range(10):
+        batch = batches[step % 3]
+        out = graphed(*batch)
+        expected = twin(*batch, negatives=out.negatives)
+        expected.loss.backward()
+        torch.testing.assert_close(out.loss, expected.loss.detach(), rtol=1e-3, atol=1e-3)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert float(out.loss) < 8
