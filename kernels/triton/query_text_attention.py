@@ -168,13 +168,13 @@ def _bwd_tile(
     tl.store(dqkv_ptr + offs_qkv, dq, mask=mask)
     tl.store(dqkv_ptr + offs_qkv + hidden, dk, mask=mask)
     tl.store(dqkv_ptr + offs_qkv + 2 * hidden, dv, mask=mask)
-    # rows past the sequence's end are zero: their dout is, and no reader sees them. A shift of all keys moves no
-    # softmax, so the sum of dk is zero
+    # rows past the sequence's end are zero, but NaN where it has none: their dout is, and no reader sees them. A shift
+    # of all keys moves no softmax, so the sum of dk is zero
     offs_bias = head * HEADDIM + offs_d
     mask_d = offs_d < HEADDIM
-    tl.store(dbias_ptr + offs_bias, tl.sum(dq, axis=0), mask=mask_d)
+    tl.store(dbias_ptr + offs_bias, tl.where(length > 0, tl.sum(dq, axis=0), 0.0), mask=mask_d)
     tl.store(dbias_ptr + hidden + offs_bias, tl.zeros((BLOCK_D,), tl.float32), mask=mask_d)
-    tl.store(dbias_ptr + 2 * hidden + offs_bias, tl.sum(dv, axis=0), mask=mask_d)
+    tl.store(dbias_ptr + 2 * hidden + offs_bias, tl.where(length > 0, tl.sum(dv, axis=0), 0.0), mask=mask_d)
 
 
 @triton.jit

@@ -105,6 +105,7 @@ class RunConfig:
         device (str): "auto" takes a GPU where there is one.
         seed (int): of weights, dropout, negatives and the order of the data; at least 0.
         gradient_checkpointing (bool): compute layers again in backward to save memory.
+        cuda_graphs (bool): replay forward and backward as CUDA graphs; needs a GPU. For hosts slower than their GPU.
         save_every, log_every (int): optimizer steps.
         keep (int): checkpoints kept.
         resume (bool): go on from the last checkpoint in ``output_dir``.
@@ -119,6 +120,7 @@ class RunConfig:
     device: str = "auto"
     seed: int = 0
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = False
     save_every: int = 1000
     log_every: int = 10
     keep: int = 2

@@ -21,6 +21,7 @@ from qformer_fast.data.files import write_text
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
 from qformer_fast.training.checkpoint import list_checkpoints, load_checkpoint_state, save_checkpoint
 from qformer_fast.training.config import OptimizerConfig, RunConfig
+from qformer_fast.training.graphs import GraphedStage1
 from qformer_fast.training.optimizer import build_optimizer, lr_at
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,8 +70,8 @@ def train(
 
     Raises:
         ValueError: checkpoints in ``output_dir`` but ``run.resume`` is False, or of a run with another seed or batch; a
-            damaged checkpoint; TensorBoard asked for and not installed. FloatingPointError: a loss or gradient that is
-            NaN or Inf; names it and the step.
+            damaged checkpoint; TensorBoard asked for and not installed; CUDA graphs without a GPU.
+            FloatingPointError: a loss or gradient that is NaN or Inf; names it and the step.
     """
     check_output_dir(run)
     optimizer_config = optimizer_config or OptimizerConfig()
@@ -87,6 +88,7 @@ def train(
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, optimizer_config)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    graphed = GraphedStage1(model, dtype=AUTOCAST.get(run.precision)) if run.cuda_graphs else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
     identity = dict(seed=run.seed, batch_size=run.batch_size, accumulation=run.accumulation, pairs=len(dataset))
     identity["trainable_parameters"] = sum(p.numel() for p in parameters)
@@ -117,8 +119,15 @@ def train(
             metrics = torch.zeros(len(METRICS), device=device)
             for _ in range(run.accumulation):
                 batch = next(loader)
-                out = _forward(model, encoder, batch, device, run.precision)
-                scaler.scale(out.loss / run.accumulation).backward()
+                images = _image_tokens(encoder, batch, device, run.precision)
+                captions = batch.input_ids, batch.attention_mask, batch.image_ids
+                if graphed is not None:
+                    share = torch.full((), 1 / run.accumulation, device=device)
+                    out = graphed(images, *captions, scale=scaler.scale(share))
+                else:
+                    with _autocast(device, run.precision):
+                        out = model(images, *captions)
+                    scaler.scale(out.loss / run.accumulation).backward()
                 metrics += _metrics(out, batch.image_ids.to(device)) / run.accumulation
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -159,16 +168,16 @@ def check_output_dir(run: RunConfig) -> None:
         )
 
 
-def _forward(
-    model: Blip2QFormer, encoder: nn.Module | None, batch: Batch, device: torch.device, precision: str
-) -> Stage1Output:
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+
+
+def _image_tokens(encoder: nn.Module | None, batch: Batch, device: torch.device, precision: str) -> Tensor:
     images = batch.images.to(device, non_blocking=True)
-    with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-        if encoder is not None:
-            images = encoder(images)
-        elif precision == "fp32":
-            images = images.float()
-        return model(images, batch.input_ids, batch.attention_mask, image_ids=batch.image_ids)
+    if encoder is None:
+        return images.float() if precision == "fp32" else images
+    with _autocast(device, precision):
+        return encoder(images)
 
 
 def _metrics(out: Stage1Output, image_ids: Tensor) -> Tensor:

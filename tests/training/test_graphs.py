@@ -30,27 +30,32 @@ def gradients(model):
 def assert_same(actual, expected, tolerance):
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
-        scale = max(float(x.abs().max()), 1e-3)
+        scale = max(float(x.abs().max()), 1e-2)
         assert float((actual[name] - x).abs().max()) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("text_rows, negative_rows", [(49, 60), (64, 64), (200, 49)])
-def test_fillers_change_neither_losses_nor_gradients(text_rows, negative_rows, backend, make_captions):
+@pytest.mark.parametrize(
+    "lengths, text_rows, negative_rows",
+    [(LENGTHS, 49, 60), (LENGTHS, 64, 64), (LENGTHS, 200, 49), ([70, 2, 3], 160, 144)],
+    ids=["no-filler-first", "few", "many", "long"],
+)
+def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negative_rows, backend, make_captions):
     """What the graphs run, without them: more text rows than the captions have."""
     if reason := available()[backend]:
         pytest.skip(reason)
-    model = build("cpu")
-    ids, mask = make_captions(LENGTHS, 12)
-    images, same_image = torch.randn(7, 6, 40), torch.eye(7, dtype=torch.bool)
-    negatives = (torch.arange(7) + 1) % 7, (torch.arange(7) + 2) % 7
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, batch = build(device), len(lengths)
+    ids, mask = (x.to(device) for x in make_captions(lengths, max(lengths)))
+    images, same_image = torch.randn(batch, 6, 40, device=device), torch.eye(batch, dtype=torch.bool, device=device)
+    own = torch.arange(batch, device=device)
+    negatives = (own + 1) % batch, (own + 2) % batch
     expected = model(images, ids, mask, negatives=negatives)
     expected.loss.backward()
     wanted = gradients(model)
     model.zero_grad()
-    text = model.pack_captions(ids, mask, 7)
-    assert text.num_rows == 49
-    filled = text.select(torch.arange(7), text_rows, fill=True)
+    text = model.pack_captions(ids, mask, batch)
+    filled = text.select(own, text_rows, fill=True)
     pairs = filled.select(pairs_of(negatives[1]), 2 * text_rows + negative_rows, fill=True)
     assert filled.num_rows == text_rows and pairs.num_rows == 2 * text_rows + negative_rows
     with use_backend(backend):

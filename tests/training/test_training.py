@@ -338,6 +338,30 @@ def test_gradient_checkpointing_gives_the_same_losses(dataset, build, tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cuda_graphs_train_and_resume(dataset, build, tmp_path, precision):
+    """A resumed run knows less of how long negatives get, so its products may have other shapes: close, not equal."""
+    options = dict(device="cuda", cuda_graphs=True, accumulation=2, precision=precision)
+    whole = train(build(), dataset, run_config(tmp_path / "whole", **options), FAST)
+
+    def interrupt(entry):
+        if entry["step"] == 5:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        train(build(), dataset, run_config(tmp_path / "parts", **options), FAST, on_log=interrupt)
+    resumed = train(build(), dataset, run_config(tmp_path / "parts", **options, resume=True), FAST)
+    for a, b in zip(whole, resumed, strict=True):
+        assert b["loss_itg"] == pytest.approx(a["loss_itg"], rel=1e-4 if precision == "fp32" else 0.02)
+    assert whole[-1]["loss_itg"] < whole[0]["loss_itg"]
+
+
+def test_cuda_graphs_need_a_gpu(dataset, build, tmp_path):
+    with pytest.raises(ValueError, match="model must be on a CUDA device, got cpu"):
+        train(build(), dataset, run_config(tmp_path, cuda_graphs=True), FAST)
+
+
 def test_a_missing_tensorboard_is_named(dataset, build, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
