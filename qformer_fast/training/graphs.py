@@ -178,12 +178,15 @@ class _Capture:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._autocast():
-            # once without recording, with negatives that fit: Triton compiles, cuBLAS takes its workspace
+            # once without recording, sweep 2 with negatives that fit: Triton compiles, kernels are loaded, cuBLAS takes
+            # its workspace
             first = self._first()
+            self._draw(first)
             own = torch.arange(len(self.same_image), device=self.images.device)
             loss = first.loss_itc + self._caption_loss(first) + self._second(first, own, own)[0]
-            torch.autograd.grad(loss * self.scale, self.parameters, allow_unused=True)
-            del first, loss
+            found = torch.autograd.grad(loss * self.scale, self.parameters, allow_unused=True)
+            self._add([torch.zeros_like(total) for total in self.gradients], found)
+            del first, loss, found
         torch.cuda.current_stream().wait_stream(stream)
         self.graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
 
@@ -195,16 +198,13 @@ class _Capture:
 
         with recording(self.graphs[0]):
             first = self._first()
-            self.negatives = self.model.draw_negatives(first, self.same_image)
-            self.host_rows.copy_(self.text.lengths[self.negatives[1]].sum(), non_blocking=True)
+            self.negatives = self._draw(first)
         with recording(self.graphs[1]):
             loss_itg = self._caption_loss(first)
         with recording(self.graphs[2]):
             loss_itm, logits = self._second(first, *self.negatives)
             loss = first.loss_itc + loss_itm + loss_itg
-            found = torch.autograd.grad(loss * self.scale, self.parameters, allow_unused=True)
-            pairs = [(total, g) for total, g in zip(self.gradients, found, strict=True) if g is not None]
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+            self._add(self.gradients, torch.autograd.grad(loss * self.scale, self.parameters, allow_unused=True))
         self.out = Stage1Output(
             loss=loss.detach(),
             loss_itc=first.loss_itc.detach(),
@@ -236,6 +236,16 @@ class _Capture:
 
     def _first(self):
         return self.model.first_sweep(self.images, self.text, self.same_image)
+
+    def _draw(self, first) -> tuple[Tensor, Tensor]:
+        negatives = self.model.draw_negatives(first, self.same_image)
+        self.host_rows.copy_(self.text.lengths[negatives[1]].sum(), non_blocking=True)
+        return negatives
+
+    @staticmethod
+    def _add(totals: list[Tensor], found: Sequence[Tensor | None]) -> None:
+        pairs = [(total, g) for total, g in zip(totals, found, strict=True) if g is not None]
+        torch._foreach_add_([total for total, _ in pairs], [g for _, g in pairs])
 
     def _caption_loss(self, first) -> Tensor:
         return self.model.caption_loss(first.itg_rows, self.label_rows, self.labels)
