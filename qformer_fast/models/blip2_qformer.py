@@ -16,7 +16,7 @@ from qformer_fast.integrations.checkpoints import CheckpointMixin, LoadReport, l
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models.generation import CaptionDecoder
 from qformer_fast.models.padded import padded_layout
-from qformer_fast.models.qformer import DenseLayerNorm, ImageKV, QFormer
+from qformer_fast.models.qformer import DenseLayerNorm, ImageKV, LayerWeights, QFormer
 
 LABEL_SMOOTHING = 0.1
 
@@ -52,11 +52,13 @@ class FirstSweep:
 
     Args:
         image_kv (ImageKV): of the batch's images.
+        weights (list): of the encoder's layers, which both sweeps share.
         itg_rows (Tensor): (text rows, hidden), captions that begin with [DEC] and saw their image.
         loss_itc, sim_i2t, sim_t2i (Tensor): as in :class:`Stage1Output`, similarities with gradients.
     """
 
     image_kv: ImageKV
+    weights: list[LayerWeights]
     itg_rows: Tensor
     loss_itc: Tensor
     sim_i2t: Tensor
@@ -193,7 +195,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         negative_rows = self._count_negative_rows(text, image_index, text_index)
         loss_itg = self.caption_loss(first.itg_rows, *text.next_tokens())
         pairs = text.select(pairs_of(text_index), 2 * text.num_rows + negative_rows)
-        loss_itm, itm_logits = self.second_sweep(first.image_kv, pairs, image_index)
+        loss_itm, itm_logits = self.second_sweep(first, pairs, image_index)
         return Stage1Output(
             loss=first.loss_itc + loss_itm + loss_itg,
             loss_itc=first.loss_itc,
@@ -241,13 +243,17 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_text_rows=both.num_rows,
             max_text_length=both.max_length,
         )
-        rows = self.qformer.encode(layout, query_embeds=self.query_tokens, text=both, image_kv=image_kv)
+        weights = self.qformer.layer_weights(self.query_tokens)
+        rows = self.qformer.encode(
+            layout, query_embeds=self.query_tokens, text=both, image_kv=image_kv, weights=weights
+        )
         query_rows, itg_rows, text_rows = rows.split([layout.num_query_rows, text.num_rows, text.num_rows])
         image_features = self._image_features(query_rows)
         text_features = self._text_features(text_rows[text.offsets[:batch]])
         sim_i2t, sim_t2i = self._similarities(image_features, text_features)
         return FirstSweep(
             image_kv=image_kv,
+            weights=weights,
             itg_rows=itg_rows,
             loss_itc=self._contrastive_loss(sim_i2t, sim_t2i, same_image),
             sim_i2t=sim_i2t,
@@ -266,7 +272,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             label_smoothing=LABEL_SMOOTHING,
         )
 
-    def second_sweep(self, image_kv: ImageKV, pairs: PackedText, image_index: Tensor) -> tuple[Tensor, Tensor]:
+    def second_sweep(self, first: FirstSweep, pairs: PackedText, image_index: Tensor) -> tuple[Tensor, Tensor]:
         """ITM on captions [own, own, negative] with images [own, negative, own] (blip2_qformer.py:211-238).
 
         Captions after these are encoded and not read. Returns the loss and the logits (3 * batch, 2).
@@ -281,7 +287,9 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_text_rows=pairs.num_rows,
             max_text_length=pairs.max_length,
         )
-        rows = self.qformer.encode(layout, query_embeds=self.query_tokens, text=pairs, image_kv=image_kv)
+        rows = self.qformer.encode(
+            layout, query_embeds=self.query_tokens, text=pairs, image_kv=first.image_kv, weights=first.weights
+        )
         logits = self._match_logits(rows[: layout.num_query_rows])
         return F.cross_entropy(logits, self.match_labels(batch)), logits
 

@@ -20,6 +20,8 @@ from qformer_fast.config import QFormerConfig
 from qformer_fast.integrations.checkpoints import CheckpointMixin
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models import padded
+from qformer_fast.models.packing import stack_weights
+from qformer_fast.ops._checks import autocast_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,27 @@ class QFormerOutput(NamedTuple):
     text_output: Tensor | None
 
 
+class LayerWeights(NamedTuple):
+    """One layer's weights, stacked and cast once for all its uses in a step; see :meth:`QFormer.layer_weights`.
+
+    Args:
+        qkv (Tensor): (3 * hidden, hidden), and ``qkv_bias`` (3 * hidden,).
+        out, query_up, query_down (Tensor): of the self-attention's output and the queries' feed-forward layers.
+        cross_query, cross_out (Tensor, Optional): of cross-attention, in layers that have it.
+        text_up, text_down (Tensor, Optional): of the text's feed-forward layers.
+    """
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    out: Tensor
+    query_up: Tensor
+    query_down: Tensor
+    cross_query: Tensor | None
+    cross_out: Tensor | None
+    text_up: Tensor | None
+    text_down: Tensor | None
+
+
 class QKVProjection(nn.Module):
     def __init__(self, hidden: int, kv_input: int):
         super().__init__()
@@ -79,8 +102,9 @@ class DenseLayerNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(hidden, eps=eps)
 
     @property
-    def parameters_in_order(self) -> tuple[Tensor, ...]:
-        return self.dense.weight, self.dense.bias, self.LayerNorm.weight, self.LayerNorm.bias
+    def after_weight(self) -> tuple[Tensor, ...]:
+        """The parameters that follow the weight in the ops' arguments."""
+        return self.dense.bias, self.LayerNorm.weight, self.LayerNorm.bias
 
 
 class Dense(nn.Module):
@@ -96,26 +120,25 @@ class SelfAttention(nn.Module):
         self.attention = QKVProjection(config.hidden_size, config.hidden_size)
         self.output = DenseLayerNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
 
-    def _stacked(self, *names: str) -> tuple[Tensor, Tensor]:
-        projections = [getattr(self.attention, name) for name in names]
-        return torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-
-    def forward(self, rows: Tensor, layout: SequenceLayout) -> Tensor:
+    def forward(self, rows: Tensor, layout: SequenceLayout, weights: LayerWeights) -> Tensor:
         return ops.self_attention_block(
             rows,
             layout,
-            *self._stacked("query", "key", "value"),
-            *self.output.parameters_in_order,
+            weights.qkv,
+            weights.qkv_bias,
+            weights.out,
+            *self.output.after_weight,
             nheads=self.config.num_attention_heads,
             eps=self.config.layer_norm_eps,
             attention_dropout_p=self.config.attention_probs_dropout_prob if self.training else 0.0,
             hidden_dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
         )
 
-    def project(self, rows: Tensor, *names: str) -> tuple[Tensor, ...]:
-        """The named projections of rows (..., hidden), each (..., nheads, headdim)."""
-        out = F.linear(rows, *self._stacked(*names))
-        return out.unflatten(-1, (len(names), self.config.num_attention_heads, self.config.headdim)).unbind(-3)
+    def project(self, rows: Tensor, weights: LayerWeights, *, keys_values_only: bool = False) -> tuple[Tensor, ...]:
+        """Queries, keys and values of rows (..., hidden), each (..., nheads, headdim)."""
+        first = self.config.hidden_size if keys_values_only else 0
+        out = F.linear(rows, weights.qkv[first:], weights.qkv_bias[first:])
+        return out.unflatten(-1, (-1, self.config.num_attention_heads, self.config.headdim)).unbind(-3)
 
 
 class CrossAttention(nn.Module):
@@ -126,16 +149,23 @@ class CrossAttention(nn.Module):
         self.output = DenseLayerNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
 
     def forward(
-        self, query_rows: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, image_mask: Tensor | None
+        self,
+        query_rows: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: SequenceLayout,
+        image_mask: Tensor | None,
+        weights: LayerWeights,
     ) -> Tensor:
         return ops.cross_attention_block(
             query_rows,
             k,
             v,
             layout,
-            self.attention.query.weight,
+            weights.cross_query,
             self.attention.query.bias,
-            *self.output.parameters_in_order,
+            weights.cross_out,
+            *self.output.after_weight,
             image_mask=image_mask,
             eps=self.config.layer_norm_eps,
             attention_dropout_p=self.config.attention_probs_dropout_prob if self.training else 0.0,
@@ -165,18 +195,37 @@ class QFormerLayer(nn.Module):
         layout: SequenceLayout,
         image_kv: tuple[Tensor, Tensor] | None,
         image_mask: Tensor | None,
+        weights: LayerWeights,
     ) -> Tensor:
-        rows = self.attention(rows, layout)
+        rows = self.attention(rows, layout, weights)
         query_rows, text_rows = rows.split([layout.num_query_rows, layout.num_text_rows])
         if image_kv is not None:
-            query_rows = self.crossattention(query_rows, *image_kv, layout, image_mask)
-        return self.feed_forward(query_rows, text_rows)
+            query_rows = self.crossattention(query_rows, *image_kv, layout, image_mask, weights)
+        return self.feed_forward(query_rows, text_rows, weights)
 
-    def feed_forward(self, query_rows: Tensor, text_rows: Tensor) -> Tensor:
-        query = (*self.intermediate_query.dense.parameters(), *self.output_query.parameters_in_order)
-        text = None
+    def weights_to_stack(self) -> dict[str, tuple[Tensor, ...]]:
+        """Field of :class:`LayerWeights` -> the parameters stacked there, of those that are matrices."""
+        attention = self.attention.attention
+        groups = {
+            "qkv": (attention.query.weight, attention.key.weight, attention.value.weight),
+            "out": (self.attention.output.dense.weight,),
+            "query_up": (self.intermediate_query.dense.weight,),
+            "query_down": (self.output_query.dense.weight,),
+        }
+        if hasattr(self, "crossattention"):
+            groups["cross_query"] = (self.crossattention.attention.query.weight,)
+            groups["cross_out"] = (self.crossattention.output.dense.weight,)
         if self.config.use_qformer_text_input:
-            text = (*self.intermediate.dense.parameters(), *self.output.parameters_in_order)
+            groups["text_up"] = (self.intermediate.dense.weight,)
+            groups["text_down"] = (self.output.dense.weight,)
+        return groups
+
+    def feed_forward(self, query_rows: Tensor, text_rows: Tensor, weights: LayerWeights) -> Tensor:
+        up, down = self.intermediate_query.dense, self.output_query
+        query = weights.query_up, up.bias, weights.query_down, *down.after_weight
+        text = None
+        if weights.text_up is not None:
+            text = weights.text_up, self.intermediate.dense.bias, weights.text_down, *self.output.after_weight
         return ops.split_feed_forward_block(
             query_rows,
             text_rows,
@@ -186,15 +235,15 @@ class QFormerLayer(nn.Module):
             dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
         )
 
-    def decode(self, rows: Tensor, prefix: Tensor, cache: Cache, index: int) -> Tensor:
+    def decode(self, rows: Tensor, prefix: Tensor, cache: Cache, index: int, weights: LayerWeights) -> Tensor:
         """One more text token of each caption; arguments as :meth:`QFormer.decode`, ``index`` is this layer's."""
-        q, k, v = (x.unsqueeze(2) for x in self.attention.project(rows, "query", "key", "value"))
+        q, k, v = (x.unsqueeze(2) for x in self.attention.project(rows, weights))
         k, v = (torch.cat(x, dim=2) for x in zip(prefix.unbind(1), cache.update(k, v, index), strict=True))
         context = F.scaled_dot_product_attention(q, k, v).flatten(1)
-        out_weight, out_bias, *norm = self.attention.output.parameters_in_order
-        out = F.linear(context, out_weight, out_bias)
+        out_bias, *norm = self.attention.output.after_weight
+        out = F.linear(context, weights.out, out_bias)
         rows = ops.dropout_add_layer_norm(out, rows, *norm, eps=self.config.layer_norm_eps)
-        return self.feed_forward(rows[:0], rows)
+        return self.feed_forward(rows[:0], rows, weights)
 
 
 class QFormerEncoder(nn.Module):
@@ -304,6 +353,7 @@ class QFormer(CheckpointMixin, nn.Module):
         query_embeds: Tensor | None = None,
         text: PackedText | None = None,
         image_kv: ImageKV | None = None,
+        weights: list[LayerWeights] | None = None,
     ) -> Tensor:
         """Runs the packed rows through all layers.
 
@@ -312,6 +362,7 @@ class QFormer(CheckpointMixin, nn.Module):
             query_embeds (Tensor, Optional): (1 or query sequences, num_queries, hidden).
             text (PackedText, Optional): the text rows in the order of the sequences.
             image_kv (ImageKV, Optional): must be given with queries.
+            weights (list, Optional): of :meth:`layer_weights`, to be shared. Default: `None`, made here.
 
         Returns:
             Tensor: (rows, hidden), query rows first.
@@ -322,18 +373,35 @@ class QFormer(CheckpointMixin, nn.Module):
         if text is not None:
             parts.append(self.embed_text(text))
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-        for layer, layer_kv in self._layers(image_kv):
-            inputs = (rows, layout, layer_kv, None if image_kv is None else image_kv.mask)
+        weights = self.layer_weights(rows) if weights is None else weights
+        for layer, layer_kv, layer_weights in self._layers(image_kv, weights):
+            inputs = (rows, layout, layer_kv, None if image_kv is None else image_kv.mask, layer_weights)
             if self.gradient_checkpointing and self.training:
                 rows = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 rows = layer(*inputs)
         return rows
 
-    def _layers(self, image_kv: ImageKV | None) -> list[tuple[QFormerLayer, tuple[Tensor, Tensor] | None]]:
-        """Each layer with its slice of ``image_kv``, or None where it has no cross-attention."""
+    def layer_weights(self, rows: Tensor) -> list[LayerWeights]:
+        """The layers' weights as the ops take them for ``rows``: cast to autocast's dtype where it is on.
+
+        Made once for all encodings of a step, which then share the casts of weights and of their gradients.
+        """
+        layers = self.encoder.layer
+        named = [(i, *item) for i, layer in enumerate(layers) for item in layer.weights_to_stack().items()]
+        stacks = stack_weights([group for *_, group in named], autocast_dtype(rows))
+        fields: list[dict[str, Tensor | None]] = [dict.fromkeys(LayerWeights._fields) for _ in layers]
+        for (i, name, _), stack in zip(named, stacks, strict=True):
+            fields[i][name] = stack
+        for layer, values in zip(layers, fields, strict=True):
+            attention = layer.attention.attention
+            values["qkv_bias"] = torch.cat([attention.query.bias, attention.key.bias, attention.value.bias])
+        return [LayerWeights(**values) for values in fields]
+
+    def _layers(self, image_kv: ImageKV | None, weights: list[LayerWeights]) -> list[tuple]:
+        """Each layer with its slice of ``image_kv``, or None where it has no cross-attention, and its weights."""
         kv = dict(zip(self.config.cross_attention_layers, image_kv.layers, strict=True)) if image_kv else {}
-        return [(layer, kv.get(i)) for i, layer in enumerate(self.encoder.layer)]
+        return [(layer, kv.get(i), weights[i]) for i, layer in enumerate(self.encoder.layer)]
 
     def forward(
         self,
@@ -433,10 +501,12 @@ class QFormer(CheckpointMixin, nn.Module):
         layout = padded.padded_layout(Mask.UNIMODAL, None, None, images, num_queries, query_embeds.device)
         rows = self.embed_queries(query_embeds, images)
         prefix = []
-        for layer, layer_kv in self._layers(image_kv):
-            keys_values = layer.attention.project(rows.unflatten(0, (images, num_queries)), "key", "value")
+        for layer, layer_kv, weights in self._layers(image_kv, self.layer_weights(rows)):
+            keys_values = layer.attention.project(
+                rows.unflatten(0, (images, num_queries)), weights, keys_values_only=True
+            )
             prefix.append(torch.stack(keys_values, dim=1).transpose(2, 3))
-            rows = layer(rows, layout, layer_kv, image_kv.mask)
+            rows = layer(rows, layout, layer_kv, image_kv.mask, weights)
         return torch.stack(prefix, dim=1)
 
     def decode(self, input_ids: Tensor, prefix: Tensor, cache: Cache) -> Tensor:
@@ -452,8 +522,9 @@ class QFormer(CheckpointMixin, nn.Module):
         """
         position_ids = torch.full_like(input_ids, cache.get_seq_length())
         rows = self.embed_text(PackedText(input_ids, position_ids, torch.arange(len(input_ids) + 1), 1))
+        weights = self.layer_weights(rows)
         for index, (layer, layer_prefix) in enumerate(zip(self.encoder.layer, prefix.unbind(1), strict=True)):
-            rows = layer.decode(rows, layer_prefix, cache, index)
+            rows = layer.decode(rows, layer_prefix, cache, index, weights[index])
         return rows
 
     @torch.no_grad()
@@ -469,7 +540,7 @@ class QFormer(CheckpointMixin, nn.Module):
         maps: list[Tensor] = []
 
         def record(module: CrossAttention, inputs: tuple, _output: Tensor) -> None:
-            query_rows, k, _v, seq_layout, image_mask = inputs
+            query_rows, k, _v, seq_layout, image_mask, _weights = inputs
             q = F.linear(query_rows, module.attention.query.weight, module.attention.query.bias)
             q = q.unflatten(-1, (self.config.num_attention_heads, self.config.headdim))
             maps.append(reference.image_attention_probs(q, k, seq_layout, image_mask=image_mask))

@@ -253,4 +253,4 @@ class _Capture:
     def _second(self, first, image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor]:
         num_rows = 2 * self.shape.text_rows + self.shape.negative_rows
         pairs = self.text.select(pairs_of(text_index), num_rows, fill=True)
-        return self.model.second_sweep(first.image_kv, pairs, image_index)
+        return self.model.second_sweep(first, pairs, image_index)

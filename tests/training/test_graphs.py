@@ -60,7 +60,7 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
     assert filled.num_rows == text_rows and pairs.num_rows == 2 * text_rows + negative_rows
     with use_backend(backend):
         first = model.first_sweep(images, filled, same_image)
-        loss_itm, logits = model.second_sweep(first.image_kv, pairs, negatives[0])
+        loss_itm, logits = model.second_sweep(first, pairs, negatives[0])
         loss = first.loss_itc + loss_itm + model.caption_loss(first.itg_rows, *text.next_tokens())
         torch.testing.assert_close(loss, expected.loss)
         torch.testing.assert_close(logits, expected.itm_logits)

@@ -1,0 +1,61 @@
+"""Weights as the ops want them: stacked, and in the dtype that they are multiplied in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stack_weights(groups: list[tuple[Tensor, ...]], dtype: torch.dtype) -> list[Tensor]:
+    """Each group's weights one below the other in ``dtype``.
+
+    Weights of another dtype are cast all at once into one buffer, and so are their gradients. Gradients of a stack that
+    is used several times add up in ``dtype``, as they do under autocast, which casts a weight once a step.
+
+    Args:
+        groups (list): tuples of (rows, columns) weights; columns agree within a group.
+        dtype (torch.dtype): of the results.
+
+    Returns:
+        list: (sum of rows, columns) of each group.
+    """
+    weights = [weight for group in groups for weight in group]
+    if all(weight.dtype == dtype for weight in weights):
+        return [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
+    return list(_Stack.apply(dtype, [len(group) for group in groups], *weights))
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, counts: list[int], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.counts = counts
+        ctx.weights = [(weight.shape, weight.dtype) for weight in weights]
+        numels = [weight.numel() for weight in weights]
+        buffer = torch.empty(sum(numels), dtype=dtype, device=weights[0].device)
+        places = [place.view(weight.shape) for place, weight in zip(buffer.split(numels), weights, strict=True)]
+        torch._foreach_copy_(places, list(weights))
+        stacks, begin = [], 0
+        for count in counts:
+            rows = sum(len(place) for place in places[begin : begin + count])
+            columns = places[begin].shape[1]
+            start = places[begin].storage_offset()
+            stacks.append(buffer[start : start + rows * columns].view(rows, columns))
+            begin += count
+        return tuple(stacks)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        parts, begin = [], 0
+        for count, gradient in zip(ctx.counts, gradients, strict=True):
+            rows = [shape[0] for shape, _ in ctx.weights[begin : begin + count]]
+            parts += [None] * count if gradient is None else gradient.split(rows)
+            begin += count
+        given = [i for i, part in enumerate(parts) if part is not None and ctx.needs_input_grad[i + 2]]
+        found: list[Tensor | None] = [None] * len(parts)
+        for i in given:
+            shape, dtype = ctx.weights[i]
+            found[i] = torch.empty(shape, dtype=dtype, device=parts[i].device)
+        if given:
+            torch._foreach_copy_([found[i] for i in given], [parts[i] for i in given])
+        return None, None, *found
