@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -345,22 +346,32 @@ def time_mode(case: Case, provider: Provider, mode: str, dropout_p: float, setup
         return _time(make_arm(case, provider, mode, dropout_p, setup), mode, False, setup)
 
 
+# the product that gives a linear layer's out, dx or dweight -> shapes of its factors, from (rows, out, in), and itself
+PRODUCTS: dict[str, tuple[Callable, Callable]] = {
+    "out": (lambda rows, out, width: ((rows, width), (out, width)), lambda x, weight: x @ weight.T),
+    "dx": (lambda rows, out, width: ((rows, out), (out, width)), lambda dout, weight: dout @ weight),
+    "dweight": (lambda rows, out, width: ((rows, out), (rows, width)), lambda dout, x: dout.T @ x),
+}
+
+
 def time_gemms(case: Case, mode: str, setup: Setup) -> dict[str, Any]:
     """As ``time_mode``: the sum over the matrix products of the case's linear layers, each timed by itself."""
-    products = []
-    for rows, out, width in case.gemms:
-        if "fwd" in mode:
-            products.append(((rows, width), (out, width), lambda x, w: x @ w.T))
-        if "bwd" in mode:
-            products.append(((rows, out), (out, width), lambda dy, w: dy @ w))
-            products.append(((rows, out), (rows, width), lambda dy, x: dy.T @ x))
-    found = []
-    for *shapes, multiply in products:
+    names = ["out"] * ("fwd" in mode) + ["dx", "dweight"] * ("bwd" in mode)
+    return time_products(Counter((name, shape) for shape in case.gemms for name in names), setup)
+
+
+def time_products(products: Counter[tuple[str, tuple[int, int, int]]], setup: Setup) -> dict[str, Any]:
+    """As ``time_mode``: the sum over (key of ``PRODUCTS``, (rows, out, in)), each distinct one timed once."""
+    total, timing = Counter(), ""
+    for (name, shape), count in products.items():
+        factors, multiply = PRODUCTS[name]
+        shapes = factors(*shape)
         part = Case("gemm", "", lambda new, shapes=shapes: {"a": new(*shapes[0]), "b": new(*shapes[1])})
         provider = Provider(lambda inputs, _, multiply=multiply: multiply(inputs["a"].detach(), inputs["b"].detach()))
-        found.append(time_mode(part, provider, "fwd", 0.0, setup))
-    total = {name: _digits(sum(times[name] for times in found)) for name in ("p20_us", "p50_us", "p80_us")}
-    return {**total, "timing": found[0]["timing"]}
+        found = time_mode(part, provider, "fwd", 0.0, setup)
+        timing = found.pop("timing")
+        total.update({key: count * value for key, value in found.items()})
+    return {**{key: _digits(value) for key, value in total.items()}, "timing": timing}
 
 
 def peak_mib(case: Case, provider: Provider, dropout_p: float, setup: Setup) -> float | None:

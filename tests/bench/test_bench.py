@@ -4,20 +4,23 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 from _cases import CASES, Sizes  # noqa: E402
+from _floor import flops, stage1_products, time_floor  # noqa: E402
 from _harness import Provider, Setup, bytes_floor, measure  # noqa: E402
 from _providers import providers, reference_provider  # noqa: E402
 from report import best_other, groups, report, slower  # noqa: E402
 
-from qformer_fast import ops  # noqa: E402
+from qformer_fast import Blip2QFormer, QFormerConfig, ops  # noqa: E402
 
 SETUP = Setup("cpu", torch.float32, repeats=2)
 CEILINGS = {"gb_s": 2980.0, "tflop_s": 767.0}
@@ -42,6 +45,25 @@ def test_cases_fit_the_public_op_and_every_row_has_a_time(op):
         timed = [row for row in rows if row["provider"] == "public"]
         assert {(row["dropout_p"], row["mode"]) for row in timed} == {(p, m) for p in case.dropouts for m in case.modes}
         assert all(0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] and row["floor_ratio"] > 0 for row in timed)
+
+
+def test_the_floor_of_stage_1_is_what_the_packed_path_multiplies():
+    """FLOPs counted while the model runs, those of attention and of similarities aside, which are batched products."""
+    config = QFormerConfig(
+        vocab_size=30592, hidden_size=64, num_attention_heads=2, num_hidden_layers=3, intermediate_size=96,
+        encoder_hidden_size=40, num_query_tokens=5, cross_attention_frequency=2,
+    )  # fmt: skip
+    model = Blip2QFormer(config, embed_dim=16)
+    ids = torch.tensor([[101, 7, 8, 102], [101, 9, 102, 0], [101, 102, 0, 0]])
+    negatives = torch.tensor([1, 2, 0]), torch.tensor([1, 0, 1])
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(3, 6, 40), ids, ids.bool(), negatives=negatives).loss.backward()
+    counted = counter.get_flop_counts()["Global"]
+    single = sum(counted[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    products = stage1_products(config, batch=3, tokens=6, text_rows=9, negative_rows=3 + 4 + 3, embed_dim=16)
+    assert flops(products) == single
+    found = time_floor(Counter({("dweight", (5, 3, 4)): 2, ("out", (5, 3, 4)): 1}), SETUP)
+    assert found["gflop"] == 0.0 and found["ms"] >= 0
 
 
 class HalfGradient(torch.autograd.Function):

@@ -1,0 +1,63 @@
+"""The matrix products that a step of stage 1 needs, whoever runs it: what its time is held against."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from _harness import Setup, time_products
+
+from qformer_fast import QFormerConfig
+
+Products = Counter[tuple[str, tuple[int, int, int]]]
+
+
+def stage1_products(
+    config: QFormerConfig, *, batch: int, tokens: int, text_rows: int, negative_rows: int, embed_dim: int = 256
+) -> Products:
+    """Of forward and backward in two sweeps over packed rows, keys and values once an image; attention's own are not
+    among them.
+
+    Args:
+        batch, tokens (int): images, and tokens of each.
+        text_rows, negative_rows (int): tokens of the batch's captions, and of the negative captions.
+        embed_dim (int): width of the ITC features.
+
+    Returns:
+        Counter: (key of ``PRODUCTS``, (rows, out, in)) -> how often.
+    """
+    hidden, wide, found = config.hidden_size, config.intermediate_size, Counter()
+
+    def linear(rows: int, out: int, width: int, *names: str) -> None:
+        found.update((name, (rows, out, width)) for name in names or ("out", "dx", "dweight"))
+
+    images = len(config.cross_attention_layers)
+    linear(batch * tokens, images * 2 * hidden, config.encoder_hidden_size, "out", "dweight")
+    queries = batch * config.num_query_tokens
+    for query_rows, rows in ((queries, 2 * text_rows), (3 * queries, 2 * text_rows + negative_rows)):
+        for layer in range(config.num_hidden_layers):
+            linear(query_rows + rows, 3 * hidden, hidden)
+            linear(query_rows + rows, hidden, hidden)
+            if config.has_cross_attention(layer):
+                linear(query_rows, hidden, hidden)
+                linear(query_rows, hidden, hidden)
+            for count in (query_rows, rows):
+                linear(count, wide, hidden)
+                linear(count, hidden, wide)
+    linear(text_rows - batch, hidden, hidden)
+    # cuBLAS is twice as slow on a vocabulary that is no multiple of 8
+    linear(text_rows - batch, -(-config.vocab_size // 64) * 64, hidden)
+    linear(queries, embed_dim, hidden)
+    linear(batch, embed_dim, hidden)
+    linear(3 * queries, 2, hidden)
+    return found
+
+
+def flops(products: Products) -> int:
+    return sum(2 * rows * out * width * count for (_, (rows, out, width)), count in products.items())
+
+
+def time_floor(products: Products, setup: Setup) -> dict[str, Any]:
+    """Milliseconds of all ``products``, each timed by itself in a CUDA graph, and their GFLOP."""
+    found = time_products(products, setup)
+    return {"ms": round(found["p50_us"] / 1e3, 2), "gflop": round(flops(products) / 1e9, 1)}
