@@ -133,6 +133,8 @@ class RunConfig:
                 raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed must lie in [0, 2**32), got {self.seed}")
+        if self.cuda_graphs and self.gradient_checkpointing:
+            raise ValueError("run.cuda_graphs and run.gradient_checkpointing exclude each other, got both")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f'run.precision must be "fp32", "bf16" or "fp16", got {self.precision!r}')
 

@@ -40,17 +40,20 @@ class GraphedStage1:
 
     Args:
         model (Blip2QFormer): on a CUDA device. Its parameters stay where they are; moving or replacing them afterwards
-            is not seen. Hooks and gradient checkpointing work, wrappers such as DDP do not.
+            is not seen. Not a wrapper such as DDP, and without gradient checkpointing, which reads random states that
+            a capture can't.
         dtype (torch.dtype, Optional): to autocast to. Default: `None`, no autocast.
         bucket (int): text rows that shapes are rounded up to. Default: 256.
 
     Raises:
-        ValueError: the model is not on a CUDA device, or a bucket below 1.
+        ValueError: the model is not on a CUDA device, gradient checkpointing is on, or a bucket below 1.
     """
 
     def __init__(self, model: Blip2QFormer, *, dtype: torch.dtype | None = None, bucket: int = 256):
         if model.temp.device.type != "cuda":
             raise ValueError(f"model must be on a CUDA device, got {model.temp.device}")
+        if model.qformer.gradient_checkpointing:
+            raise ValueError("model must have gradient checkpointing off: a capture can't read its random states")
         if bucket < 1:
             raise ValueError(f"bucket must be at least 1, got {bucket}")
         self.model = model
@@ -60,7 +63,7 @@ class GraphedStage1:
         self._gradients = [torch.zeros_like(p) for p in self._parameters]
         self._captures: dict[_Shape, _Capture] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._negative_rows = 0
+        self._negative_rows: dict[int, int] = {}  # by text_rows
 
     def __call__(
         self,
@@ -94,22 +97,20 @@ class GraphedStage1:
         max_length = -(-text.max_length // MAX_LENGTH_STEP) * MAX_LENGTH_STEP
         text = dataclasses.replace(text, max_length=max_length)
         text_rows = self._round_up(text.num_rows)
-        self._negative_rows = max(self._negative_rows, text_rows)
         inputs = (image_embeds, text, same_image, scale)
         self._attach_gradients()
         while True:
-            shape = _Shape(
-                image_embeds.shape, image_embeds.dtype, text_rows, self._negative_rows, max_length, model.training
-            )
+            room = self._negative_rows.setdefault(text_rows, text_rows + self.bucket)
+            shape = _Shape(image_embeds.shape, image_embeds.dtype, text_rows, room, max_length, model.training)
             state = torch.cuda.get_rng_state(device)
             if shape not in self._captures:
                 self._captures[shape] = self._capture(shape, inputs)
             capture = self._captures[shape]
             capture.load(*inputs)
             negative_rows = capture.draw()
-            if negative_rows <= shape.negative_rows:
+            if negative_rows <= room:
                 return capture.finish()
-            self._negative_rows = self._round_up(negative_rows)
+            self._negative_rows[text_rows] = self._round_up(negative_rows)
             torch.cuda.set_rng_state(state, device)
 
     def _round_up(self, rows: int) -> int:
