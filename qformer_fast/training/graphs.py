@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -132,9 +133,23 @@ class GraphedStage1:
         state = torch.cuda.get_rng_state(self.model.temp.device)
         capture = _Capture(self.model, self.dtype, shape, inputs[1], self._parameters, self._gradients)
         capture.load(*inputs)
-        capture.record(self._pool)
+        with _no_garbage_collection():
+            capture.record(self._pool)
         torch.cuda.set_rng_state(state, self.model.temp.device)
         return capture
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What is collected may free device memory or destroy graphs, which would end the capture at hand."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Capture:

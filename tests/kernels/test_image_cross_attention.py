@@ -60,7 +60,10 @@ def compare(assert_close, layout, q, buffer, dout, **options):
 @pytest.mark.usefixtures("poison")
 @DTYPES
 @pytest.mark.parametrize("case", CASES)
-def test_forward_and_gradients(case, dtype, assert_close):
+@pytest.mark.parametrize("multiprocessors", [1, 1000], ids=["many-heads", "few-heads"])
+def test_forward_and_gradients(multiprocessors, case, dtype, assert_close, monkeypatch):
+    """Few heads of images, for the device, take smaller tiles and several programs each."""
+    monkeypatch.setattr(kernels.launch, "num_multiprocessors", lambda device: multiprocessors)
     compare(assert_close, *build(case, dtype))
 
 
