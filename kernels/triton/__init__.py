@@ -13,6 +13,7 @@ from qformer_fast.kernels.image_cross_attention import (
     image_cross_attention_bwd_into,
     image_cross_attention_fwd,
 )
+from qformer_fast.kernels.layer_norm import sum_parts
 from qformer_fast.kernels.linear_cross_entropy import (
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
@@ -41,4 +42,5 @@ __all__ = [
     "query_text_attention_bwd",
     "query_text_attention_fwd",
     "sample_negatives_fwd",
+    "sum_parts",
 ]

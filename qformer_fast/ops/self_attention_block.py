@@ -92,6 +92,7 @@ def self_attention_block_bwd(
     """drows, dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias."""
     attend_bwd = backends.kernel_or_formula("query_text_attention_bwd", rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", rows)
+    sum_parts = backends.kernel_or_formula("sum_parts", rows)
     dx, drows, dnorm_weight, dnorm_bias, dout_bias = add_norm_bwd(
         dout, x, rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias
     )
@@ -102,7 +103,8 @@ def self_attention_block_bwd(
     dqkv = dqkv.view(rows.shape[0], -1)
     # without dropout dx and drows are one tensor, of which dx has been read by now
     drows = drows.addmm_(dqkv, qkv_weight)
-    dqkv_bias = dbias_parts.flatten(1).sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+    dqkv_bias = rows.new_empty(qkv_weight.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32))
+    sum_parts(dbias_parts.flatten(2), *dqkv_bias.view(3, -1))
     return drows, dqkv.t() @ rows, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias
 
 

@@ -37,6 +37,7 @@ from qformer_fast.reference.rowwise import (
     embeddings,
     embeddings_bwd,
     embeddings_fwd,
+    sum_parts,
 )
 
 __all__ = [
@@ -72,4 +73,5 @@ __all__ = [
     "sample_negatives_fwd",
     "self_attention_block",
     "split_feed_forward_block",
+    "sum_parts",
 ]

@@ -90,6 +90,12 @@ def _add_dropped(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tenso
     return _dropout(x, seed, dropout_p) + _wide(residual)
 
 
+def sum_parts(parts: Tensor, *outputs: Tensor) -> None:
+    """outputs[i] = the sum of parts[:, i] (parts, outputs, width) over the parts."""
+    for out, part in zip(outputs, parts.unbind(1), strict=True):
+        out.copy_(part.sum(0))
+
+
 def embeddings(
     input_ids: Tensor,
     position_ids: Tensor,
