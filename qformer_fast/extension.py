@@ -38,6 +38,11 @@ def _probe() -> str | None:
     return None if found == CAPABILITY else f"it needs compute capability {CAPABILITY}, this device has {found}"
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied where it is a view that does not start at 16 bytes, as in a flat parameter."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> Tensor:
     """up = rows @ weight^T, rounded to its dtype; returns gelu(up + bias).
 
@@ -45,6 +50,7 @@ def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> T
     fp32; widths multiples of 8.
     """
     out = torch.empty_like(up)
+    rows, weight, bias = map(_aligned, (rows, weight, bias))
     torch.ops.qformer_fast_cuda.linear_gelu_fwd(rows, weight, bias[None], up, out)
     return out
 
@@ -58,6 +64,7 @@ def linear_gelu_bwd(dout: Tensor, weight: Tensor, up: Tensor, bias: Tensor) -> t
 
     dup, out, dbias = torch.empty_like(up), torch.empty_like(up), torch.empty_like(bias)
     sums = up.new_empty(-(-up.shape[0] // ROWS_PER_SUM), 1, up.shape[1], dtype=torch.float32)
+    dout, weight, bias = map(_aligned, (dout, weight, bias))
     torch.ops.qformer_fast_cuda.linear_gelu_bwd(dout, weight, up, bias[None], dup, out, sums[:, 0])
     sum_parts(sums, dbias)
     return dup, dbias, out

@@ -108,6 +108,17 @@ def test_linear_gelu_bwd(shape, float_bias, dtype, on_gpu, assert_close):
 
 
 @pytest.mark.cuda
+def test_views_into_flat_tensors(on_gpu):
+    """Rows, weights and biases need not start at 16 bytes."""
+    given = draw(300, 64, 128, torch.bfloat16)
+    flat = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in given]
+    assert all(x.data_ptr() % 16 for x in flat)
+    up, expected_up = (given[0].new_empty(300, 128) for _ in range(2))
+    assert torch.equal(extension.linear_gelu_fwd(*flat, up), extension.linear_gelu_fwd(*given, expected_up))
+    assert torch.equal(up, expected_up)
+
+
+@pytest.mark.cuda
 def test_wrong_arguments_are_refused(on_gpu):
     x, weight, bias = draw(16, 32, 64, torch.bfloat16)
     up = x.new_empty(16, 64)
@@ -119,7 +130,7 @@ def test_wrong_arguments_are_refused(on_gpu):
         "bias must be": (x, weight, bias[:8], up),
         "bias has another dtype": (x, weight, bias.half(), up),
         "out must be": (x, weight, bias, up[:8]),
-        "aligned to 16 bytes": (x.new_empty(16 * 32 + 1)[1:].view(16, 32), weight, bias, up),
+        "aligned to 16 bytes": (x, weight, bias, x.new_empty(16 * 64 + 1)[1:].view(16, 64)),
         "multiples of 8": (x[:, :12].contiguous(), weight[:, :12].contiguous(), bias, up),
     }
     for message, arguments in wrong.items():
