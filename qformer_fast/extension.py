@@ -39,7 +39,8 @@ def _probe() -> str | None:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, copied where it is a view that does not start at 16 bytes, as in a flat parameter."""
+    """x, copied where it is strided or a view that does not start at 16 bytes, as in a flat parameter."""
+    x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 

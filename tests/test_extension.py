@@ -108,14 +108,16 @@ def test_linear_gelu_bwd(shape, float_bias, dtype, on_gpu, assert_close):
 
 
 @pytest.mark.cuda
-def test_views_into_flat_tensors(on_gpu):
-    """Rows, weights and biases need not start at 16 bytes."""
+def test_views(on_gpu):
+    """Rows, weights and biases need not start at 16 bytes, nor be contiguous."""
     given = draw(300, 64, 128, torch.bfloat16)
     flat = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in given]
     assert all(x.data_ptr() % 16 for x in flat)
     up, expected_up = (given[0].new_empty(300, 128) for _ in range(2))
     assert torch.equal(extension.linear_gelu_fwd(*flat, up), extension.linear_gelu_fwd(*given, expected_up))
     assert torch.equal(up, expected_up)
+    strided = given[0], given[1].t().contiguous().t(), given[2]
+    assert torch.equal(extension.linear_gelu_fwd(*strided, up), extension.linear_gelu_fwd(*given, expected_up))
 
 
 @pytest.mark.cuda
@@ -126,7 +128,7 @@ def test_wrong_arguments_are_refused(on_gpu):
         "rows must be bf16 or fp16": (x.float(), weight, bias, up),
         "weight has another dtype": (x, weight.half(), bias, up),
         "weight must be": (x, weight[:, :24], bias, up),
-        "weight must be contiguous": (x, weight.t().contiguous().t(), bias, up),
+        "out must be contiguous": (x, weight, bias, up.new_empty(64, 16).t()),
         "bias must be": (x, weight, bias[:8], up),
         "bias has another dtype": (x, weight, bias.half(), up),
         "out must be": (x, weight, bias, up[:8]),

@@ -108,7 +108,7 @@ def split_feed_forward_block_bwd(
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
             dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias
         )
-        dup_weight, ddown_weight = torch.empty_like(up_weight), torch.empty_like(down_weight)
+        dup_weight, ddown_weight = (weight.new_empty(weight.shape) for weight in (up_weight, down_weight))
         dup_biases = []
         for start, stop in _halves(rows.shape[0]):
             dx_half, up_half = dx[start:stop], up[part][start:stop]
