@@ -14,25 +14,8 @@ from qformer_fast import extension
 
 BACKENDS = ("reference", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# ops that CUDA tensors take unasked, by backend, the first that can: a GPU has run them and bench/results has figures
-MEASURED = {
-    "cuda": frozenset({"split_feed_forward_block"}),
-    "triton": frozenset(
-        {
-            "bias_gelu",
-            "contrastive_similarity",
-            "cross_attention_block",
-            "dropout_add_layer_norm",
-            "embeddings",
-            "image_cross_attention",
-            "linear_cross_entropy",
-            "query_text_attention",
-            "sample_negatives",
-            "self_attention_block",
-            "split_feed_forward_block",
-        }
-    ),
-}
+# what CUDA tensors take unasked, the first that has the op and can run it
+PREFERRED = ("cuda", "triton")
 
 _active: str | None = None
 
@@ -116,7 +99,7 @@ def resolve(
 
     name = backend or _active
     if name is None:
-        chosen = (name for name, ops in MEASURED.items() if op in ops and why_not(name) is None)
+        chosen = (name for name in PREFERRED if name in implementations and why_not(name) is None)
         return implementations[next(chosen, "reference") if x.is_cuda else "reference"]
     _check(name)
     if name not in implementations:

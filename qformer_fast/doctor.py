@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qformer_fast import ops
-from qformer_fast.backend import BACKENDS, MEASURED, available
+from qformer_fast.backend import BACKENDS, PREFERRED, available
 
 PACKAGES = ("qformer_fast", "torch", "triton", "transformers", "open_clip_torch", "safetensors", "numpy")
 
@@ -60,7 +60,7 @@ def _op(name: str) -> dict[str, Any]:
         reason = reasons[backend] or (None if backend in implementations else f"has no {name}")
         if reason:
             unavailable[backend] = reason
-    can_run = (backend for backend, names in MEASURED.items() if name in names and backend not in unavailable)
+    can_run = (backend for backend in PREFERRED if backend not in unavailable)
     uses = next(can_run, "reference") if torch.cuda.is_available() else "reference"
     return {"uses": uses, "unavailable": unavailable}
 

@@ -33,7 +33,7 @@ class GraphedStage1:
 
     Graphs want fixed shapes, so text rows are filled up to multiples of ``bucket`` with captions that no loss reads.
     How many rows the negative captions have is known only when they are drawn: the step waits for that number while
-    the captions' loss runs. Each new shape costs a capture of about a second; the graphs share one memory pool. Where
+    the captions' loss runs. Each new shape costs a capture; the graphs share one memory pool. Where
     a batch draws longer negatives than there is room for, the step is captured and run again with more room, from the
     same random state.
 
