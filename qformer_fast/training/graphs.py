@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qformer_fast.layout import PackedText
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output, pairs_of
@@ -64,6 +65,8 @@ class GraphedStage1:
         self._gradients = [torch.zeros_like(p) for p in self._parameters]
         self._captures: dict[_Shape, _Capture] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # one stream for all captures: the pool hands a stream only memory that was freed on it
+        self._stream = torch.cuda.Stream(model.temp.device)
         self._negative_rows: dict[int, int] = {}  # by text_rows
 
     def __call__(
@@ -131,12 +134,23 @@ class GraphedStage1:
 
     def _capture(self, shape: _Shape, inputs: tuple) -> _Capture:
         state = torch.cuda.get_rng_state(self.model.temp.device)
-        capture = _Capture(self.model, self.dtype, shape, inputs[1], self._parameters, self._gradients)
+        capture = _Capture(_with_own_leaves(self.model), self.dtype, shape, inputs[1], self._gradients)
         capture.load(*inputs)
         with _no_garbage_collection():
-            capture.record(self._pool)
+            capture.record(self._pool, self._stream)
         torch.cuda.set_rng_state(state, self.model.temp.device)
         return capture
+
+
+def _with_own_leaves(model: nn.Module) -> nn.Module:
+    """The model once more, its parameters other leaves of autograd on the same memory.
+
+    A loss of the model that is still alive keeps its leaves on the stream where it was computed. Backward then waits for
+    that stream, which a capture on another one must not.
+    """
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 @contextlib.contextmanager
@@ -155,9 +169,9 @@ def _no_garbage_collection() -> Iterator[None]:
 class _Capture:
     """Graphs of one shape, the tensors that they read, and the tensors that they write."""
 
-    def __init__(self, model, dtype, shape: _Shape, text: PackedText, parameters, gradients):
+    def __init__(self, model, dtype, shape: _Shape, text: PackedText, gradients):
         self.model, self.dtype, self.shape = model, dtype, shape
-        self.parameters, self.gradients = parameters, gradients
+        self.parameters, self.gradients = [p for p in model.parameters() if p.requires_grad], gradients
         device, batch = model.temp.device, shape.image_shape[0]
 
         def zeros(*size: int) -> Tensor:
@@ -190,8 +204,7 @@ class _Capture:
             place.copy_(given.pin_memory() if given.device.type == "cpu" else given, non_blocking=True)
         self.scale.copy_(scale) if isinstance(scale, Tensor) else self.scale.fill_(scale)
 
-    def record(self, pool: tuple[int, int]) -> None:
-        stream = torch.cuda.Stream()
+    def record(self, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._autocast():
             # once without recording, sweep 2 with negatives that fit: Triton compiles, kernels are loaded, cuBLAS takes

@@ -6,7 +6,7 @@ import torch
 from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.backend import available, use_backend
 from qformer_fast.models.blip2_qformer import pairs_of
-from qformer_fast.training.graphs import GraphedStage1
+from qformer_fast.training.graphs import GraphedStage1, _with_own_leaves
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
 LENGTHS = [2, 12, 9, 5, 11, 3, 7]
@@ -71,6 +71,21 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
 def test_bad_arguments():
     with pytest.raises(ValueError, match="model must be on a CUDA device, got cpu"):
         GraphedStage1(build("cpu"))
+
+
+def test_own_leaves_see_every_step_of_the_optimizer():
+    model = build("cpu")
+    model.text_proj.bias.requires_grad_(False)
+    twin = _with_own_leaves(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    for (name, parameter), (twin_name, other) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert name == twin_name and other is not parameter and other.requires_grad == parameter.requires_grad
+        assert torch.equal(other, parameter), name
+    loss = twin.text_features(torch.tensor([[101, 7, 102]])).sum()
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.fixture
