@@ -145,8 +145,8 @@ class GraphedStage1:
 def _with_own_leaves(model: nn.Module) -> nn.Module:
     """The model once more, its parameters other leaves of autograd on the same memory.
 
-    A loss of the model that is still alive keeps its leaves on the stream where it was computed. Backward then waits for
-    that stream, which a capture on another one must not.
+    A loss of the model that is still alive keeps its leaves on the stream where it was computed. Backward then waits
+    for that stream, which a capture on another one must not.
     """
     memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
