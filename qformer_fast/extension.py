@@ -56,16 +56,21 @@ def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> T
     return out
 
 
-def linear_gelu_bwd(dout: Tensor, weight: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_gelu_bwd(
+    dout: Tensor, weight: Tensor, up: Tensor, bias: Tensor, total: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """From dout, the gradient of gelu(up + bias) @ weight^T: dup, dbias, and gelu(up + bias) made again.
+
+    dbias is added to ``total`` where it is given.
 
     dout (rows, outputs), weight (outputs, inputs) and up (rows, inputs) contiguous; bias (inputs,).
     """
     from qformer_fast.kernels.layer_norm import sum_parts
 
-    dup, out, dbias = torch.empty_like(up), torch.empty_like(up), torch.empty_like(bias)
+    dup, out = torch.empty_like(up), torch.empty_like(up)
+    dbias = torch.empty_like(bias) if total is None else total
     sums = up.new_empty(-(-up.shape[0] // ROWS_PER_SUM), 1, up.shape[1], dtype=torch.float32)
     dout, weight, bias = map(_aligned, (dout, weight, bias))
     torch.ops.qformer_fast_cuda.linear_gelu_bwd(dout, weight, up, bias[None], dup, out, sums[:, 0])
-    sum_parts(sums, dbias)
+    sum_parts(sums, dbias, add=total is not None)
     return dup, dbias, out

@@ -38,8 +38,9 @@ def _lengths_to_offsets(lengths: Tensor) -> Tensor:
 
 def _rows_of(index: Tensor, offsets: Tensor, new_offsets: Tensor, num_rows: int) -> Tensor:
     """Row numbers of the sequences ``index`` under ``offsets``, laid one after the other; no host sync."""
-    shift = torch.repeat_interleave(offsets[index] - new_offsets[:-1], new_offsets.diff(), output_size=num_rows)
-    return shift + torch.arange(num_rows, device=offsets.device)
+    rows = torch.arange(num_rows, device=offsets.device)
+    sequence = torch.bucketize(rows, new_offsets[1:], right=True)
+    return rows + (offsets[index] - new_offsets[:-1])[sequence]
 
 
 @dataclass(frozen=True, eq=False)

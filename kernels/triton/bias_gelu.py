@@ -109,16 +109,20 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
 def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """dout, x (rows, width) contiguous, bias (width,) -> dx (rows, width), dbias (width,) in bias's dtype."""
     dx = torch.empty_like(x)
-    return dx, _bias_gelu_bwd(dx, dout, x, bias, None)
+    return dx, _bias_gelu_bwd(dx, dout, x, bias, None, None)
 
 
-def bias_gelu_bwd_in_place(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites dout with dx; returns dbias and, for the gradient of the layer after it, the forward's output."""
+def bias_gelu_bwd_in_place(dout: Tensor, x: Tensor, bias: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Overwrites dout with dx; returns dbias, added to ``total`` where it is given, and, for the gradient of the layer
+    after it, the forward's output.
+    """
     out = torch.empty_like(x)
-    return _bias_gelu_bwd(dout, dout, x, bias, out), out
+    return _bias_gelu_bwd(dout, dout, x, bias, out, total), out
 
 
-def _bias_gelu_bwd(dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+def _bias_gelu_bwd(
+    dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor, out: Tensor | None, total: Tensor | None
+) -> Tensor:
     M, N = x.shape
     settings = dict(launch.settings("bias_gelu_bwd", x.device))
     columns = triton.cdiv(N, settings["BLOCK_N"])
@@ -128,6 +132,6 @@ def _bias_gelu_bwd(dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor, out: Tenso
         bias_gelu_bwd_kernel[(row_programs, columns)](
             dout, x, bias, dx, parts, out, M, N, WITH_OUT=out is not None, **settings
         )
-    dbias = torch.empty_like(bias)
-    sum_parts(parts, dbias)
+    dbias = torch.empty_like(bias) if total is None else total
+    sum_parts(parts, dbias, add=total is not None)
     return dbias

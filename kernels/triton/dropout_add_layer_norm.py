@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -175,10 +177,12 @@ def dropout_add_layer_norm_bwd(
     seed: Tensor | None,
     dropout_p: float,
     x_bias: Tensor | None = None,
+    totals: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """dx, dresidual (rows, hidden); dweight, dbias (hidden,) in weight's dtype; with ``x_bias`` also dx_bias.
 
-    Without ``seed`` dresidual is dx, the same tensor.
+    Without ``seed`` dresidual is dx, the same tensor. The parameters' gradients are added to ``totals`` where they are
+    given.
     """
     M, N = x.shape
     settings = row_settings("dropout_add_layer_norm_bwd", N, x.device)
@@ -191,8 +195,7 @@ def dropout_add_layer_norm_bwd(
             dout, x, residual, x_bias, weight, mean, rstd, seed, dx, dresidual, parts,
             M, *threshold_and_scale(dropout_p), **settings,
         )  # fmt: skip
-    sums = [torch.empty_like(weight), torch.empty_like(weight)]
-    if x_bias is not None:
-        sums.append(torch.empty_like(x_bias))
-    sum_parts(parts, *sums)
+    parameters = (weight, weight) if x_bias is None else (weight, weight, x_bias)
+    sums = [torch.empty_like(p) for p in parameters] if totals is None else totals
+    sum_parts(parts, *sums, add=totals is not None)
     return dx, dresidual, *sums

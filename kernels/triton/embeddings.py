@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -153,8 +155,8 @@ def sum_runs_kernel(
     rows_ptr,  # (M, N)
     keys_ptr,  # (places,) int32, sorted
     order_ptr,  # (places,) int64: where each sorted key stood
-    word_ptr,  # (words, N), zeros
-    position_ptr,  # (positions, N), zeros
+    word_ptr,  # (words, N)
+    position_ptr,  # (positions, N)
     parts_ptr,  # (windows, 2, N) fp32
     M,
     places,
@@ -166,8 +168,8 @@ def sum_runs_kernel(
 ):
     """One program = BLOCK_N columns of one window of WINDOW sorted places: the sum over the rows of each key.
 
-    A key inside one window goes to its table. Of a longer one each window's sum is a part: parts[window, 1] where the
-    key begins, parts[window, 0] further on.
+    That of a key inside one window is added to its table. Of a longer one each window's sum is a part: parts[window, 1]
+    where the key begins, parts[window, 0] further on.
     """
     window = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -187,9 +189,9 @@ def sum_runs_kernel(
     whole = begins & ~goes_on
     is_word = key < words
     offs = key.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(word_ptr + offs, total, mask=(first & whole & is_word)[:, None] & mask_n)
+    _add_to(word_ptr + offs, total, (first & whole & is_word)[:, None] & mask_n)
     offs = (key - words).to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(position_ptr + offs, total, mask=(first & whole & ~is_word)[:, None] & mask_n)
+    _add_to(position_ptr + offs, total, (first & whole & ~is_word)[:, None] & mask_n)
     offs = (2 * window + begins.to(tl.int32)).to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(parts_ptr + offs, total, mask=(first & ~whole)[:, None] & mask_n)
 
@@ -232,13 +234,18 @@ def join_runs_kernel(
             offs_w += BLOCK_M
         row = tl.sum(total, axis=0)
         if this < words:
-            tl.store(word_ptr + this.to(tl.int64) * N + offs_n, row, mask=mask_n)
+            _add_to(word_ptr + this.to(tl.int64) * N + offs_n, row, mask_n)
         else:
-            tl.store(position_ptr + (this - words).to(tl.int64) * N + offs_n, row, mask=mask_n)
+            _add_to(position_ptr + (this - words).to(tl.int64) * N + offs_n, row, mask_n)
+
+
+@triton.jit
+def _add_to(ptrs, x, mask):
+    tl.store(ptrs, x + tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), mask=mask)
 
 
 def sum_rows_by_key(rows: Tensor, keys: Tensor, dword: Tensor, dposition: Tensor) -> None:
-    """Adds the ``rows`` of each key up in its row of the tables, which hold zeros.
+    """Adds the ``rows`` of each key to its row of the tables.
 
     The same bits at every call: keys are sorted stably, and each row is summed in that order.
 
@@ -299,16 +306,22 @@ def embeddings_bwd(
     seed: Tensor | None,
     padding_idx: int | None,
     dropout_p: float,
+    totals: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dword (words, hidden), dposition (positions, hidden), dweight, dbias (hidden,), each in its parameter's dtype."""
+    """dword (words, hidden), dposition (positions, hidden), dweight, dbias (hidden,), each in its parameter's dtype, or
+    added to ``totals``.
+    """
     M, N = dout.shape
     settings = row_settings("embeddings_bwd", N, dout.device)
     programs = launch.row_programs(M, settings, dout.device)
+    if totals is None:
+        tables = torch.zeros_like(word_weight), torch.zeros_like(position_weight)
+        dword, dposition, dweight, dbias = *tables, torch.empty_like(weight), torch.empty_like(weight)
+    else:
+        dword, dposition, dweight, dbias = totals
     drows = torch.empty(M, N, device=dout.device, dtype=word_weight.dtype)
     keys = torch.empty(2, M, device=dout.device, dtype=torch.int32)
     parts = torch.empty(programs, 2, N, device=dout.device, dtype=torch.float32)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-    dword, dposition = torch.zeros_like(word_weight), torch.zeros_like(position_weight)
     if M:
         embeddings_bwd_kernel[(programs,)](
             dout, input_ids, position_ids, word_weight, position_weight, weight, mean, rstd, seed, drows, keys, parts,
@@ -316,5 +329,5 @@ def embeddings_bwd(
             *threshold_and_scale(dropout_p), **settings,
         )  # fmt: skip
         sum_rows_by_key(drows, keys, dword, dposition)
-    sum_parts(parts, dweight, dbias)
+    sum_parts(parts, dweight, dbias, add=totals is not None)
     return dword, dposition, dweight, dbias

@@ -167,6 +167,7 @@ def image_cross_attention_bwd_kernel(
     dq_ptr,  # (query rows, nheads, HEADDIM)
     dk_ptr,  # (images, tokens, nheads, HEADDIM), strides stride_db, stride_dn
     dv_ptr,  # as dk
+    parts_ptr,  # (images, nheads, HEADDIM) fp32: the sum of dq over the readers of each image, or None
     seed_ptr,
     num_queries,
     chunks,
@@ -207,6 +208,8 @@ def image_cross_attention_bwd_kernel(
     dv_ptr += image * stride_db + head * HEADDIM
     scale_log2 = scale * 1.4426950408889634
     slots = tokens - SPLIT_FIRST
+    if parts_ptr is not None:
+        dq_sum = tl.zeros((BLOCK_D,), tl.float32)
     # at least one round, so that an image that no one looks at gets zeros
     for first in range(begin, tl.maximum(end, begin + 1), BLOCK_M // BLOCK_Q):
         adds = first > begin
@@ -279,6 +282,10 @@ def image_cross_attention_bwd_kernel(
             tl.store(dk_ptr + offs_dk, dk, mask=mask_n)
             tl.store(dv_ptr + offs_dk, dv, mask=mask_n)
         tl.store(dq_ptr + offs_q, dq, mask=mask_m)
+        if parts_ptr is not None:
+            dq_sum += tl.sum(dq, axis=0)
+    if parts_ptr is not None:
+        tl.store(parts_ptr + (image * nheads + head) * HEADDIM + offs_d, dq_sum, mask=mask_d)
 
 
 def _tile(kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool, few: bool) -> dict:
@@ -375,9 +382,12 @@ def image_cross_attention_bwd_into(
     dropout_p: float,
     *,
     accumulate: bool,
+    dq_parts: Tensor | None = None,
 ) -> Tensor:
     """Returns dq and writes dk and dv, or adds to them: (images, tokens, nheads, headdim), heads contiguous, equal
     strides.
+
+    Of each image it also writes the sum of dq over its readers to ``dq_parts`` (images, nheads, headdim) fp32.
     """
     dq = torch.empty_like(q)
     images, tokens, nheads, _ = k.shape
@@ -396,6 +406,7 @@ def image_cross_attention_bwd_into(
         dq,
         dk,
         dv,
+        dq_parts,
         seed,
         num_queries,
         triton.cdiv(num_queries, tile["BLOCK_Q"]),

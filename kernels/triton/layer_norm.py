@@ -65,10 +65,11 @@ def sum_parts_kernel(
     third_ptr,  # (N,) or None
     P,
     N,
+    ADD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program = BLOCK_N columns of one output, summed over P in a fixed order."""
+    """One program = BLOCK_N columns of one output, summed over P in a fixed order, with ADD added to it."""
     output = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -80,20 +81,29 @@ def sum_parts_kernel(
         total += tl.load(parts_ptr + offs_p[:, None] * (tl.num_programs(1) * N), mask=mask, other=0.0)
     column = tl.sum(total, axis=0)
     if output == 0:
-        tl.store(first_ptr + offs_n, column, mask=mask_n)
+        _store_sum(first_ptr, column, offs_n, mask_n, ADD)
     elif output == 1:
         if second_ptr is not None:
-            tl.store(second_ptr + offs_n, column, mask=mask_n)
+            _store_sum(second_ptr, column, offs_n, mask_n, ADD)
     elif third_ptr is not None:
-        tl.store(third_ptr + offs_n, column, mask=mask_n)
+        _store_sum(third_ptr, column, offs_n, mask_n, ADD)
 
 
-def sum_parts(parts: Tensor, *outputs: Tensor) -> None:
-    """Sums (programs, outputs, width) fp32 over the programs into one to three outputs (width,) of any dtype."""
+@triton.jit
+def _store_sum(out_ptr, column, offs_n, mask_n, ADD: tl.constexpr):
+    if ADD:
+        column += tl.load(out_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs_n, column, mask=mask_n)
+
+
+def sum_parts(parts: Tensor, *outputs: Tensor, add: bool = False) -> None:
+    """Sums (programs, outputs, width) fp32 over the programs into one to three outputs (width,) of any dtype, or adds
+    the sums to them.
+    """
     settings = launch.settings("sum_parts", parts.device)
     programs, count, width = parts.shape
     grid = (triton.cdiv(width, settings["BLOCK_N"]), count)
-    sum_parts_kernel[grid](parts, *outputs, *[None] * (3 - count), programs, width, **settings)
+    sum_parts_kernel[grid](parts, *outputs, *[None] * (3 - count), programs, width, ADD=add, **settings)
 
 
 def row_settings(kernel: str, width: int, device: torch.device) -> dict[str, Any]:

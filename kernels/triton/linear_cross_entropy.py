@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qformer_fast.kernels import launch
+from qformer_fast.products import product_into
 from qformer_fast.reference.losses import weight_gradient_dtype
 
 # below every logit, and finite: the difference of two stays a number
@@ -164,13 +167,16 @@ def linear_cross_entropy_bwd_kernel(
     divisor_ptr,  # () fp32
     out_ptr,  # (N,)
     N,
+    ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out = x dout / divisor; one program = BLOCK_N elements."""
+    """out = x dout / divisor, plus out with ADD; one program = BLOCK_N elements."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(dout_ptr).to(tl.float32) / tl.load(divisor_ptr)
-    x = tl.load(x_ptr + offs, mask=offs < N).to(tl.float32)
-    tl.store(out_ptr + offs, x * scale, mask=offs < N)
+    x = tl.load(x_ptr + offs, mask=offs < N).to(tl.float32) * scale
+    if ADD:
+        x += tl.load(out_ptr + offs, mask=offs < N).to(tl.float32)
+    tl.store(out_ptr + offs, x, mask=offs < N)
 
 
 def linear_cross_entropy_fwd(
@@ -215,18 +221,23 @@ def linear_cross_entropy_bwd(
     dbias: Tensor,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
+    totals: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of :func:`linear_cross_entropy_fwd` times dout () / divisor, in x's, weight's and bias's dtype."""
+    """The gradients of :func:`linear_cross_entropy_fwd` times dout () / divisor, in x's, weight's and bias's dtype.
+
+    Those of weight and bias are added to ``totals`` where they are given.
+    """
     settings = launch.settings("linear_cross_entropy_bwd", dx.device)
 
-    def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty_like(gradient, dtype=dtype)
-        if N := out.numel():
+    def scaled(gradient: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(gradient, dtype=dtype) if total is None else total
+        if N := gradient.numel():
             grid = (triton.cdiv(N, settings["BLOCK_N"]),)
-            linear_cross_entropy_bwd_kernel[grid](gradient, dout, divisor, out, N, **settings)
+            linear_cross_entropy_bwd_kernel[grid](gradient, dout, divisor, out, N, ADD=total is not None, **settings)
         return out
 
-    return scaled(dx, dx.dtype), scaled(dweight, weight_dtype), scaled(dbias, bias_dtype)
+    weight_total, bias_total = totals or (None, None)
+    return scaled(dx, dx.dtype), scaled(dweight, weight_dtype, weight_total), scaled(dbias, bias_dtype, bias_total)
 
 
 def linear_cross_entropy_rows_bwd(
@@ -299,7 +310,7 @@ def _chunk_by_chunk(
         if with_gradients[0]:
             torch.mm(logits, weight_rows, out=dx[start : start + chunk])
         if with_gradients[1]:
-            _add_product(dweight, logits.t(), part, add=start > 0)
+            product_into(dweight, logits.t(), part, add=start > 0)
         if with_gradients[2]:
             _add_column_sums(dbias, logits, add=start > 0)
     return dx, dweight[:vocab], dbias
@@ -309,18 +320,6 @@ def chunk_rows(rows: int, limit: int) -> int:
     """Rows of each chunk but the last: chunks of one size, as few as ``limit`` allows."""
     chunks = max(1, triton.cdiv(rows, limit))
     return max(1, triton.cdiv(rows, chunks * ROWS)) * ROWS
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
-    """total (fp32) = a b, plus ``total`` with ``add``; cuBLAS sums 16-bit factors in fp32 without rounding between."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=float(add), out=total)
-    elif not a.is_cuda:
-        torch.addmm(total, a.float(), b.float(), beta=float(add), out=total)
-    elif add:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        torch.mm(a, b, out_dtype=total.dtype, out=total)
 
 
 def _add_column_sums(total: Tensor, x: Tensor, *, add: bool) -> None:

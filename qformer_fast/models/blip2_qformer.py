@@ -15,8 +15,9 @@ from qformer_fast.config import QFormerConfig
 from qformer_fast.integrations.checkpoints import CheckpointMixin, LoadReport, load_into
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models.generation import CaptionDecoder
+from qformer_fast.models.packing import GradientBuffers, Group
 from qformer_fast.models.padded import padded_layout
-from qformer_fast.models.qformer import DenseLayerNorm, ImageKV, LayerWeights, QFormer
+from qformer_fast.models.qformer import BlockWeights, DenseLayerNorm, EncoderWeights, ImageKV, QFormer
 
 LABEL_SMOOTHING = 0.1
 
@@ -52,13 +53,13 @@ class FirstSweep:
 
     Args:
         image_kv (ImageKV): of the batch's images.
-        weights (list): of the encoder's layers, which both sweeps share.
+        weights (EncoderWeights): which both sweeps share.
         itg_rows (Tensor): (text rows, hidden), captions that begin with [DEC] and saw their image.
         loss_itc, sim_i2t, sim_t2i (Tensor): as in :class:`Stage1Output`, similarities with gradients.
     """
 
     image_kv: ImageKV
-    weights: list[LayerWeights]
+    weights: EncoderWeights
     itg_rows: Tensor
     loss_itc: Tensor
     sim_i2t: Tensor
@@ -150,13 +151,20 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.qformer.gradient_checkpointing = False
 
-    def image_kv(self, image_embeds: Tensor) -> ImageKV:
+    def groups(self) -> list[Group]:
+        """All parameters, those that the encoder stacks together."""
+        groups = self.qformer.groups()
+        stacked = {id(parameter) for group in groups for parameter in group}
+        return groups + [(parameter,) for parameter in self.parameters() if id(parameter) not in stacked]
+
+    def image_kv(self, image_embeds: Tensor, weights: BlockWeights | None = None) -> ImageKV:
         """``ln_vision`` and the keys and values of all cross-attention layers.
 
         Args:
             image_embeds (Tensor): (images, tokens, encoder_hidden), the image encoder's tokens, finite.
+            weights (BlockWeights, Optional): of :meth:`QFormer.kv_weights`. Default: `None`, made here.
         """
-        return self.qformer.image_kv(image_embeds, norm=self.ln_vision)
+        return self.qformer.image_kv(image_embeds, norm=self.ln_vision, weights=weights)
 
     def forward(
         self,
@@ -188,7 +196,8 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         batch, device = image_embeds.shape[0], image_embeds.device
         text = self.pack_captions(input_ids, attention_mask, batch).to(device)
         same_image = self.same_image(image_ids, batch, device)
-        first = self.first_sweep(image_embeds, text, same_image)
+        weights = self.qformer.encoder_weights(self.query_tokens)
+        first = self.first_sweep(self.image_kv(image_embeds), text, same_image, weights)
         if negatives is None:
             negatives = self.draw_negatives(first, same_image)
         image_index, text_index = self._check_negatives(negatives, batch, device)
@@ -223,16 +232,18 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             )
         return text
 
-    def first_sweep(self, image_embeds: Tensor, text: PackedText, same_image: Tensor) -> FirstSweep:
+    def first_sweep(
+        self, image_kv: ImageKV, text: PackedText, same_image: Tensor, weights: EncoderWeights
+    ) -> FirstSweep:
         """Each pair as [queries | caption] and each caption alone, and ITC.
 
         Args:
-            image_embeds (Tensor): (batch, tokens, encoder_hidden).
+            image_kv (ImageKV): of the batch's images.
             text (PackedText): the batch's captions; captions after these are encoded and not read.
             same_image (Tensor): (batch, batch) bool, True where two pairs show one image.
+            weights (EncoderWeights): of ``self.qformer``.
         """
-        batch, device = image_embeds.shape[0], image_embeds.device
-        image_kv = self.image_kv(image_embeds)
+        batch, device = image_kv.num_images, same_image.device
         both = PackedText.concatenate(text.with_first_token(self.dec_token_id, batch), text)
         unimodal = _filled(len(both) - batch, Mask.UNIMODAL, device)
         layout = SequenceLayout(
@@ -243,7 +254,6 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_text_rows=both.num_rows,
             max_text_length=both.max_length,
         )
-        weights = self.qformer.layer_weights(self.query_tokens)
         rows = self.qformer.encode(
             layout, query_embeds=self.query_tokens, text=both, image_kv=image_kv, weights=weights
         )
@@ -260,16 +270,19 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             sim_t2i=sim_t2i,
         )
 
-    def caption_loss(self, itg_rows: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def caption_loss(
+        self, itg_rows: Tensor, rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None
+    ) -> Tensor:
         """Next-token loss (Qformer.py:1069-1083): ``labels`` (n,) of the ``rows`` (n,) among ``itg_rows``, -100 and
-        padding ignored.
+        padding ignored. The kernels add the head's gradients to ``gradients``.
         """
+        parameters = self.qformer.embeddings.word_embeddings.weight, self.lm_head.bias
         return ops.linear_cross_entropy(
             self.lm_head(itg_rows[rows]),
-            self.qformer.embeddings.word_embeddings.weight,
-            self.lm_head.bias,
+            *parameters,
             labels.masked_fill(labels == self.config.pad_token_id, -100),
             label_smoothing=LABEL_SMOOTHING,
+            gradients=None if gradients is None else [gradients[(parameter,)] for parameter in parameters],
         )
 
     def second_sweep(self, first: FirstSweep, pairs: PackedText, image_index: Tensor) -> tuple[Tensor, Tensor]:

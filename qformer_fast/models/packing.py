@@ -5,8 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Group = tuple[Tensor, ...]
+"""Parameters that are stacked into one tensor, one below the other."""
 
-def stack_weights(groups: list[tuple[Tensor, ...]], dtype: torch.dtype) -> list[Tensor]:
+
+class GradientBuffers:
+    """A gradient tensor for each group of parameters, of their dtype.
+
+    Args:
+        groups (list): every parameter in one of them.
+        buffers (list, Optional): of other parameters of the same shapes, in the same order. Default: `None`, zeros.
+    """
+
+    def __init__(self, groups: list[Group], buffers: list[Tensor] | None = None):
+        self.groups = groups
+        if buffers is None:
+            buffers = [
+                group[0].new_zeros(sum(map(len, group)), *group[0].shape[1:])
+                if group[0].ndim
+                else torch.zeros_like(group[0])
+                for group in groups
+            ]
+        self.buffers = buffers
+        self._places = {id(group[0]): buffer for group, buffer in zip(groups, buffers, strict=True)}
+
+    def __getitem__(self, group: Group) -> Tensor:
+        """(sum of rows, ...): the gradients of a whole group."""
+        return self._places[id(group[0])]
+
+    def of_parameters(self) -> list[tuple[Tensor, Tensor]]:
+        """Every parameter with the view that is its gradient."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
+            views = buffer.split([len(p) for p in group]) if len(group) > 1 else [buffer]
+            found += zip(group, views, strict=True)
+        return found
+
+
+def stack_weights(groups: list[Group], dtype: torch.dtype) -> list[Tensor]:
     """Each group's weights one below the other in ``dtype``.
 
     Weights of another dtype are cast all at once into one buffer, and so are their gradients. Gradients of a stack that

@@ -5,6 +5,8 @@ Parameter names are Hugging Face's ``Blip2QFormerModel``'s; the modules hold par
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,8 +22,25 @@ from qformer_fast.config import QFormerConfig
 from qformer_fast.integrations.checkpoints import CheckpointMixin
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models import padded
-from qformer_fast.models.packing import stack_weights
+from qformer_fast.models.packing import GradientBuffers, Group, stack_weights
 from qformer_fast.ops._checks import autocast_dtype
+
+
+class LayerKV(NamedTuple):
+    """What one cross-attention layer reads of an :class:`ImageKV`, views of it.
+
+    Args:
+        k, v (Tensor): (images, tokens, nheads, headdim).
+        mask (Tensor, Optional): as in :class:`ImageKV`.
+        gradients (tuple, Optional): two like k and v, for ``kv_gradients`` of :func:`ops.cross_attention_block`.
+        accumulate (bool): as there.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    gradients: tuple[Tensor, Tensor] | None
+    accumulate: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,24 +51,35 @@ class ImageKV:
         buffer (Tensor): (images, tokens, cross-attention layers, 2, nheads, headdim); keys at 0, values at 1.
         mask (Tensor, Optional): (images, 1 or num_queries, tokens), bool (True = may look) or float (added to the
             scores).
+        gradient (Tensor, Optional): like ``buffer``, where the kernels write its gradient instead of giving it to
+            autograd. Default: `None`.
+        accumulate (bool): they add to ``gradient``. Default: False.
     """
 
     buffer: Tensor
     mask: Tensor | None = None
+    gradient: Tensor | None = None
+    accumulate: bool = False
 
     @property
     def num_images(self) -> int:
         return self.buffer.shape[0]
 
     @cached_property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (images, tokens, nheads, headdim) of each cross-attention layer, views of the buffer."""
-        keys_values = self.buffer.flatten(2, 3).unbind(2)
-        return list(zip(keys_values[::2], keys_values[1::2], strict=True))
+    def layers(self) -> list[LayerKV]:
+        """Of each cross-attention layer."""
+        gradients = itertools.repeat(None) if self.gradient is None else _keys_and_values(self.gradient)
+        pairs = zip(_keys_and_values(self.buffer), gradients, strict=False)
+        return [LayerKV(*kv, self.mask, gradient, self.accumulate) for kv, gradient in pairs]
 
     def select(self, index: Tensor) -> ImageKV:
         """The images ``index``, copied."""
         return ImageKV(self.buffer[index], None if self.mask is None else self.mask[index])
+
+
+def _keys_and_values(buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
+    found = buffer.flatten(2, 3).unbind(2)
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 class QFormerOutput(NamedTuple):
@@ -66,25 +96,53 @@ class QFormerOutput(NamedTuple):
     text_output: Tensor | None
 
 
-class LayerWeights(NamedTuple):
-    """One layer's weights, stacked and cast once for all its uses in a step; see :meth:`QFormer.layer_weights`.
+class BlockWeights(NamedTuple):
+    """A sub-layer's parameters in the order of its op's arguments, matrices stacked and cast.
 
     Args:
-        qkv (Tensor): (3 * hidden, hidden), and ``qkv_bias`` (3 * hidden,).
-        out, query_up, query_down (Tensor): of the self-attention's output and the queries' feed-forward layers.
-        cross_query, cross_out (Tensor, Optional): of cross-attention, in layers that have it.
-        text_up, text_down (Tensor, Optional): of the text's feed-forward layers.
+        parameters (list): of tensors.
+        gradients (list, Optional): tensors like them that the op adds their gradients to. Default: `None`.
     """
 
-    qkv: Tensor
-    qkv_bias: Tensor
-    out: Tensor
-    query_up: Tensor
-    query_down: Tensor
-    cross_query: Tensor | None
-    cross_out: Tensor | None
-    text_up: Tensor | None
-    text_down: Tensor | None
+    parameters: list[Tensor]
+    gradients: list[Tensor] | None = None
+
+    @classmethod
+    def make(cls, groups: list[Group], parameters: list[Tensor], gradients: GradientBuffers | None) -> BlockWeights:
+        """With ``gradients`` the parameters become leaves of autograd."""
+        if gradients is None:
+            return cls(parameters)
+        leaves = [x if isinstance(x, nn.Parameter) else x.detach().requires_grad_() for x in parameters]
+        return cls(leaves, [gradients[group] for group in groups])
+
+    def leaves(self) -> list[tuple[Tensor, Tensor]]:
+        """Every parameter that requires grad, beside its gradient."""
+        return [pair for pair in zip(self.parameters, self.gradients, strict=True) if pair[0].requires_grad]
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights; a sub-layer that the layer lacks has None."""
+
+    self_attention: BlockWeights
+    query_feed_forward: BlockWeights
+    cross_attention: BlockWeights | None = None
+    text_feed_forward: BlockWeights | None = None
+
+
+class EncoderWeights(NamedTuple):
+    """What all encodings of a step share; see :meth:`QFormer.encoder_weights`.
+
+    Args:
+        layers (list): of :class:`LayerWeights`.
+        embedding_gradients (list, Optional): for ``gradients`` of :func:`ops.embeddings`.
+    """
+
+    layers: list[LayerWeights]
+    embedding_gradients: list[Tensor] | None
+
+    def leaves(self) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`BlockWeights.leaves`, of all layers."""
+        return [pair for layer in self.layers for block in layer if block is not None for pair in block.leaves()]
 
 
 class QKVProjection(nn.Module):
@@ -102,9 +160,9 @@ class DenseLayerNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(hidden, eps=eps)
 
     @property
-    def after_weight(self) -> tuple[Tensor, ...]:
-        """The parameters that follow the weight in the ops' arguments."""
-        return self.dense.bias, self.LayerNorm.weight, self.LayerNorm.bias
+    def groups(self) -> list[Group]:
+        parameters = self.dense.weight, self.dense.bias, self.LayerNorm.weight, self.LayerNorm.bias
+        return [(parameter,) for parameter in parameters]
 
 
 class Dense(nn.Module):
@@ -120,24 +178,29 @@ class SelfAttention(nn.Module):
         self.attention = QKVProjection(config.hidden_size, config.hidden_size)
         self.output = DenseLayerNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, rows: Tensor, layout: SequenceLayout, weights: LayerWeights) -> Tensor:
+    @property
+    def groups(self) -> list[Group]:
+        """Parameters in the order of :func:`ops.self_attention_block`, those of one argument together."""
+        layers = self.attention.query, self.attention.key, self.attention.value
+        return [tuple(x.weight for x in layers), tuple(x.bias for x in layers), *self.output.groups]
+
+    def forward(self, rows: Tensor, layout: SequenceLayout, weights: BlockWeights) -> Tensor:
         return ops.self_attention_block(
             rows,
             layout,
-            weights.qkv,
-            weights.qkv_bias,
-            weights.out,
-            *self.output.after_weight,
+            *weights.parameters,
             nheads=self.config.num_attention_heads,
             eps=self.config.layer_norm_eps,
             attention_dropout_p=self.config.attention_probs_dropout_prob if self.training else 0.0,
             hidden_dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
+            gradients=weights.gradients,
         )
 
-    def project(self, rows: Tensor, weights: LayerWeights, *, keys_values_only: bool = False) -> tuple[Tensor, ...]:
+    def project(self, rows: Tensor, weights: BlockWeights, *, keys_values_only: bool = False) -> tuple[Tensor, ...]:
         """Queries, keys and values of rows (..., hidden), each (..., nheads, headdim)."""
         first = self.config.hidden_size if keys_values_only else 0
-        out = F.linear(rows, weights.qkv[first:], weights.qkv_bias[first:])
+        weight, bias, *_ = weights.parameters
+        out = F.linear(rows, weight[first:], bias[first:])
         return out.unflatten(-1, (-1, self.config.num_attention_heads, self.config.headdim)).unbind(-3)
 
 
@@ -148,28 +211,25 @@ class CrossAttention(nn.Module):
         self.attention = QKVProjection(config.hidden_size, config.encoder_hidden_size)
         self.output = DenseLayerNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
 
-    def forward(
-        self,
-        query_rows: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: SequenceLayout,
-        image_mask: Tensor | None,
-        weights: LayerWeights,
-    ) -> Tensor:
+    @property
+    def groups(self) -> list[Group]:
+        """Parameters in the order of :func:`ops.cross_attention_block`."""
+        return [(self.attention.query.weight,), (self.attention.query.bias,), *self.output.groups]
+
+    def forward(self, query_rows: Tensor, image_kv: LayerKV, layout: SequenceLayout, weights: BlockWeights) -> Tensor:
         return ops.cross_attention_block(
             query_rows,
-            k,
-            v,
+            image_kv.k,
+            image_kv.v,
             layout,
-            weights.cross_query,
-            self.attention.query.bias,
-            weights.cross_out,
-            *self.output.after_weight,
-            image_mask=image_mask,
+            *weights.parameters,
+            image_mask=image_kv.mask,
             eps=self.config.layer_norm_eps,
             attention_dropout_p=self.config.attention_probs_dropout_prob if self.training else 0.0,
             hidden_dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
+            gradients=weights.gradients,
+            kv_gradients=image_kv.gradients,
+            accumulate=image_kv.accumulate,
         )
 
 
@@ -189,59 +249,48 @@ class QFormerLayer(nn.Module):
         self.intermediate_query = Dense(hidden, wide)
         self.output_query = DenseLayerNorm(wide, hidden, config.layer_norm_eps)
 
-    def forward(
-        self,
-        rows: Tensor,
-        layout: SequenceLayout,
-        image_kv: tuple[Tensor, Tensor] | None,
-        image_mask: Tensor | None,
-        weights: LayerWeights,
-    ) -> Tensor:
-        rows = self.attention(rows, layout, weights)
+    def forward(self, rows: Tensor, layout: SequenceLayout, image_kv: LayerKV | None, weights: LayerWeights) -> Tensor:
+        rows = self.attention(rows, layout, weights.self_attention)
         query_rows, text_rows = rows.split([layout.num_query_rows, layout.num_text_rows])
         if image_kv is not None:
-            query_rows = self.crossattention(query_rows, *image_kv, layout, image_mask, weights)
+            query_rows = self.crossattention(query_rows, image_kv, layout, weights.cross_attention)
         return self.feed_forward(query_rows, text_rows, weights)
 
-    def weights_to_stack(self) -> dict[str, tuple[Tensor, ...]]:
-        """Field of :class:`LayerWeights` -> the parameters stacked there, of those that are matrices."""
-        attention = self.attention.attention
+    @property
+    def groups(self) -> dict[str, list[Group]]:
+        """Field of :class:`LayerWeights` -> its parameters, those of one argument together."""
+
+        def feed_forward(up: Dense, down: DenseLayerNorm) -> list[Group]:
+            return [(up.dense.weight,), (up.dense.bias,), *down.groups]
+
         groups = {
-            "qkv": (attention.query.weight, attention.key.weight, attention.value.weight),
-            "out": (self.attention.output.dense.weight,),
-            "query_up": (self.intermediate_query.dense.weight,),
-            "query_down": (self.output_query.dense.weight,),
+            "self_attention": self.attention.groups,
+            "query_feed_forward": feed_forward(self.intermediate_query, self.output_query),
         }
         if hasattr(self, "crossattention"):
-            groups["cross_query"] = (self.crossattention.attention.query.weight,)
-            groups["cross_out"] = (self.crossattention.output.dense.weight,)
+            groups["cross_attention"] = self.crossattention.groups
         if self.config.use_qformer_text_input:
-            groups["text_up"] = (self.intermediate.dense.weight,)
-            groups["text_down"] = (self.output.dense.weight,)
+            groups["text_feed_forward"] = feed_forward(self.intermediate, self.output)
         return groups
 
     def feed_forward(self, query_rows: Tensor, text_rows: Tensor, weights: LayerWeights) -> Tensor:
-        up, down = self.intermediate_query.dense, self.output_query
-        query = weights.query_up, up.bias, weights.query_down, *down.after_weight
-        text = None
-        if weights.text_up is not None:
-            text = weights.text_up, self.intermediate.dense.bias, weights.text_down, *self.output.after_weight
+        both = weights.query_feed_forward, weights.text_feed_forward or BlockWeights(None)
         return ops.split_feed_forward_block(
             query_rows,
             text_rows,
-            query,
-            text,
+            *(weights.parameters for weights in both),
             eps=self.config.layer_norm_eps,
             dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
+            gradients=None if both[0].gradients is None else [weights.gradients for weights in both],
         )
 
     def decode(self, rows: Tensor, prefix: Tensor, cache: Cache, index: int, weights: LayerWeights) -> Tensor:
         """One more text token of each caption; arguments as :meth:`QFormer.decode`, ``index`` is this layer's."""
-        q, k, v = (x.unsqueeze(2) for x in self.attention.project(rows, weights))
+        q, k, v = (x.unsqueeze(2) for x in self.attention.project(rows, weights.self_attention))
         k, v = (torch.cat(x, dim=2) for x in zip(prefix.unbind(1), cache.update(k, v, index), strict=True))
         context = F.scaled_dot_product_attention(q, k, v).flatten(1)
-        out_bias, *norm = self.attention.output.after_weight
-        out = F.linear(context, weights.out, out_bias)
+        _, _, out_weight, out_bias, *norm = weights.self_attention.parameters
+        out = F.linear(context, out_weight, out_bias)
         rows = ops.dropout_add_layer_norm(out, rows, *norm, eps=self.config.layer_norm_eps)
         return self.feed_forward(rows[:0], rows, weights)
 
@@ -299,7 +348,12 @@ class QFormer(CheckpointMixin, nn.Module):
         return self.config.hidden_dropout_prob if self.training else 0.0
 
     def image_kv(
-        self, image_embeds: Tensor, *, norm: nn.LayerNorm | None = None, image_mask: Tensor | None = None
+        self,
+        image_embeds: Tensor,
+        *,
+        norm: nn.LayerNorm | None = None,
+        image_mask: Tensor | None = None,
+        weights: BlockWeights | None = None,
     ) -> ImageKV:
         """Keys and values of all cross-attention layers, one matrix product.
 
@@ -307,6 +361,7 @@ class QFormer(CheckpointMixin, nn.Module):
             image_embeds (Tensor): (images, tokens, encoder_hidden).
             norm (nn.LayerNorm, Optional): applied to the tokens first, folded into the weights.
             image_mask (Tensor, Optional): see :class:`ImageKV`.
+            weights (BlockWeights, Optional): of :meth:`kv_weights`. Default: `None`, made here.
 
         Raises:
             ValueError: another width than ``config.encoder_hidden_size``, no token, or, where a look costs no host
@@ -317,13 +372,22 @@ class QFormer(CheckpointMixin, nn.Module):
             raise ValueError(f"image_embeds must be (images, tokens, {width}), got {tuple(image_embeds.shape)}")
         if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):
             raise ValueError("image_embeds must be finite, got NaN or Inf")
-        layers = [self.encoder.layer[i].crossattention.attention for i in self.config.cross_attention_layers]
-        weight = torch.cat([p.weight for layer in layers for p in (layer.key, layer.value)])
-        bias = torch.cat([p.bias for layer in layers for p in (layer.key, layer.value)])
+        weight, bias = (self.kv_weights() if weights is None else weights).parameters
         folded = () if norm is None else (norm.weight, norm.bias)
         out = ops.image_key_value(image_embeds, weight, bias, *folded, eps=1e-5 if norm is None else norm.eps)
-        heads = (self.config.num_attention_heads, self.config.headdim)
-        return ImageKV(out.unflatten(-1, (len(layers), 2, *heads)), image_mask)
+        sizes = (len(self.config.cross_attention_layers), 2, self.config.num_attention_heads, self.config.headdim)
+        return ImageKV(out.unflatten(-1, sizes), image_mask)
+
+    def kv_weights(self, gradients: GradientBuffers | None = None) -> BlockWeights:
+        """Weight and bias of all layers' keys and values; ``gradients`` as in :meth:`encoder_weights`."""
+        return BlockWeights.make(self._kv_groups, [torch.cat(group) for group in self._kv_groups], gradients)
+
+    @property
+    def _kv_groups(self) -> list[Group]:
+        """Weights and biases of all layers' keys and values."""
+        layers = [self.encoder.layer[i].crossattention.attention for i in self.config.cross_attention_layers]
+        both = [p for layer in layers for p in (layer.key, layer.value)]
+        return [tuple(p.weight for p in both), tuple(p.bias for p in both)]
 
     def embed_queries(self, query_embeds: Tensor, num_sequences: int) -> Tensor:
         """LayerNorm and dropout of the queries: (1 or num_sequences, queries, hidden) -> (num_sequences * queries,
@@ -332,15 +396,18 @@ class QFormer(CheckpointMixin, nn.Module):
         rows = self.layernorm(query_embeds).expand(num_sequences, -1, -1).flatten(0, 1)
         return F.dropout(rows, self.dropout_p)
 
-    def embed_text(self, text: PackedText) -> Tensor:
+    @property
+    def _embedding_groups(self) -> list[Group]:
+        tables = self.embeddings.word_embeddings, self.embeddings.position_embeddings
+        return [*((table.weight,) for table in tables), (self.layernorm.weight,), (self.layernorm.bias,)]
+
+    def embed_text(self, text: PackedText, gradients: list[Tensor] | None = None) -> Tensor:
         """Word and position embeddings, LayerNorm and dropout: (text rows, hidden)."""
         return ops.embeddings(
             text.input_ids,
             text.position_ids,
-            self.embeddings.word_embeddings.weight,
-            self.embeddings.position_embeddings.weight,
-            self.layernorm.weight,
-            self.layernorm.bias,
+            *(parameter for (parameter,) in self._embedding_groups),
+            gradients=gradients,
             eps=self.config.layer_norm_eps,
             padding_idx=self.config.pad_token_id,
             dropout_p=self.dropout_p,
@@ -353,7 +420,7 @@ class QFormer(CheckpointMixin, nn.Module):
         query_embeds: Tensor | None = None,
         text: PackedText | None = None,
         image_kv: ImageKV | None = None,
-        weights: list[LayerWeights] | None = None,
+        weights: EncoderWeights | None = None,
     ) -> Tensor:
         """Runs the packed rows through all layers.
 
@@ -362,46 +429,67 @@ class QFormer(CheckpointMixin, nn.Module):
             query_embeds (Tensor, Optional): (1 or query sequences, num_queries, hidden).
             text (PackedText, Optional): the text rows in the order of the sequences.
             image_kv (ImageKV, Optional): must be given with queries.
-            weights (list, Optional): of :meth:`layer_weights`, to be shared. Default: `None`, made here.
+            weights (EncoderWeights, Optional): of :meth:`encoder_weights`, to be shared. Default: `None`, made here.
 
         Returns:
             Tensor: (rows, hidden), query rows first.
         """
+        if weights is None:
+            weights = self.encoder_weights(self.layernorm.weight if query_embeds is None else query_embeds)
         parts = []
         if query_embeds is not None:
             parts.append(self.embed_queries(query_embeds, layout.num_query_sequences))
         if text is not None:
-            parts.append(self.embed_text(text))
+            parts.append(self.embed_text(text, weights.embedding_gradients))
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-        weights = self.layer_weights(rows) if weights is None else weights
         for layer, layer_kv, layer_weights in self._layers(image_kv, weights):
-            inputs = (rows, layout, layer_kv, None if image_kv is None else image_kv.mask, layer_weights)
+            inputs = (rows, layout, layer_kv, layer_weights)
             if self.gradient_checkpointing and self.training:
                 rows = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 rows = layer(*inputs)
         return rows
 
-    def layer_weights(self, rows: Tensor) -> list[LayerWeights]:
-        """The layers' weights as the ops take them for ``rows``: cast to autocast's dtype where it is on.
+    def groups(self) -> list[Group]:
+        """Parameters that :meth:`encoder_weights` takes together, one group a tensor there."""
+        blocks = [self._kv_groups, *(groups for layer in self.encoder.layer for groups in layer.groups.values())]
+        return [group for groups in blocks for group in groups]
+
+    def encoder_weights(self, rows: Tensor, gradients: GradientBuffers | None = None) -> EncoderWeights:
+        """The parameters as the ops take them for ``rows``: stacked, and cast to autocast's dtype where it is on.
 
         Made once for all encodings of a step, which then share the casts of weights and of their gradients.
-        """
-        layers = self.encoder.layer
-        named = [(i, *item) for i, layer in enumerate(layers) for item in layer.weights_to_stack().items()]
-        stacks = stack_weights([group for *_, group in named], autocast_dtype(rows))
-        fields: list[dict[str, Tensor | None]] = [dict.fromkeys(LayerWeights._fields) for _ in layers]
-        for (i, name, _), stack in zip(named, stacks, strict=True):
-            fields[i][name] = stack
-        for layer, values in zip(layers, fields, strict=True):
-            attention = layer.attention.attention
-            values["qkv_bias"] = torch.cat([attention.query.bias, attention.key.bias, attention.value.bias])
-        return [LayerWeights(**values) for values in fields]
 
-    def _layers(self, image_kv: ImageKV | None, weights: list[LayerWeights]) -> list[tuple]:
+        Args:
+            rows (Tensor): of the dtype and on the device that the encoder is to run with.
+            gradients (GradientBuffers, Optional): the kernels add gradients to these; then the weights are leaves of
+                autograd, with the gradients of ops that run without kernels. Default: `None`, autograd's.
+        """
+        layers = [layer.groups for layer in self.encoder.layer]
+        groups = [group for blocks in layers for block in blocks.values() for group in block]
+        with contextlib.nullcontext() if gradients is None else torch.no_grad():
+            matrices = iter(stack_weights([group for group in groups if group[0].ndim > 1], autocast_dtype(rows)))
+
+            def stack(group: Group) -> Tensor:
+                if group[0].ndim > 1:
+                    return next(matrices)
+                return torch.cat(group) if len(group) > 1 else group[0]
+
+            stacks = iter([stack(group) for group in groups])
+
+        def block(groups: list[Group]) -> BlockWeights:
+            return BlockWeights.make(groups, [next(stacks) for _ in groups], gradients)
+
+        embeddings = None
+        if gradients is not None and self.config.use_qformer_text_input:
+            embeddings = [gradients[group] for group in self._embedding_groups]
+        made = [LayerWeights(**{name: block(groups) for name, groups in blocks.items()}) for blocks in layers]
+        return EncoderWeights(made, embeddings)
+
+    def _layers(self, image_kv: ImageKV | None, weights: EncoderWeights) -> list[tuple]:
         """Each layer with its slice of ``image_kv``, or None where it has no cross-attention, and its weights."""
         kv = dict(zip(self.config.cross_attention_layers, image_kv.layers, strict=True)) if image_kv else {}
-        return [(layer, kv.get(i), weights[i]) for i, layer in enumerate(self.encoder.layer)]
+        return [(layer, kv.get(i), weights.layers[i]) for i, layer in enumerate(self.encoder.layer)]
 
     def forward(
         self,
@@ -501,12 +589,12 @@ class QFormer(CheckpointMixin, nn.Module):
         layout = padded.padded_layout(Mask.UNIMODAL, None, None, images, num_queries, query_embeds.device)
         rows = self.embed_queries(query_embeds, images)
         prefix = []
-        for layer, layer_kv, weights in self._layers(image_kv, self.layer_weights(rows)):
+        for layer, layer_kv, weights in self._layers(image_kv, self.encoder_weights(rows)):
             keys_values = layer.attention.project(
-                rows.unflatten(0, (images, num_queries)), weights, keys_values_only=True
+                rows.unflatten(0, (images, num_queries)), weights.self_attention, keys_values_only=True
             )
             prefix.append(torch.stack(keys_values, dim=1).transpose(2, 3))
-            rows = layer(rows, layout, layer_kv, image_kv.mask, weights)
+            rows = layer(rows, layout, layer_kv, weights)
         return torch.stack(prefix, dim=1)
 
     def decode(self, input_ids: Tensor, prefix: Tensor, cache: Cache) -> Tensor:
@@ -522,9 +610,9 @@ class QFormer(CheckpointMixin, nn.Module):
         """
         position_ids = torch.full_like(input_ids, cache.get_seq_length())
         rows = self.embed_text(PackedText(input_ids, position_ids, torch.arange(len(input_ids) + 1), 1))
-        weights = self.layer_weights(rows)
+        weights = self.encoder_weights(rows)
         for index, (layer, layer_prefix) in enumerate(zip(self.encoder.layer, prefix.unbind(1), strict=True)):
-            rows = layer.decode(rows, layer_prefix, cache, index, weights[index])
+            rows = layer.decode(rows, layer_prefix, cache, index, weights.layers[index])
         return rows
 
     @torch.no_grad()
@@ -540,10 +628,10 @@ class QFormer(CheckpointMixin, nn.Module):
         maps: list[Tensor] = []
 
         def record(module: CrossAttention, inputs: tuple, _output: Tensor) -> None:
-            query_rows, k, _v, seq_layout, image_mask, _weights = inputs
+            query_rows, layer_kv, seq_layout, _weights = inputs
             q = F.linear(query_rows, module.attention.query.weight, module.attention.query.bias)
             q = q.unflatten(-1, (self.config.num_attention_heads, self.config.headdim))
-            maps.append(reference.image_attention_probs(q, k, seq_layout, image_mask=image_mask))
+            maps.append(reference.image_attention_probs(q, layer_kv.k, seq_layout, image_mask=layer_kv.mask))
 
         layers = [self.encoder.layer[i].crossattention for i in self.config.cross_attention_layers]
         handles = [layer.register_forward_hook(record) for layer in layers]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,3 +25,19 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
         return (None,) * len(ctx.needs_input_grad) if dout is None else backward(ctx, dout)
 
     op.register_autograd(run, setup_context=setup)
+
+
+def norm_totals(out_bias_and_norm: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+    """(out_bias, norm_weight, norm_bias) in the order in which dropout_add_layer_norm_bwd adds to them."""
+    out_bias, norm_weight, norm_bias = out_bias_and_norm
+    return None if out_bias is None else (norm_weight, norm_bias, out_bias)
+
+
+def without_totals(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reference as an op's implementation: autograd takes its gradients, wherever kernels would add them."""
+
+    @functools.wraps(reference)
+    def run(*args: Any, gradients=None, kv_gradients=None, accumulate=False, **options: Any) -> Tensor:
+        return reference(*args, **options)
+
+    return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,19 @@ def check_rows(name: str, x: Tensor, rows: int, layout: SequenceLayout) -> None:
         raise ValueError(f"{name} must have the {rows} rows of the layout, got {x.shape[0]}")
     if x.device != layout.masks.device:
         raise ValueError(f"{name} must be on the layout's device {layout.masks.device}, got {x.device}")
+
+
+def check_totals(totals: Sequence[Tensor] | None, *parameters: Tensor, name: str = "gradients") -> None:
+    """Raises ValueError unless there is a tensor of every parameter's shape and device, of its dtype or fp32."""
+    if totals is None:
+        return
+    if len(totals) != len(parameters):
+        raise ValueError(f"{name} must be {len(parameters)} tensors, got {len(totals)}")
+    for i, (total, parameter) in enumerate(zip(totals, parameters, strict=True)):
+        check_shape(f"{name}[{i}]", total, *parameter.shape)
+        check_device(parameter, **{f"{name}[{i}]": total})
+        if total.dtype not in (parameter.dtype, torch.float32):
+            raise TypeError(f"{name}[{i}] must be {parameter.dtype} or fp32, got {total.dtype}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

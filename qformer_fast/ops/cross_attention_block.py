@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
-from qformer_fast.ops._autograd import register_autograd
+from qformer_fast.ops._autograd import norm_totals, register_autograd, without_totals
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -16,9 +19,11 @@ from qformer_fast.ops._checks import (
     check_probability,
     check_rows,
     check_shape,
+    check_totals,
     draw_seeds,
 )
 from qformer_fast.ops.image_cross_attention import check_image_mask, kernel_keys_values, unsupported
+from qformer_fast.products import product
 
 
 @torch.library.custom_op("qformer_fast::cross_attention_block_fwd", mutates_args=())
@@ -37,12 +42,18 @@ def cross_attention_block_fwd(
     image_mask: Tensor | None,
     attention_seed: Tensor | None,
     hidden_seed: Tensor | None,
+    totals: list[Tensor],
+    kv_totals: list[Tensor],
     num_queries: int,
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, and for backward: q, context, lse, x (the output projection without its bias), mean and rstd."""
+    """The output, and for backward: q, context, lse, x (the output projection without its bias), mean and rstd.
+
+    ``totals``, ``kv_totals`` and ``accumulate`` are for backward, see :func:`cross_attention_block_bwd`.
+    """
     attend = backends.kernel_or_formula("image_cross_attention_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
     q = torch.addmm(q_bias.to(query_rows.dtype), query_rows, q_weight.t()).view(query_rows.shape[0], *k.shape[2:])
@@ -62,7 +73,7 @@ def _(query_rows: Tensor, k: Tensor, *_) -> tuple[Tensor, ...]:
     return out, q, context, lse, x, mean, rstd
 
 
-@torch.library.custom_op("qformer_fast::cross_attention_block_bwd", mutates_args=())
+@torch.library.custom_op("qformer_fast::cross_attention_block_bwd", mutates_args=("totals", "kv_totals"))
 def cross_attention_block_bwd(
     dout: Tensor,
     query_rows: Tensor,
@@ -83,47 +94,67 @@ def cross_attention_block_bwd(
     image_mask: Tensor | None,
     attention_seed: Tensor | None,
     hidden_seed: Tensor | None,
+    totals: list[Tensor],
+    kv_totals: list[Tensor],
     num_queries: int,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """drows, dk, dv, dq_weight, dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias."""
-    attend_bwd = backends.kernel_or_formula("image_cross_attention_bwd", query_rows)
+    accumulate: bool,
+) -> list[Tensor]:
+    """drows; dk, dv, written to ``kv_totals`` if it is not empty, or with ``accumulate`` added to them; dq_weight,
+    dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias, added to ``totals`` if it is not empty. What went to the
+    totals is not returned.
+    """
+    attend_bwd = backends.kernel_or_formula("image_cross_attention_bwd_into", query_rows)
+    sum_parts = backends.kernel_or_formula("sum_parts", query_rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
+    q_weight_total, q_bias_total, out_weight_total, *others = totals or [None] * 6
     dx, drows, dnorm_weight, dnorm_bias, dout_bias = add_norm_bwd(
-        dout, x, query_rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias
+        dout, x, query_rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias, norm_totals(others)
     )
-    dout_weight = dx.t() @ context.flatten(1)
+    dout_weight = product(dx.t(), context.flatten(1), out_weight_total)
     dcontext = (dx @ out_weight).view(context.shape)
     layout = image_order, image_offsets, image_mask, attention_seed, num_queries
-    dq, dk, dv = attend_bwd(dcontext, q, k, v, context, lse, *layout, k.shape[3] ** -0.5, attention_dropout_p)
-    dq = dq.flatten(1)
+    dk, dv = kv_totals or (k.new_empty(k.shape) for _ in range(2))
+    dq_parts = q.new_empty(k.shape[0], *q.shape[1:], dtype=torch.promote_types(q.dtype, torch.float32))
+    inputs = dcontext, q, k, v, context, lse, *layout, k.shape[3] ** -0.5, attention_dropout_p
+    dq = attend_bwd(dk, dv, *inputs, accumulate=accumulate, dq_parts=dq_parts).flatten(1)
     # without dropout dx and drows are one tensor, of which dx has been read by now
     drows = drows.addmm_(dq, q_weight)
-    dq_bias = dq.sum(0, dtype=torch.promote_types(dq.dtype, torch.float32))
-    return drows, dk, dv, dq.t() @ query_rows, dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias
+    dq_bias = dq_parts.new_empty(q_weight.shape[0]) if q_bias_total is None else q_bias_total
+    sum_parts(dq_parts.view(k.shape[0], 1, -1), dq_bias, add=q_bias_total is not None)
+    dq_weight = product(dq.t(), query_rows, q_weight_total)
+    gradients = [] if totals else [dq_weight, dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias]
+    return [drows, *([] if kv_totals else [dk, dv]), *gradients]
 
 
 @cross_attention_block_bwd.register_fake
-def _(dout, query_rows, k, v, q, context, lse, x, mean, rstd, q_weight, out_weight, out_bias, norm_weight, *_):
+def _(dout, query_rows, k, v, q, context, lse, x, mean, rstd, q_weight, out_weight, out_bias, norm_weight, *others):
+    totals, kv_totals = others[5:7]
     dq_bias = q_weight.new_empty(q_weight.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
-    like = query_rows, k, v, q_weight, dq_bias, out_weight, out_bias, norm_weight, norm_weight
-    return tuple(x.new_empty(x.shape) for x in like)
+    like = [] if totals else [q_weight, dq_bias, out_weight, out_bias, norm_weight, norm_weight]
+    return [x.new_empty(x.shape) for x in (query_rows, *([] if kv_totals else [k, v]), *like)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     query_rows, k, v, q_weight, q_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:14]
     _, *saved = output
     ctx.save_for_backward(query_rows, k, v, *saved, q_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.sizes = inputs[14], *inputs[16:]
+    ctx.totals, ctx.kv_totals, num_queries, _, *others = inputs[14:]
+    ctx.sizes = num_queries, *others
     ctx.bias_dtype = q_bias.dtype
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, dbias, dout_weight, dout_bias, dnorm_weight, dnorm_bias = cross_attention_block_bwd(
-        dout.contiguous(), *ctx.saved_tensors, *ctx.sizes
+def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
+    drows, *gradients = cross_attention_block_bwd(
+        dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.kv_totals, *ctx.sizes
     )
-    return *gradients, dbias.to(ctx.bias_dtype), dout_weight, dout_bias, dnorm_weight, dnorm_bias, *[None] * 9
+    kv = [None, None] if ctx.kv_totals else [gradients.pop(0), gradients.pop(0)]
+    dweight, dbias, *others = gradients or [None] * 6
+    if dbias is not None:
+        dbias = dbias.to(ctx.bias_dtype)
+    nothing = *[None] * 5, [None] * len(ctx.totals), [None] * len(ctx.kv_totals), *[None] * 5
+    return drows, *kv, dweight, dbias, *others, *nothing
 
 
 register_autograd(cross_attention_block_fwd, _backward, _setup_context)
@@ -145,6 +176,9 @@ def _kernels(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
+    gradients: Sequence[Tensor] | None,
+    kv_gradients: tuple[Tensor, Tensor] | None,
+    accumulate: bool,
 ) -> Tensor:
     dtype = autocast_dtype(query_rows)
     return cross_attention_block_fwd(
@@ -159,14 +193,17 @@ def _kernels(
         *layout.sequences_by_image(k.shape[0]),
         None if image_mask is None else image_mask.contiguous(),
         *draw_seeds(query_rows, attention_dropout_p, hidden_dropout_p),
+        list(gradients or ()),
+        list(kv_gradients or ()),
         layout.num_queries,
         eps,
         attention_dropout_p,
         hidden_dropout_p,
+        accumulate,
     )[0]
 
 
-IMPLEMENTATIONS = {"reference": reference.cross_attention_block, "triton": _kernels}
+IMPLEMENTATIONS = {"reference": without_totals(reference.cross_attention_block), "triton": _kernels}
 
 
 def cross_attention_block(
@@ -185,6 +222,9 @@ def cross_attention_block(
     eps: float = 1e-12,
     attention_dropout_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
+    gradients: Sequence[Tensor] | None = None,
+    kv_gradients: tuple[Tensor, Tensor] | None = None,
+    accumulate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """layer_norm(query_rows + dropout(out(attention(q(query_rows), k, v))))
@@ -202,6 +242,11 @@ def cross_attention_block(
         image_mask (Tensor, Optional): (images, 1 or num_queries, tokens), bool or added to the scores.
         eps (float): of the LayerNorm. Default: 1e-12.
         attention_dropout_p, hidden_dropout_p (float): probabilities in [0, 1). Default: 0.0.
+        gradients (Sequence, Optional): six tensors like the parameters, fp32 or of their dtype, contiguous. The kernels
+            add the parameters' gradients to them in backward and give autograd none. Default: `None`.
+        kv_gradients (tuple, Optional): two like k and v, which may be strided as they; the kernels write the gradients
+            of k and v to them in backward and give autograd none. Default: `None`.
+        accumulate (bool): add to ``kv_gradients`` instead. Default: False.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -235,6 +280,8 @@ def cross_attention_block(
         check_image_mask(image_mask, k, layout)
     check_probability("attention_dropout_p", attention_dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
+    check_totals(gradients, q_weight, q_bias, out_weight, out_bias, norm_weight, norm_bias)
+    check_totals(kv_gradients, k, v, name="kv_gradients")
     reason = unsupported(k.shape[3], image_mask)
     return backends.resolve("cross_attention_block", IMPLEMENTATIONS, backend, query_rows, reason)(
         query_rows,
@@ -251,4 +298,7 @@ def cross_attention_block(
         eps=eps,
         attention_dropout_p=attention_dropout_p,
         hidden_dropout_p=hidden_dropout_p,
+        gradients=gradients,
+        kv_gradients=kv_gradients,
+        accumulate=accumulate,
     )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
-from qformer_fast.ops._autograd import register_autograd
+from qformer_fast.ops._autograd import register_autograd, without_totals
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
     check_floating,
     check_probability,
     check_shape,
+    check_totals,
     draw_seed,
 )
 from qformer_fast.ops.dropout_add_layer_norm import statistics_dtype, unsupported
@@ -28,12 +32,13 @@ def embeddings_fwd(
     weight: Tensor,
     bias: Tensor,
     seed: Tensor | None,
+    totals: list[Tensor],
     padding_idx: int | None,
     eps: float,
     dropout_p: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out of ``dtype``, mean, rstd; ``padding_idx`` is for the gradient."""
+    """out of ``dtype``, mean, rstd; ``padding_idx`` and ``totals`` are for the gradient."""
     tables = word_weight, position_weight, weight, bias
     run = backends.kernel_or_formula("embeddings_fwd", word_weight)
     return run(input_ids, position_ids, *tables, seed, eps, dropout_p, dtype)
@@ -46,7 +51,7 @@ def _(input_ids: Tensor, position_ids: Tensor, word_weight: Tensor, *others) -> 
     return word_weight.new_empty(rows, hidden, dtype=others[-1]), mean, rstd
 
 
-@torch.library.custom_op("qformer_fast::embeddings_bwd", mutates_args=())
+@torch.library.custom_op("qformer_fast::embeddings_bwd", mutates_args=("totals",))
 def embeddings_bwd(
     dout: Tensor,
     input_ids: Tensor,
@@ -57,37 +62,32 @@ def embeddings_bwd(
     mean: Tensor,
     rstd: Tensor,
     seed: Tensor | None,
+    totals: list[Tensor],
     padding_idx: int | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """The gradients of the tables, weight and bias, or none where they are added to ``totals``."""
     tables = word_weight, position_weight, weight
     run = backends.kernel_or_formula("embeddings_bwd", word_weight)
-    return run(dout, input_ids, position_ids, *tables, mean, rstd, seed, padding_idx, dropout_p)
+    found = run(dout, input_ids, position_ids, *tables, mean, rstd, seed, padding_idx, dropout_p, totals or None)
+    return [] if totals else list(found)
 
 
 @embeddings_bwd.register_fake
-def _(
-    dout: Tensor,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    word_weight: Tensor,
-    position_weight: Tensor,
-    weight: Tensor,
-    *_,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dword, dposition = torch.empty_like(word_weight), torch.empty_like(position_weight)
-    return dword, dposition, torch.empty_like(weight), torch.empty_like(weight)
+def _(dout, input_ids, position_ids, word_weight, position_weight, weight, mean, rstd, seed, totals, *_):
+    return [] if totals else [torch.empty_like(x) for x in (word_weight, position_weight, weight, weight)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tables, _, seed, ctx.padding_idx, _, ctx.dropout_p, _ = inputs
+    *tables, _, seed, ctx.totals, ctx.padding_idx, _, ctx.dropout_p, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(*tables, mean, rstd, seed)
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = embeddings_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.padding_idx, ctx.dropout_p)
-    return None, None, *gradients, *[None] * 5
+def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
+    saved = *ctx.saved_tensors, ctx.totals
+    gradients = embeddings_bwd(dout.contiguous(), *saved, ctx.padding_idx, ctx.dropout_p)
+    return None, None, *(gradients or [None] * 4), None, [None] * len(ctx.totals), *[None] * 4
 
 
 register_autograd(embeddings_fwd, _backward, _setup_context)
@@ -104,15 +104,16 @@ def _kernels(
     eps: float,
     padding_idx: int | None,
     dropout_p: float,
+    gradients: Sequence[Tensor] | None,
 ) -> Tensor:
     tensors = input_ids, position_ids, word_weight, position_weight, weight, bias
     seed = draw_seed(word_weight, dropout_p)
     dtype = autocast_dtype(word_weight)
-    out, _, _ = embeddings_fwd(*(x.contiguous() for x in tensors), seed, padding_idx, eps, dropout_p, dtype)
-    return out
+    tensors = [x.contiguous() for x in tensors]
+    return embeddings_fwd(*tensors, seed, list(gradients or ()), padding_idx, eps, dropout_p, dtype)[0]
 
 
-IMPLEMENTATIONS = {"reference": reference.embeddings, "triton": _kernels}
+IMPLEMENTATIONS = {"reference": without_totals(reference.embeddings), "triton": _kernels}
 
 
 def embeddings(
@@ -126,6 +127,7 @@ def embeddings(
     eps: float = 1e-12,
     padding_idx: int | None = None,
     dropout_p: float = 0.0,
+    gradients: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """dropout(layer_norm(word[input_ids] + position[position_ids]) * weight + bias).
@@ -142,6 +144,8 @@ def embeddings(
         eps (float): added to the variance. Default: 1e-12.
         padding_idx (int, Optional): the word that gets no gradient here; a negative one counts from the end.
         dropout_p (float): probability in [0, 1). Default: 0.0.
+        gradients (Sequence, Optional): four tensors like the tables, weight and bias, fp32 or of their dtype,
+            contiguous. The kernels add the gradients to them in backward and give autograd none. Default: `None`.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -169,6 +173,7 @@ def embeddings(
             raise ValueError(f"padding_idx must lie in [{-words}, {words}), got {padding_idx}")
         padding_idx %= words
     check_probability("dropout_p", dropout_p)
+    check_totals(gradients, word_weight, position_weight, weight, bias)
     return backends.resolve("embeddings", IMPLEMENTATIONS, backend, word_weight, unsupported(hidden))(
         input_ids,
         position_ids,
@@ -179,6 +184,7 @@ def embeddings(
         eps=eps,
         padding_idx=padding_idx,
         dropout_p=dropout_p,
+        gradients=gradients,
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
-from qformer_fast.ops._autograd import register_autograd
-from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape
+from qformer_fast.ops._autograd import register_autograd, without_totals
+from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape, check_totals
 from qformer_fast.reference.losses import weight_gradient_dtype
 
 
@@ -22,14 +25,18 @@ def linear_cross_entropy_fwd(
     ignore_index: int,
     reduction: str,
     with_gradients: list[bool],
+    totals: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, divisor, dx, dweight, dbias; ``with_gradients`` says which of x, weight and bias require one."""
+    """loss, divisor, dx, dweight, dbias; ``with_gradients`` says which of x, weight and bias require one.
+
+    ``totals`` are for backward, see :func:`linear_cross_entropy_bwd`.
+    """
     run = backends.kernel_or_formula("linear_cross_entropy_fwd", x)
     return run(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients)
 
 
 @linear_cross_entropy_fwd.register_fake
-def _(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients) -> tuple[Tensor, ...]:
+def _(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients, _) -> tuple[Tensor, ...]:
     def empty(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -41,25 +48,29 @@ def _(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gr
     return empty(), empty(), dx, dweight, empty(weight.shape[0] if with_gradients[2] else 0)
 
 
-@torch.library.custom_op("qformer_fast::linear_cross_entropy_bwd", mutates_args=())
+@torch.library.custom_op("qformer_fast::linear_cross_entropy_bwd", mutates_args=("totals",))
 def linear_cross_entropy_bwd(
     dout: Tensor,
     divisor: Tensor,
     dx: Tensor,
     dweight: Tensor,
     dbias: Tensor,
+    totals: list[Tensor],
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What forward made, times dout / divisor."""
+) -> list[Tensor]:
+    """What forward made, times dout / divisor; weight's and bias's are added to ``totals`` if it is not empty, and not
+    returned.
+    """
     run = backends.kernel_or_formula("linear_cross_entropy_bwd", dx)
-    return run(dout, divisor, dx, dweight, dbias, weight_dtype, bias_dtype)
+    found = run(dout, divisor, dx, dweight, dbias, weight_dtype, bias_dtype, totals or None)
+    return [found[0]] if totals else list(found)
 
 
 @linear_cross_entropy_bwd.register_fake
-def _(dout, divisor, dx, dweight, dbias, weight_dtype, bias_dtype) -> tuple[Tensor, ...]:
-    dtypes = {"dtype": weight_dtype}, {"dtype": bias_dtype}
-    return torch.empty_like(dx), torch.empty_like(dweight, **dtypes[0]), torch.empty_like(dbias, **dtypes[1])
+def _(dout, divisor, dx, dweight, dbias, totals, weight_dtype, bias_dtype) -> list[Tensor]:
+    others = torch.empty_like(dweight, dtype=weight_dtype), torch.empty_like(dbias, dtype=bias_dtype)
+    return [torch.empty_like(dx), *(() if totals else others)]
 
 
 @torch.library.custom_op("qformer_fast::linear_cross_entropy_rows_bwd", mutates_args=())
@@ -89,19 +100,20 @@ def _(dout, x, weight, bias, labels, label_smoothing, ignore_index, with_gradien
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, labels, *ctx.options, ctx.reduction, ctx.with_gradients = inputs
+    x, weight, bias, labels, *ctx.options, ctx.reduction, ctx.with_gradients, ctx.totals = inputs
     ctx.dtypes = weight.dtype, x.dtype if bias is None else bias.dtype
     ctx.save_for_backward(*(inputs[:4] if ctx.reduction == "none" else output[1:]))
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
     if ctx.reduction == "none":
         arguments = *ctx.saved_tensors, *ctx.options, ctx.with_gradients
         gradients = linear_cross_entropy_rows_bwd(dout.contiguous(), *arguments)
     else:
-        gradients = linear_cross_entropy_bwd(dout, *ctx.saved_tensors, *ctx.dtypes)
+        gradients = linear_cross_entropy_bwd(dout, *ctx.saved_tensors, ctx.totals, *ctx.dtypes)
+        gradients += [None] * (3 - len(gradients))
     wanted = [dx if wants else None for dx, wants in zip(gradients, ctx.with_gradients, strict=True)]
-    return *wanted, *[None] * 5
+    return *wanted, *[None] * 5, [None] * len(ctx.totals)
 
 
 register_autograd(linear_cross_entropy_fwd, _backward, _setup_context)
@@ -116,17 +128,18 @@ def _kernels(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
+    gradients: Sequence[Tensor] | None,
 ) -> Tensor:
     inputs = x, weight, bias
     with_gradients = [torch.is_grad_enabled() and y is not None and y.requires_grad for y in inputs]
     x, labels = x.to(autocast_dtype(x)).contiguous(), labels.contiguous()
     loss, *_ = linear_cross_entropy_fwd(
-        x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients
+        x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients, list(gradients or ())
     )
     return loss
 
 
-IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy, "triton": _kernels}
+IMPLEMENTATIONS = {"reference": without_totals(reference.linear_cross_entropy), "triton": _kernels}
 
 
 def linear_cross_entropy(
@@ -138,6 +151,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    gradients: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """cross_entropy(x weight^T + bias, labels) with label smoothing.
@@ -155,6 +169,8 @@ def linear_cross_entropy(
         label_smoothing (float): probability spread evenly over the vocabulary, in [0, 1]. Default: 0.0.
         ignore_index (int): rows with this label do not count. Default: -100.
         reduction (str): "mean" over counted rows, "sum" or "none". Default: "mean".
+        gradients (Sequence, Optional): two tensors like weight and bias, fp32 or of their dtype, contiguous, for a
+            reduced loss. The kernels add the gradients to them in backward and give autograd none. Default: `None`.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -177,8 +193,13 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if gradients is not None:
+        if bias is None or reduction == "none":
+            raise ValueError("gradients need a bias and a reduced loss")
+        check_totals(gradients, weight, bias)
     run = backends.resolve("linear_cross_entropy", IMPLEMENTATIONS, backend, x)
-    return run(x, weight, bias, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction)
+    options = dict(label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction)
+    return run(x, weight, bias, labels, **options, gradients=gradients)
 
 
 def _check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import SequenceLayout
-from qformer_fast.ops._autograd import register_autograd
+from qformer_fast.ops._autograd import norm_totals, register_autograd, without_totals
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -16,9 +19,11 @@ from qformer_fast.ops._checks import (
     check_probability,
     check_rows,
     check_shape,
+    check_totals,
     draw_seeds,
 )
 from qformer_fast.ops.query_text_attention import unsupported
+from qformer_fast.products import product
 
 
 @torch.library.custom_op("qformer_fast::self_attention_block_fwd", mutates_args=())
@@ -34,6 +39,7 @@ def self_attention_block_fwd(
     masks: Tensor,
     attention_seed: Tensor | None,
     hidden_seed: Tensor | None,
+    totals: list[Tensor],
     num_query_sequences: int,
     num_queries: int,
     max_text_length: int,
@@ -42,7 +48,10 @@ def self_attention_block_fwd(
     attention_dropout_p: float,
     hidden_dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, and for backward: qkv, context, lse, x (the output projection without its bias), mean and rstd."""
+    """The output, and for backward: qkv, context, lse, x (the output projection without its bias), mean and rstd.
+
+    ``totals`` are for backward, see :func:`self_attention_block_bwd`.
+    """
     attend = backends.kernel_or_formula("query_text_attention_fwd", rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", rows)
     qkv = torch.addmm(qkv_bias.to(rows.dtype), rows, qkv_weight.t()).view(rows.shape[0], 3, nheads, -1)
@@ -55,7 +64,7 @@ def self_attention_block_fwd(
 
 @self_attention_block_fwd.register_fake
 def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
-    num_queries, max_text_length, nheads = others[11:14]
+    num_queries, max_text_length, nheads = others[12:15]
     count, hidden = rows.shape
     streamed = num_queries + max_text_length > reference.MAX_TILE
     qkv, context = (rows.new_empty(count, *heads, nheads, hidden // nheads) for heads in ((3,), ()))
@@ -65,7 +74,7 @@ def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
     return rows.new_empty(rows.shape), qkv, context, lse, rows.new_empty(rows.shape), mean, rstd
 
 
-@torch.library.custom_op("qformer_fast::self_attention_block_bwd", mutates_args=())
+@torch.library.custom_op("qformer_fast::self_attention_block_bwd", mutates_args=("totals",))
 def self_attention_block_bwd(
     dout: Tensor,
     rows: Tensor,
@@ -83,49 +92,62 @@ def self_attention_block_bwd(
     masks: Tensor,
     attention_seed: Tensor | None,
     hidden_seed: Tensor | None,
+    totals: list[Tensor],
     num_query_sequences: int,
     num_queries: int,
     max_text_length: int,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """drows, dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias."""
+) -> list[Tensor]:
+    """drows, and dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias, or these six are added to
+    ``totals`` if it is not empty.
+    """
     attend_bwd = backends.kernel_or_formula("query_text_attention_bwd", rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", rows)
     sum_parts = backends.kernel_or_formula("sum_parts", rows)
+    qkv_weight_total, qkv_bias_total, out_weight_total, *others = totals or [None] * 6
     dx, drows, dnorm_weight, dnorm_bias, dout_bias = add_norm_bwd(
-        dout, x, rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias
+        dout, x, rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias, norm_totals(others)
     )
-    dout_weight = dx.t() @ context.view(rows.shape)
+    dout_weight = product(dx.t(), context.view(rows.shape), out_weight_total)
     dcontext = (dx @ out_weight).view(context.shape)
     sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
     dqkv, dbias_parts = attend_bwd(dcontext, qkv, context, lse, text_offsets, masks, attention_seed, *sizes)
     dqkv = dqkv.view(rows.shape[0], -1)
     # without dropout dx and drows are one tensor, of which dx has been read by now
     drows = drows.addmm_(dqkv, qkv_weight)
-    dqkv_bias = rows.new_empty(qkv_weight.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32))
-    sum_parts(dbias_parts.flatten(2), *dqkv_bias.view(3, -1))
-    return drows, dqkv.t() @ rows, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias
+    dqkv_bias = _new_qkv_bias(qkv_weight, rows) if qkv_bias_total is None else qkv_bias_total
+    sum_parts(dbias_parts.flatten(2), *dqkv_bias.view(3, -1), add=qkv_bias_total is not None)
+    dqkv_weight = product(dqkv.t(), rows, qkv_weight_total)
+    gradients = dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias
+    return [drows] if totals else [drows, *gradients]
+
+
+def _new_qkv_bias(qkv_weight: Tensor, rows: Tensor) -> Tensor:
+    return qkv_weight.new_empty(qkv_weight.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 @self_attention_block_bwd.register_fake
-def _(dout, rows, qkv, context, lse, x, mean, rstd, qkv_weight, out_weight, out_bias, norm_weight, *_):
-    dqkv_bias = qkv_weight.new_empty(qkv_weight.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32))
-    like = qkv_weight, dqkv_bias, out_weight, out_bias, norm_weight, norm_weight
-    return rows.new_empty(rows.shape), *(x.new_empty(x.shape) for x in like)
+def _(dout, rows, qkv, context, lse, x, mean, rstd, qkv_weight, out_weight, out_bias, norm_weight, *others):
+    like = qkv_weight, _new_qkv_bias(qkv_weight, rows), out_weight, out_bias, norm_weight, norm_weight
+    return [x.new_empty(x.shape) for x in ((rows,) if others[4] else (rows, *like))]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     rows, qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:11]
     _, *saved = output
     ctx.save_for_backward(rows, *saved, qkv_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.sizes = *inputs[11:14], *inputs[16:]
+    ctx.totals, *sizes = inputs[11:]
+    ctx.sizes = *sizes[:3], *sizes[5:]
     ctx.bias_dtype = qkv_bias.dtype
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-    drows, dweight, dbias, *others = self_attention_block_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes)
-    return drows, dweight, dbias.to(ctx.bias_dtype), *others, *[None] * 11
+def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
+    gradients = self_attention_block_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.totals, *ctx.sizes)
+    drows, dweight, dbias, *others = gradients + [None] * (7 - len(gradients))
+    if dbias is not None:
+        dbias = dbias.to(ctx.bias_dtype)
+    return drows, dweight, dbias, *others, *[None] * 4, [None] * len(ctx.totals), *[None] * 7
 
 
 register_autograd(self_attention_block_fwd, _backward, _setup_context)
@@ -145,6 +167,7 @@ def _kernels(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
+    gradients: Sequence[Tensor] | None,
 ) -> Tensor:
     dtype = autocast_dtype(rows)
     return self_attention_block_fwd(
@@ -158,6 +181,7 @@ def _kernels(
         layout.text_offsets,
         layout.masks,
         *draw_seeds(rows, attention_dropout_p, hidden_dropout_p),
+        list(gradients or ()),
         layout.num_query_sequences,
         layout.num_queries,
         layout.max_text_length,
@@ -168,7 +192,7 @@ def _kernels(
     )[0]
 
 
-IMPLEMENTATIONS = {"reference": reference.self_attention_block, "triton": _kernels}
+IMPLEMENTATIONS = {"reference": without_totals(reference.self_attention_block), "triton": _kernels}
 
 
 def self_attention_block(
@@ -185,6 +209,7 @@ def self_attention_block(
     eps: float = 1e-12,
     attention_dropout_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
+    gradients: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """layer_norm(rows + dropout(out(attention(qkv(rows)))))
@@ -202,6 +227,8 @@ def self_attention_block(
         nheads (int): divides hidden.
         eps (float): of the LayerNorm. Default: 1e-12.
         attention_dropout_p, hidden_dropout_p (float): probabilities in [0, 1). Default: 0.0.
+        gradients (Sequence, Optional): six tensors like the parameters, fp32 or of their dtype, contiguous. The kernels
+            add the parameters' gradients to them in backward and give autograd none. Default: `None`.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -231,6 +258,7 @@ def self_attention_block(
         raise ValueError(f"nheads must divide the hidden size {hidden}, got {nheads}")
     check_probability("attention_dropout_p", attention_dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
+    check_totals(gradients, qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, norm_bias)
     reason = unsupported(hidden // nheads, layout)
     return backends.resolve("self_attention_block", IMPLEMENTATIONS, backend, rows, reason)(
         rows,
@@ -245,4 +273,5 @@ def self_attention_block(
         eps=eps,
         attention_dropout_p=attention_dropout_p,
         hidden_dropout_p=hidden_dropout_p,
+        gradients=gradients,
     )

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import extension, reference
-from qformer_fast.ops._autograd import register_autograd
+from qformer_fast.ops._autograd import norm_totals, register_autograd, without_totals
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
     check_floating,
     check_probability,
     check_shape,
+    check_totals,
     draw_seeds,
 )
 from qformer_fast.ops.dropout_add_layer_norm import statistics_dtype
+from qformer_fast.products import product
 
 WHOLE_ROWS = 8192
 
@@ -29,6 +32,7 @@ def split_feed_forward_block_fwd(
     text_rows: Tensor,
     parameters: list[Tensor],
     seeds: list[Tensor],
+    totals: list[Tensor],
     eps: float,
     dropout_p: float,
     backend: str,
@@ -36,7 +40,8 @@ def split_feed_forward_block_fwd(
     """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias), mean and rstd.
 
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
-    likewise, none without dropout. ``backend`` "cuda" has GELU made in the extension's products, where that is faster.
+    likewise, none without dropout; ``totals`` are for backward, see :func:`split_feed_forward_block_bwd`. ``backend``
+    "cuda" has GELU made in the extension's products, where that is faster.
     """
     gelu = backends.kernel_or_formula("bias_gelu_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
@@ -83,7 +88,7 @@ def _(query_rows, text_rows, parameters, *_) -> tuple[Tensor, ...]:
     return out, up, x, mean, rstd
 
 
-@torch.library.custom_op("qformer_fast::split_feed_forward_block_bwd", mutates_args=())
+@torch.library.custom_op("qformer_fast::split_feed_forward_block_bwd", mutates_args=("totals",))
 def split_feed_forward_block_bwd(
     dout: Tensor,
     query_rows: Tensor,
@@ -94,10 +99,13 @@ def split_feed_forward_block_bwd(
     rstd: Tensor,
     parameters: list[Tensor],
     seeds: list[Tensor],
+    totals: list[Tensor],
     dropout_p: float,
     backend: str,
 ) -> list[Tensor]:
-    """dquery_rows, dtext_rows, then the gradients of ``parameters``."""
+    """dquery_rows, dtext_rows, then the gradients of ``parameters``, or these are added to ``totals`` if it is not
+    empty.
+    """
     gelu_bwd_in_place = backends.kernel_or_formula("bias_gelu_bwd_in_place", query_rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
     drows = [query_rows.new_empty(0, query_rows.shape[1]) for _ in range(2)]
@@ -105,38 +113,36 @@ def split_feed_forward_block_bwd(
     for kind, rows, part, (up_weight, up_bias, down_weight, down_bias, norm_weight, _), seed in _parts(
         query_rows, text_rows, parameters, seeds
     ):
+        up_weight_total, up_bias_total, down_weight_total, *others = totals[len(gradients) :][:6] or [None] * 6
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
-            dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias
-        )
-        dup_weight, ddown_weight = (weight.new_empty(weight.shape) for weight in (up_weight, down_weight))
-        dup_biases = []
+            dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias,
+            norm_totals(others),
+        )  # fmt: skip
+        dup_weight, ddown_weight, dup_bias = up_weight_total, down_weight_total, up_bias_total
         for start, stop in _halves(rows.shape[0]):
             dx_half, up_half = dx[start:stop], up[part][start:stop]
             if _fuses(backend, dx_half, extension.BWD_ROWS):
-                dup, dbias, activation = extension.linear_gelu_bwd(dx_half, down_weight, up_half, up_bias)
+                dup, dup_bias, activation = extension.linear_gelu_bwd(dx_half, down_weight, up_half, up_bias, dup_bias)
             else:
                 dup = dx_half @ down_weight
-                dbias, activation = gelu_bwd_in_place(dup, up_half, up_bias)
-            add = float(start > 0)
-            torch.addmm(ddown_weight, dx_half.t(), activation, beta=add, out=ddown_weight)
-            torch.addmm(dup_weight, dup.t(), rows[start:stop], beta=add, out=dup_weight)
-            dup_biases.append(dbias)
+                dup_bias, activation = gelu_bwd_in_place(dup, up_half, up_bias, dup_bias)
+            ddown_weight = product(dx_half.t(), activation, ddown_weight)
+            dup_weight = product(dup.t(), rows[start:stop], dup_weight)
             # without dropout dx and dresidual are one tensor, of which these rows have been read by now
             dresidual[start:stop].addmm_(dup, up_weight)
             del dup, activation
         drows[kind] = dresidual
-        dup_bias = functools.reduce(torch.add, dup_biases)
         gradients += [dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
-    return [*drows, *gradients]
+    return drows if totals else [*drows, *gradients]
 
 
 @split_feed_forward_block_bwd.register_fake
-def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, *_) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (query_rows, text_rows, *parameters)]
+def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, seeds, totals, *_) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (query_rows, text_rows, *([] if totals else parameters))]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query_rows, text_rows, parameters, seeds, _, ctx.dropout_p, ctx.backend = inputs
+    query_rows, text_rows, parameters, seeds, ctx.totals, _, ctx.dropout_p, ctx.backend = inputs
     _, *saved = output
     ctx.num_parameters = len(parameters)
     ctx.save_for_backward(query_rows, text_rows, *saved, *parameters, *seeds)
@@ -146,9 +152,10 @@ def _backward(ctx, dout: Tensor):
     rows_and_saved, others = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     parameters, seeds = list(others[: ctx.num_parameters]), list(others[ctx.num_parameters :])
     dquery_rows, dtext_rows, *gradients = split_feed_forward_block_bwd(
-        dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.dropout_p, ctx.backend
+        dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.totals, ctx.dropout_p, ctx.backend
     )
-    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), None, None, None
+    gradients = gradients or [None] * len(parameters)
+    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), [None] * len(ctx.totals), None, None, None
 
 
 register_autograd(split_feed_forward_block_fwd, _backward, _setup_context)
@@ -162,16 +169,19 @@ def _kernels(
     *,
     eps: float,
     dropout_p: float,
+    gradients: Sequence[Sequence[Tensor] | None] | None,
     backend: str = "triton",
 ) -> Tensor:
     dtype = autocast_dtype(query_rows)
-    given = [p for rows, p in ((query_rows, query_parameters), (text_rows, text_parameters)) if rows.shape[0]]
-    parameters = []
-    for up_weight, up_bias, down_weight, *others in given:
+    given = [i for i, rows in enumerate((query_rows, text_rows)) if rows.shape[0]]
+    parameters, totals = [], []
+    for i in given:
+        up_weight, up_bias, down_weight, *others = (query_parameters, text_parameters)[i]
         parameters += [up_weight.to(dtype), up_bias, down_weight.to(dtype), *others]
+        totals += [] if gradients is None else gradients[i]
     seeds = [seed for seed in draw_seeds(query_rows, *[dropout_p] * len(given)) if seed is not None]
     rows = query_rows.to(dtype).contiguous(), text_rows.to(dtype).contiguous()
-    return split_feed_forward_block_fwd(*rows, parameters, seeds, eps, dropout_p, backend)[0]
+    return split_feed_forward_block_fwd(*rows, parameters, seeds, totals, eps, dropout_p, backend)[0]
 
 
 def _extension_unsupported(rows: Tensor, *parameters: tuple[Tensor, ...] | None) -> str | None:
@@ -184,7 +194,7 @@ def _extension_unsupported(rows: Tensor, *parameters: tuple[Tensor, ...] | None)
 
 
 IMPLEMENTATIONS = {
-    "reference": reference.split_feed_forward_block,
+    "reference": without_totals(reference.split_feed_forward_block),
     "triton": _kernels,
     "cuda": functools.partial(_kernels, backend="cuda"),
 }
@@ -198,6 +208,7 @@ def split_feed_forward_block(
     *,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
+    gradients: Sequence[Sequence[Tensor] | None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """layer_norm(rows + dropout(down(gelu(up(rows))))) with parameters of their own, query rows before text rows.
@@ -213,6 +224,9 @@ def split_feed_forward_block(
             where no such rows come.
         eps (float): of the LayerNorm. Default: 1e-12.
         dropout_p (float): probability in [0, 1). Default: 0.0.
+        gradients (Sequence, Optional): for the queries' and for the text's parameters six tensors like them, fp32 or of
+            their dtype, contiguous. The kernels add the parameters' gradients to them in backward and give autograd
+            none. Default: `None`.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -232,14 +246,18 @@ def split_feed_forward_block(
         ("query_parameters", query_parameters, query_rows.shape[0]),
         ("text_parameters", text_parameters, text_rows.shape[0]),
     )
-    for name, parameters, count in parts:
+    for place, (name, parameters, count) in enumerate(parts):
         if count and parameters is None:
             raise ValueError(f"{name} must be given for {count} rows, got None")
         if parameters is not None:
             check_shape(f"{name}[0]", parameters[0], "intermediate", hidden)
             check_shape(f"{name}[2]", parameters[2], hidden, parameters[0].shape[0])
+            totals = None if gradients is None else gradients[place]
+            check_totals(totals, *parameters, name=f"gradients[{place}]")
     reason = _extension_unsupported(query_rows, query_parameters, text_parameters)
     run = backends.resolve(
         "split_feed_forward_block", IMPLEMENTATIONS, backend, query_rows, extension_unsupported=reason
     )
-    return run(query_rows, text_rows, query_parameters, text_parameters, eps=eps, dropout_p=dropout_p)
+    return run(
+        query_rows, text_rows, query_parameters, text_parameters, eps=eps, dropout_p=dropout_p, gradients=gradients
+    )

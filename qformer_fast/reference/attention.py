@@ -194,6 +194,21 @@ def image_cross_attention_bwd(
     return dq.transpose(1, 2).flatten(0, 1), dk, dv
 
 
+def image_cross_attention_bwd_into(
+    dk: Tensor, dv: Tensor, *others, accumulate: bool, dq_parts: Tensor | None = None
+) -> Tensor:
+    """dq; dk and dv are written or added to, and the sums of dq over each image's readers written to ``dq_parts``."""
+    dq, *gradients = image_cross_attention_bwd(*others)
+    for total, gradient in zip((dk, dv), gradients, strict=True):
+        total.copy_(total + gradient if accumulate else gradient)
+    if dq_parts is not None:
+        image_order, image_offsets, num_queries = others[6], others[7], others[10]
+        of_sequences = dq.unflatten(0, (-1, num_queries)).sum(1, dtype=dq_parts.dtype)[image_order]
+        images = torch.repeat_interleave(image_offsets.diff())
+        dq_parts.zero_().index_add_(0, images, of_sequences)
+    return dq
+
+
 def _cross_probabilities(
     q: Tensor,
     k: Tensor,

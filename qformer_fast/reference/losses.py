@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qformer_fast.reference.philox import random_words
+from qformer_fast.reference.rowwise import added_to
 
 # what sample_negatives' kernel takes larger logits for, and its negative for NaN
 LARGEST = 1e38
@@ -93,10 +96,12 @@ def linear_cross_entropy_bwd(
     dbias: Tensor,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
+    totals: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss is the losses' sum / divisor, so its gradients are those of the sum times dout / divisor."""
     scale = dout / divisor
-    return (dx * scale).to(dx.dtype), (dweight * scale).to(weight_dtype), (dbias * scale).to(bias_dtype)
+    gradients = (dweight * scale).to(weight_dtype), (dbias * scale).to(bias_dtype)
+    return (dx * scale).to(dx.dtype), *added_to(totals, gradients)
 
 
 def linear_cross_entropy_rows_bwd(

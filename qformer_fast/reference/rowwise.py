@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
-def bias_gelu_bwd_in_place(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites dout with dx; returns dbias and the forward's output."""
+def bias_gelu_bwd_in_place(dout: Tensor, x: Tensor, bias: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Overwrites dout with dx; returns dbias, added to ``total`` where it is given, and the forward's output."""
     dx, dbias = bias_gelu_bwd(dout, x, bias)
     dout.copy_(dx)
-    return dbias, bias_gelu_fwd(x, bias)
+    return dbias if total is None else total.add_(dbias), bias_gelu_fwd(x, bias)
 
 
 def dropout_add_layer_norm(
@@ -73,6 +74,7 @@ def dropout_add_layer_norm_bwd(
     seed: Tensor | None,
     dropout_p: float,
     x_bias: Tensor | None = None,
+    totals: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """With n = (z - mean) rstd and dn = dout weight: dz = rstd (dn - mean(dn) - n mean(dn n)), which is dresidual, and
     dx is dz under dropout's mask; over rows dweight sums dout n, dbias dout and, with ``x_bias``, dx_bias dx.
@@ -81,7 +83,7 @@ def dropout_add_layer_norm_bwd(
     dresidual, dweight, dbias = _standardise_bwd(_wide(dout), normed, rstd, weight)
     dx = _dropout(dresidual, seed, dropout_p)
     dx_bias = () if x_bias is None else (dx.sum(0).to(x_bias.dtype),)
-    return dx.to(x.dtype), dresidual.to(x.dtype), dweight, dbias, *dx_bias
+    return dx.to(x.dtype), dresidual.to(x.dtype), *added_to(totals, (dweight, dbias, *dx_bias))
 
 
 def _add_dropped(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
@@ -90,10 +92,17 @@ def _add_dropped(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tenso
     return _dropout(x, seed, dropout_p) + _wide(residual)
 
 
-def sum_parts(parts: Tensor, *outputs: Tensor) -> None:
-    """outputs[i] = the sum of parts[:, i] (parts, outputs, width) over the parts."""
+def sum_parts(parts: Tensor, *outputs: Tensor, add: bool = False) -> None:
+    """outputs[i] = the sum of parts[:, i] (parts, outputs, width) over the parts, plus outputs[i] with ``add``."""
     for out, part in zip(outputs, parts.unbind(1), strict=True):
-        out.copy_(part.sum(0))
+        out.copy_(part.sum(0) + out if add else part.sum(0))
+
+
+def added_to(totals: Sequence[Tensor] | None, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients, or ``totals`` after those with elements were added to them."""
+    if totals is None:
+        return gradients
+    return [total.add_(x) if x.numel() else total for total, x in zip(totals, gradients, strict=True)]
 
 
 def embeddings(
@@ -144,6 +153,7 @@ def embeddings_bwd(
     seed: Tensor | None,
     padding_idx: int | None,
     dropout_p: float,
+    totals: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LayerNorm's gradient as in :func:`dropout_add_layer_norm_bwd`, summed into the row of each id."""
     rows = _wide(F.embedding(input_ids, word_weight)) + _wide(F.embedding(position_ids, position_weight))
@@ -153,7 +163,8 @@ def embeddings_bwd(
     dposition = torch.zeros_like(position_weight, dtype=drows.dtype).index_add(0, position_ids, drows)
     if padding_idx is not None:
         dword[padding_idx] = 0
-    return dword.to(word_weight.dtype), dposition.to(position_weight.dtype), dweight, dbias
+    gradients = dword.to(word_weight.dtype), dposition.to(position_weight.dtype), dweight, dbias
+    return tuple(added_to(totals, gradients))
 
 
 def _wide(x: Tensor) -> Tensor:

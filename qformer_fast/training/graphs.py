@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from qformer_fast.layout import PackedText
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output, pairs_of
+from qformer_fast.models.packing import GradientBuffers
+from qformer_fast.models.qformer import ImageKV
 
 MAX_LENGTH_STEP = 16
 
@@ -34,7 +36,7 @@ class GraphedStage1:
 
     Graphs want fixed shapes, so text rows are filled up to multiples of ``bucket`` with captions that no loss reads.
     How many rows the negative captions have is known only when they are drawn: the step waits for that number while
-    the captions' loss runs. Each new shape costs a capture; the graphs share one memory pool. Where
+    sweep 1's backward runs. Each new shape costs a capture; the graphs share one memory pool. Where
     a batch draws longer negatives than there is room for, the step is captured and run again with more room, from the
     same random state.
 
@@ -45,25 +47,27 @@ class GraphedStage1:
             is not seen. Not a wrapper such as DDP, and without gradient checkpointing, which reads random states that
             a capture can't.
         dtype (torch.dtype, Optional): to autocast to. Default: `None`, no autocast.
-        bucket (int): text rows that shapes are rounded up to. Default: 256.
+        bucket (int, Optional): text rows that shapes are rounded up to. Default: `None`, half a row a caption and at
+            least 32.
 
     Raises:
         ValueError: the model is not on a CUDA device, gradient checkpointing is on, or a bucket below 1.
     """
 
-    def __init__(self, model: Blip2QFormer, *, dtype: torch.dtype | None = None, bucket: int = 256):
+    def __init__(self, model: Blip2QFormer, *, dtype: torch.dtype | None = None, bucket: int | None = None):
         if model.temp.device.type != "cuda":
             raise ValueError(f"model must be on a CUDA device, got {model.temp.device}")
         if model.qformer.gradient_checkpointing:
             raise ValueError("model must have gradient checkpointing off: a capture can't read its random states")
-        if bucket < 1:
+        if bucket is not None and bucket < 1:
             raise ValueError(f"bucket must be at least 1, got {bucket}")
         self.model = model
         self.dtype = dtype
         self.bucket = bucket
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._gradients = [torch.zeros_like(p) for p in self._parameters]
+        self._gradients = GradientBuffers(model.groups())
+        self._attached = [(p, gradient) for p, gradient in self._gradients.of_parameters() if p.requires_grad]
         self._captures: dict[_Shape, _Capture] = {}
+        self._images: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # one stream for all captures: the pool hands a stream only memory that was freed on it
         self._stream = torch.cuda.Stream(model.temp.device)
@@ -100,11 +104,12 @@ class GraphedStage1:
         same_image = model.same_image(image_ids, batch, device)
         max_length = -(-text.max_length // MAX_LENGTH_STEP) * MAX_LENGTH_STEP
         text = dataclasses.replace(text, max_length=max_length)
-        text_rows = self._round_up(text.num_rows)
+        bucket = self.bucket or max(32, batch // 2)
+        text_rows = _round_up(text.num_rows, bucket)
         inputs = (image_embeds, text, same_image, scale)
         self._attach_gradients()
         while True:
-            room = self._negative_rows.setdefault(text_rows, text_rows + self.bucket)
+            room = self._negative_rows.setdefault(text_rows, text_rows + bucket)
             shape = _Shape(image_embeds.shape, image_embeds.dtype, text_rows, room, max_length, model.training)
             state = torch.cuda.get_rng_state(device)
             if shape not in self._captures:
@@ -114,16 +119,13 @@ class GraphedStage1:
             negative_rows = capture.draw()
             if negative_rows <= room:
                 return capture.finish()
-            self._negative_rows[text_rows] = self._round_up(negative_rows)
+            self._negative_rows[text_rows] = _round_up(negative_rows, bucket)
             torch.cuda.set_rng_state(state, device)
-
-    def _round_up(self, rows: int) -> int:
-        return -(-rows // self.bucket) * self.bucket
 
     def _attach_gradients(self) -> None:
         """Has every ``grad`` be the tensor that the graphs add to, whatever zero_grad or a user put in its place."""
         fresh = []
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+        for parameter, gradient in self._attached:
             if parameter.grad is None:
                 fresh.append(gradient)
             elif parameter.grad is not gradient:
@@ -134,12 +136,20 @@ class GraphedStage1:
 
     def _capture(self, shape: _Shape, inputs: tuple) -> _Capture:
         state = torch.cuda.get_rng_state(self.model.temp.device)
-        capture = _Capture(_with_own_leaves(self.model), self.dtype, shape, inputs[1], self._gradients)
+        images = self._images.setdefault(
+            (shape.image_shape, shape.image_dtype),
+            torch.empty(shape.image_shape, dtype=shape.image_dtype, device=self.model.temp.device),
+        )
+        capture = _Capture(_with_own_leaves(self.model), self.dtype, shape, images, inputs[1], self._gradients)
         capture.load(*inputs)
         with _no_garbage_collection():
             capture.record(self._pool, self._stream)
         torch.cuda.set_rng_state(state, self.model.temp.device)
         return capture
+
+
+def _round_up(rows: int, bucket: int) -> int:
+    return -(-rows // bucket) * bucket
 
 
 def _with_own_leaves(model: nn.Module) -> nn.Module:
@@ -166,93 +176,141 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Inputs:
+    """What a step reads; ``host_rows`` () int64 on the CPU is written: rows of the negative captions."""
+
+    images: Tensor
+    text: PackedText
+    label_rows: Tensor
+    labels: Tensor
+    same_image: Tensor
+    scale: Tensor
+    host_rows: Tensor
+
+
+def step_in_parts(
+    model: Blip2QFormer,
+    inputs: _Inputs,
+    negative_rows: int,
+    gradients: GradientBuffers,
+    negatives: tuple[Tensor, Tensor] | None = None,
+) -> Iterator[Stage1Output | None]:
+    """A step up to the draw of negatives; the captions' loss and sweep 1's backward; sweep 2 and its backward.
+
+    Yields after each part, at last the output. ``gradients``, of ``model``'s parameters, are added to. ``negatives``
+    may take the place of those drawn, for which there are ``negative_rows``.
+    """
+    weights, kv_weights = (
+        model.qformer.encoder_weights(model.query_tokens, gradients),
+        model.qformer.kv_weights(gradients),
+    )
+    made = model.image_kv(inputs.images, kv_weights).buffer
+    image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
+    first = model.first_sweep(image_kv, inputs.text, inputs.same_image, weights)
+    drawn = model.draw_negatives(first, inputs.same_image)
+    inputs.host_rows.copy_(inputs.text.lengths[drawn[1]].sum(), non_blocking=True)
+    yield None
+
+    own = [(parameter, total) for parameter, total in gradients.of_parameters() if parameter.requires_grad]
+    totals = {leaf: total for leaf, total in own + weights.leaves() + kv_weights.leaves()}
+
+    def backward(loss: Tensor, *, grad_outputs: Tensor | None = None, accumulate: bool = False) -> None:
+        leaves = image_kv.buffer, *totals
+        dkv, *found = torch.autograd.grad(loss, leaves, grad_outputs, allow_unused=True)
+        pairs = [(total, x) for total, x in zip(totals.values(), found, strict=True) if x is not None]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        if dkv is not None:
+            image_kv.gradient.copy_(image_kv.gradient + dkv if accumulate else dkv)
+
+    loss_itg = model.caption_loss(first.itg_rows, inputs.label_rows, inputs.labels, gradients)
+    backward((first.loss_itc + loss_itg) * inputs.scale)
+    yield None
+
+    image_index, text_index = negatives or drawn
+    pairs = inputs.text.select(pairs_of(text_index), 2 * inputs.text.num_rows + negative_rows, fill=True)
+    again = dataclasses.replace(first, image_kv=dataclasses.replace(image_kv, accumulate=True))
+    loss_itm, logits = model.second_sweep(again, pairs, image_index)
+    backward(loss_itm * inputs.scale, accumulate=True)
+    backward(made, grad_outputs=image_kv.gradient)
+    yield Stage1Output(
+        loss=(first.loss_itc + loss_itm + loss_itg).detach(),
+        loss_itc=first.loss_itc.detach(),
+        loss_itm=loss_itm.detach(),
+        loss_itg=loss_itg.detach(),
+        sim_i2t=first.sim_i2t.detach(),
+        sim_t2i=first.sim_t2i.detach(),
+        itm_logits=logits.detach(),
+        itm_labels=model.match_labels(len(inputs.same_image)),
+        negatives=(image_index, text_index),
+    )
+
+
 class _Capture:
     """Graphs of one shape, the tensors that they read, and the tensors that they write."""
 
-    def __init__(self, model, dtype, shape: _Shape, text: PackedText, gradients):
+    def __init__(self, model, dtype, shape: _Shape, images: Tensor, text: PackedText, gradients: GradientBuffers):
         self.model, self.dtype, self.shape = model, dtype, shape
-        self.parameters, self.gradients = [p for p in model.parameters() if p.requires_grad], gradients
-        device, batch = model.temp.device, shape.image_shape[0]
+        self.gradients = GradientBuffers(model.groups(), gradients.buffers)
+        device, batch, rows = model.temp.device, shape.image_shape[0], shape.text_rows
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
-        self.images = torch.empty(shape.image_shape, dtype=shape.image_dtype, device=device)
-        rows = shape.text_rows
-        offsets = zeros(batch + text.fillers(rows) + 1)
-        self.text = PackedText(zeros(rows), zeros(rows), offsets, shape.max_length)
-        self.label_rows, self.labels = zeros(rows - batch), zeros(rows - batch)
-        self.same_image = torch.empty(batch, batch, dtype=torch.bool, device=device)
-        self.scale = torch.empty((), device=device)
-        self.host_rows = torch.empty((), dtype=torch.int64, pin_memory=True)
+        self.inputs = _Inputs(
+            images=images,
+            text=PackedText(zeros(rows), zeros(rows), zeros(batch + text.fillers(rows) + 1), shape.max_length),
+            label_rows=zeros(rows - batch),
+            labels=zeros(rows - batch),
+            same_image=torch.empty(batch, batch, dtype=torch.bool, device=device),
+            scale=torch.empty((), device=device),
+            host_rows=torch.empty((), dtype=torch.int64, pin_memory=True),
+        )
         self.drawn = torch.cuda.Event()
 
     def load(self, images: Tensor, text: PackedText, same_image: Tensor, scale: Tensor | float) -> None:
         filled = text.select(torch.arange(len(text), device=text.offsets.device), self.shape.text_rows, fill=True)
         rows, labels = text.next_tokens()
-        missing = len(self.labels) - len(labels)
+        inputs = self.inputs
+        missing = len(inputs.labels) - len(labels)
         loads = (
-            (self.images, images),
-            (self.text.input_ids, filled.input_ids),
-            (self.text.position_ids, filled.position_ids),
-            (self.text.offsets, filled.offsets),
-            (self.label_rows, torch.nn.functional.pad(rows, (0, missing))),
-            (self.labels, torch.nn.functional.pad(labels, (0, missing), value=-100)),
-            (self.same_image, same_image),
+            (inputs.images, images),
+            (inputs.text.input_ids, filled.input_ids),
+            (inputs.text.position_ids, filled.position_ids),
+            (inputs.text.offsets, filled.offsets),
+            (inputs.label_rows, torch.nn.functional.pad(rows, (0, missing))),
+            (inputs.labels, torch.nn.functional.pad(labels, (0, missing), value=-100)),
+            (inputs.same_image, same_image),
         )
         for place, given in loads:
             place.copy_(given.pin_memory() if given.device.type == "cpu" else given, non_blocking=True)
-        self.scale.copy_(scale) if isinstance(scale, Tensor) else self.scale.fill_(scale)
+        inputs.scale.copy_(scale) if isinstance(scale, Tensor) else inputs.scale.fill_(scale)
 
     def record(self, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+        negative_rows = self.shape.negative_rows
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._autocast():
-            # once without recording, sweep 2 with negatives that fit: Triton compiles, kernels are loaded, cuBLAS takes
-            # its workspace
-            first = self._first()
-            self._draw(first)
-            own = torch.arange(len(self.same_image), device=self.images.device)
-            loss = first.loss_itc + self._caption_loss(first) + self._second(first, own, own)[0]
-            found = torch.autograd.grad(loss * self.scale, self.parameters, allow_unused=True)
-            self._add([torch.zeros_like(total) for total in self.gradients], found)
-            del first, loss, found
+            # once without recording: Triton compiles, kernels are loaded, cuBLAS takes its workspace
+            own = torch.arange(self.shape.image_shape[0], device=self.inputs.images.device)
+            scratch = GradientBuffers(self.gradients.groups)
+            for _ in step_in_parts(self.model, self.inputs, negative_rows, scratch, negatives=(own, own)):
+                pass
+            del scratch
         torch.cuda.current_stream().wait_stream(stream)
         self.graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
-
-        def recording(graph: torch.cuda.CUDAGraph) -> contextlib.ExitStack:
-            stack = contextlib.ExitStack()
-            stack.enter_context(torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"))
-            stack.enter_context(self._autocast())
-            return stack
-
-        with recording(self.graphs[0]):
-            first = self._first()
-            self.negatives = self._draw(first)
-        with recording(self.graphs[1]):
-            loss_itg = self._caption_loss(first)
-        with recording(self.graphs[2]):
-            loss_itm, logits = self._second(first, *self.negatives)
-            loss = first.loss_itc + loss_itm + loss_itg
-            self._add(self.gradients, torch.autograd.grad(loss * self.scale, self.parameters, allow_unused=True))
-        self.out = Stage1Output(
-            loss=loss.detach(),
-            loss_itc=first.loss_itc.detach(),
-            loss_itm=loss_itm.detach(),
-            loss_itg=loss_itg.detach(),
-            sim_i2t=first.sim_i2t.detach(),
-            sim_t2i=first.sim_t2i.detach(),
-            itm_logits=logits.detach(),
-            itm_labels=self.model.match_labels(len(self.same_image)),
-            negatives=self.negatives,
-        )
+        parts = step_in_parts(self.model, self.inputs, negative_rows, self.gradients)
+        for graph in self.graphs:
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"), self._autocast():
+                self.out = next(parts)
 
     def draw(self) -> int:
-        """Runs up to the captions' loss; returns how many rows the negative captions have."""
+        """Runs all but sweep 2; returns how many rows the negative captions have."""
         self.graphs[0].replay()
         self.drawn.record()
         self.graphs[1].replay()
         self.drawn.synchronize()
-        return int(self.host_rows)
+        return int(self.inputs.host_rows)
 
     def finish(self) -> Stage1Output:
         self.graphs[2].replay()
@@ -262,24 +320,3 @@ class _Capture:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False)
-
-    def _first(self):
-        return self.model.first_sweep(self.images, self.text, self.same_image)
-
-    def _draw(self, first) -> tuple[Tensor, Tensor]:
-        negatives = self.model.draw_negatives(first, self.same_image)
-        self.host_rows.copy_(self.text.lengths[negatives[1]].sum(), non_blocking=True)
-        return negatives
-
-    @staticmethod
-    def _add(totals: list[Tensor], found: Sequence[Tensor | None]) -> None:
-        pairs = [(total, g) for total, g in zip(totals, found, strict=True) if g is not None]
-        torch._foreach_add_([total for total, _ in pairs], [g for _, g in pairs])
-
-    def _caption_loss(self, first) -> Tensor:
-        return self.model.caption_loss(first.itg_rows, self.label_rows, self.labels)
-
-    def _second(self, first, image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor]:
-        num_rows = 2 * self.shape.text_rows + self.shape.negative_rows
-        pairs = self.text.select(pairs_of(text_index), num_rows, fill=True)
-        return self.model.second_sweep(first, pairs, image_index)

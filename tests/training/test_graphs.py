@@ -6,7 +6,8 @@ import torch
 from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.backend import available, use_backend
 from qformer_fast.models.blip2_qformer import pairs_of
-from qformer_fast.training.graphs import GraphedStage1, _with_own_leaves
+from qformer_fast.models.packing import GradientBuffers
+from qformer_fast.training.graphs import GraphedStage1, _Inputs, _with_own_leaves, step_in_parts
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
 LENGTHS = [2, 12, 9, 5, 11, 3, 7]
@@ -59,13 +60,46 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
     pairs = filled.select(pairs_of(negatives[1]), 2 * text_rows + negative_rows, fill=True)
     assert filled.num_rows == text_rows and pairs.num_rows == 2 * text_rows + negative_rows
     with use_backend(backend):
-        first = model.first_sweep(images, filled, same_image)
+        weights = model.qformer.encoder_weights(model.query_tokens)
+        first = model.first_sweep(model.image_kv(images), filled, same_image, weights)
         loss_itm, logits = model.second_sweep(first, pairs, negatives[0])
         loss = first.loss_itc + loss_itm + model.caption_loss(first.itg_rows, *text.next_tokens())
         torch.testing.assert_close(loss, expected.loss)
         torch.testing.assert_close(logits, expected.itm_logits)
         loss.backward()
     assert_same(gradients(model), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("frozen", ["", "key", "word_embeddings"])
+def test_the_graphs_step_adds_the_models_gradients(frozen, backend, make_captions):
+    """The step as it is captured, run without a capture, twice on one set of gradients."""
+    if reason := available()[backend]:
+        pytest.skip(reason)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, batch = build(device), len(LENGTHS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or frozen not in name)
+    ids, mask = (x.to(device) for x in make_captions(LENGTHS, 12))
+    images, same_image = torch.randn(batch, 6, 40, device=device), torch.eye(batch, dtype=torch.bool, device=device)
+    own = torch.arange(batch, device=device)
+    negatives = (own + 1) % batch, (own + 2) % batch
+    expected = model(images, ids, mask, negatives=negatives)
+    (expected.loss * 0.5).backward()
+    text = model.pack_captions(ids, mask, batch)
+    rows, labels = text.next_tokens()
+    scale, host_rows = torch.tensor(0.25, device=device), torch.zeros((), dtype=torch.int64)
+    inputs = _Inputs(images, text.select(own, 64, fill=True), rows, labels, same_image, scale, host_rows)
+    found = GradientBuffers(model.groups())
+    for _ in range(2):
+        with use_backend(backend):
+            *_, out = step_in_parts(model, inputs, 64, found, negatives)
+        assert 0 < int(host_rows) <= 12 * batch
+        for name in LOSSES:
+            torch.testing.assert_close(getattr(out, name), getattr(expected, name).detach())
+    names = {id(p): name for name, p in model.named_parameters()}
+    actual = {names[id(p)]: total for p, total in found.of_parameters() if p.requires_grad}
+    assert_same(actual, gradients(model), 1e-4)
 
 
 def test_bad_arguments():
