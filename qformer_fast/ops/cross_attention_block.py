@@ -176,9 +176,9 @@ def _kernels(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-    gradients: Sequence[Tensor] | None,
-    kv_gradients: tuple[Tensor, Tensor] | None,
-    accumulate: bool,
+    gradients: Sequence[Tensor] | None = None,
+    kv_gradients: tuple[Tensor, Tensor] | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     dtype = autocast_dtype(query_rows)
     return cross_attention_block_fwd(

@@ -104,7 +104,7 @@ def _kernels(
     eps: float,
     padding_idx: int | None,
     dropout_p: float,
-    gradients: Sequence[Tensor] | None,
+    gradients: Sequence[Tensor] | None = None,
 ) -> Tensor:
     tensors = input_ids, position_ids, word_weight, position_weight, weight, bias
     seed = draw_seed(word_weight, dropout_p)

@@ -128,7 +128,7 @@ def _kernels(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
-    gradients: Sequence[Tensor] | None,
+    gradients: Sequence[Tensor] | None = None,
 ) -> Tensor:
     inputs = x, weight, bias
     with_gradients = [torch.is_grad_enabled() and y is not None and y.requires_grad for y in inputs]

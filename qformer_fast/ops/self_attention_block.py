@@ -167,7 +167,7 @@ def _kernels(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-    gradients: Sequence[Tensor] | None,
+    gradients: Sequence[Tensor] | None = None,
 ) -> Tensor:
     dtype = autocast_dtype(rows)
     return self_attention_block_fwd(

@@ -169,7 +169,7 @@ def _kernels(
     *,
     eps: float,
     dropout_p: float,
-    gradients: Sequence[Sequence[Tensor] | None] | None,
+    gradients: Sequence[Sequence[Tensor] | None] | None = None,
     backend: str = "triton",
 ) -> Tensor:
     dtype = autocast_dtype(query_rows)

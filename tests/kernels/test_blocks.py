@@ -165,6 +165,67 @@ def test_gradients_with_dropout_are_those_of_the_formula(name, layout, assert_cl
     assert (actual["out"] - none["out"]).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_are_added_to_what_is_given(name, p, halves, layout, monkeypatch, assert_close):
+    """bf16 weights whose gradients are fp32; keys' and values' are written to, then added to, slices of a buffer."""
+    if halves:
+        monkeypatch.setattr(importlib.import_module("qformer_fast.ops.split_feed_forward_block"), "WHOLE_ROWS", 8)
+    inputs, call = blocks(layout)[name]
+    inputs = {key: x if x.ndim == 1 else x.bfloat16() for key, x in inputs.items()}
+    dout = torch.randn(layout.num_query_rows if "cross" in name else layout.num_rows, HIDDEN, device=DEVICE)
+    options = {"backend": "triton"}
+    options |= {"dropout_p": p} if "feed" in name else {"attention_dropout_p": p, "hidden_dropout_p": p}
+
+    def run(*args, **more):
+        torch.manual_seed(5)
+        return getattr(ops, name)(*args, **options, **more)
+
+    expected = gradients(call, run, inputs, dout)
+    parameters = [key for key in inputs if key.endswith(("weight", "bias"))]
+    start = {key: torch.randn(inputs[key].shape, device=DEVICE) for key in parameters}
+    totals = {key: x.clone() for key, x in start.items()}
+    given = list(totals.values())
+    more = {"gradients": [given[:6], given[6:]] if "feed" in name else given}
+    if "cross" in name:
+        buffer = torch.full((*inputs["k"].shape[:2], 4, *inputs["k"].shape[2:]), torch.nan, device=DEVICE).bfloat16()
+        more |= {"kv_gradients": (buffer[:, :, 1], buffer[:, :, 3])}
+    leaves = {key: x.detach().requires_grad_() for key, x in inputs.items()}
+    for time in (1, 2):
+        if "cross" in name:
+            more["accumulate"] = time == 2
+        out = call(run, *leaves.values(), **more)
+        out.backward(dout.to(out.dtype))
+        rows = [key for key in inputs if key.endswith("rows")]
+        assert all((leaves[key].grad is None) == (key not in rows) for key in inputs)
+        actual = {key: (totals[key] - start[key]) / time for key in parameters}
+        if "cross" in name:
+            actual |= {"k": buffer[:, :, 1] / time, "v": buffer[:, :, 3] / time}
+        for key, x in actual.items():
+            scale = max(float(expected[key].abs().max()), 0.05)
+            assert float((x - expected[key]).abs().max()) <= 0.02 * scale, key
+    for key in rows:
+        torch.testing.assert_close(leaves[key].grad, 2 * expected[key])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_that_do_not_fit_are_named(name, layout):
+    inputs, call = blocks(layout)[name]
+    parameters = [x for key, x in inputs.items() if key.endswith(("weight", "bias"))]
+
+    def run(totals):
+        totals = [totals[:6], totals[6:]] if "feed" in name else totals
+        return call(getattr(ops, name), *inputs.values(), gradients=totals)
+
+    with pytest.raises(ValueError, match=r"gradients(\[\d\])? must be 6 tensors, got"):
+        run(parameters[1:])
+    with pytest.raises(ValueError, match=r"gradients(\[\d\])?\[0\] must be"):
+        run([parameters[0][1:], *parameters[1:]])
+    with pytest.raises(TypeError, match=r"gradients(\[\d\])?\[0\] must be torch.float32 or fp32, got torch.float64"):
+        run([parameters[0].double(), *parameters[1:]])
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_autocast_keeps_fp32_parameters_and_their_gradients(name, layout):
     inputs, call = blocks(layout)[name]
