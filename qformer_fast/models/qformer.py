@@ -389,11 +389,12 @@ class QFormer(CheckpointMixin, nn.Module):
         both = [p for layer in layers for p in (layer.key, layer.value)]
         return [tuple(p.weight for p in both), tuple(p.bias for p in both)]
 
-    def embed_queries(self, query_embeds: Tensor, num_sequences: int) -> Tensor:
+    def embed_queries(self, query_embeds: Tensor, num_sequences: int, dtype: torch.dtype | None = None) -> Tensor:
         """LayerNorm and dropout of the queries: (1 or num_sequences, queries, hidden) -> (num_sequences * queries,
-        hidden).
+        hidden), of ``dtype`` where it is given.
         """
-        rows = self.layernorm(query_embeds).expand(num_sequences, -1, -1).flatten(0, 1)
+        rows = self.layernorm(query_embeds)
+        rows = rows.to(dtype or rows.dtype).expand(num_sequences, -1, -1).flatten(0, 1)
         return F.dropout(rows, self.dropout_p)
 
     @property
@@ -436,11 +437,10 @@ class QFormer(CheckpointMixin, nn.Module):
         """
         if weights is None:
             weights = self.encoder_weights(self.layernorm.weight if query_embeds is None else query_embeds)
-        parts = []
+        parts = [] if text is None else [self.embed_text(text, weights.embedding_gradients)]
         if query_embeds is not None:
-            parts.append(self.embed_queries(query_embeds, layout.num_query_sequences))
-        if text is not None:
-            parts.append(self.embed_text(text, weights.embedding_gradients))
+            dtype = None if text is None else parts[0].dtype
+            parts.insert(0, self.embed_queries(query_embeds, layout.num_query_sequences, dtype))
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
         for layer, layer_kv, layer_weights in self._layers(image_kv, weights):
             inputs = (rows, layout, layer_kv, layer_weights)

@@ -22,7 +22,9 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
         setup_context(ctx, inputs, output)
 
     def run(ctx, dout: Tensor | None, *_) -> Any:
-        return (None,) * len(ctx.needs_input_grad) if dout is None else backward(ctx, dout)
+        if dout is None:
+            return tuple([None] * len(x) if isinstance(x, list | tuple) else None for x in ctx.needs_input_grad)
+        return backward(ctx, dout)
 
     op.register_autograd(run, setup_context=setup)
 

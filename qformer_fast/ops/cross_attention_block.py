@@ -52,7 +52,7 @@ def cross_attention_block_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and for backward: q, context, lse, x (the output projection without its bias), mean and rstd.
 
-    ``totals``, ``kv_totals`` and ``accumulate`` are for backward, see :func:`cross_attention_block_bwd`.
+    ``totals``, ``kv_totals`` and ``accumulate`` are for backward, see :func:`_bwd`.
     """
     attend = backends.kernel_or_formula("image_cross_attention_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
@@ -73,8 +73,7 @@ def _(query_rows: Tensor, k: Tensor, *_) -> tuple[Tensor, ...]:
     return out, q, context, lse, x, mean, rstd
 
 
-@torch.library.custom_op("qformer_fast::cross_attention_block_bwd", mutates_args=("totals", "kv_totals"))
-def cross_attention_block_bwd(
+def _bwd(
     dout: Tensor,
     query_rows: Tensor,
     k: Tensor,
@@ -128,12 +127,15 @@ def cross_attention_block_bwd(
     return [drows, *([] if kv_totals else [dk, dv]), *gradients]
 
 
+# with totals, backward calls the function itself: an op may not add to its inputs and return others
+cross_attention_block_bwd = torch.library.custom_op("qformer_fast::cross_attention_block_bwd", mutates_args=())(_bwd)
+
+
 @cross_attention_block_bwd.register_fake
-def _(dout, query_rows, k, v, q, context, lse, x, mean, rstd, q_weight, out_weight, out_bias, norm_weight, *others):
-    totals, kv_totals = others[5:7]
+def _(dout, query_rows, k, v, q, context, lse, x, mean, rstd, q_weight, out_weight, out_bias, norm_weight, *_):
     dq_bias = q_weight.new_empty(q_weight.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
-    like = [] if totals else [q_weight, dq_bias, out_weight, out_bias, norm_weight, norm_weight]
-    return [x.new_empty(x.shape) for x in (query_rows, *([] if kv_totals else [k, v]), *like)]
+    like = query_rows, k, v, q_weight, dq_bias, out_weight, out_bias, norm_weight, norm_weight
+    return [x.new_empty(x.shape) for x in like]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -146,9 +148,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
-    drows, *gradients = cross_attention_block_bwd(
-        dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.kv_totals, *ctx.sizes
-    )
+    run = _bwd if ctx.totals or ctx.kv_totals else cross_attention_block_bwd
+    drows, *gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.kv_totals, *ctx.sizes)
     kv = [None, None] if ctx.kv_totals else [gradients.pop(0), gradients.pop(0)]
     dweight, dbias, *others = gradients or [None] * 6
     if dbias is not None:

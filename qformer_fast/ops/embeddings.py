@@ -51,8 +51,7 @@ def _(input_ids: Tensor, position_ids: Tensor, word_weight: Tensor, *others) -> 
     return word_weight.new_empty(rows, hidden, dtype=others[-1]), mean, rstd
 
 
-@torch.library.custom_op("qformer_fast::embeddings_bwd", mutates_args=("totals",))
-def embeddings_bwd(
+def _bwd(
     dout: Tensor,
     input_ids: Tensor,
     position_ids: Tensor,
@@ -73,9 +72,13 @@ def embeddings_bwd(
     return [] if totals else list(found)
 
 
+# with totals, backward calls the function itself: an op may not add to its inputs and return others
+embeddings_bwd = torch.library.custom_op("qformer_fast::embeddings_bwd", mutates_args=())(_bwd)
+
+
 @embeddings_bwd.register_fake
-def _(dout, input_ids, position_ids, word_weight, position_weight, weight, mean, rstd, seed, totals, *_):
-    return [] if totals else [torch.empty_like(x) for x in (word_weight, position_weight, weight, weight)]
+def _(dout, input_ids, position_ids, word_weight, position_weight, weight, *_):
+    return [torch.empty_like(x) for x in (word_weight, position_weight, weight, weight)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -86,7 +89,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
     saved = *ctx.saved_tensors, ctx.totals
-    gradients = embeddings_bwd(dout.contiguous(), *saved, ctx.padding_idx, ctx.dropout_p)
+    run = _bwd if ctx.totals else embeddings_bwd
+    gradients = run(dout.contiguous(), *saved, ctx.padding_idx, ctx.dropout_p)
     return None, None, *(gradients or [None] * 4), None, [None] * len(ctx.totals), *[None] * 4
 
 

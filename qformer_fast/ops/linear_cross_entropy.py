@@ -29,7 +29,7 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, divisor, dx, dweight, dbias; ``with_gradients`` says which of x, weight and bias require one.
 
-    ``totals`` are for backward, see :func:`linear_cross_entropy_bwd`.
+    ``totals`` are for backward, see :func:`_bwd`.
     """
     run = backends.kernel_or_formula("linear_cross_entropy_fwd", x)
     return run(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gradients)
@@ -48,8 +48,7 @@ def _(x, weight, bias, labels, label_smoothing, ignore_index, reduction, with_gr
     return empty(), empty(), dx, dweight, empty(weight.shape[0] if with_gradients[2] else 0)
 
 
-@torch.library.custom_op("qformer_fast::linear_cross_entropy_bwd", mutates_args=("totals",))
-def linear_cross_entropy_bwd(
+def _bwd(
     dout: Tensor,
     divisor: Tensor,
     dx: Tensor,
@@ -67,10 +66,14 @@ def linear_cross_entropy_bwd(
     return [found[0]] if totals else list(found)
 
 
+# with totals, backward calls the function itself: an op may not add to its inputs and return others
+linear_cross_entropy_bwd = torch.library.custom_op("qformer_fast::linear_cross_entropy_bwd", mutates_args=())(_bwd)
+
+
 @linear_cross_entropy_bwd.register_fake
 def _(dout, divisor, dx, dweight, dbias, totals, weight_dtype, bias_dtype) -> list[Tensor]:
     others = torch.empty_like(dweight, dtype=weight_dtype), torch.empty_like(dbias, dtype=bias_dtype)
-    return [torch.empty_like(dx), *(() if totals else others)]
+    return [torch.empty_like(dx), *others]
 
 
 @torch.library.custom_op("qformer_fast::linear_cross_entropy_rows_bwd", mutates_args=())
@@ -110,7 +113,8 @@ def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
         arguments = *ctx.saved_tensors, *ctx.options, ctx.with_gradients
         gradients = linear_cross_entropy_rows_bwd(dout.contiguous(), *arguments)
     else:
-        gradients = linear_cross_entropy_bwd(dout, *ctx.saved_tensors, ctx.totals, *ctx.dtypes)
+        run = _bwd if ctx.totals else linear_cross_entropy_bwd
+        gradients = run(dout, *ctx.saved_tensors, ctx.totals, *ctx.dtypes)
         gradients += [None] * (3 - len(gradients))
     wanted = [dx if wants else None for dx, wants in zip(gradients, ctx.with_gradients, strict=True)]
     return *wanted, *[None] * 5, [None] * len(ctx.totals)

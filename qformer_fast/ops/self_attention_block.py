@@ -50,7 +50,7 @@ def self_attention_block_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and for backward: qkv, context, lse, x (the output projection without its bias), mean and rstd.
 
-    ``totals`` are for backward, see :func:`self_attention_block_bwd`.
+    ``totals`` are for backward, see :func:`_bwd`.
     """
     attend = backends.kernel_or_formula("query_text_attention_fwd", rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", rows)
@@ -74,8 +74,7 @@ def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
     return rows.new_empty(rows.shape), qkv, context, lse, rows.new_empty(rows.shape), mean, rstd
 
 
-@torch.library.custom_op("qformer_fast::self_attention_block_bwd", mutates_args=("totals",))
-def self_attention_block_bwd(
+def _bwd(
     dout: Tensor,
     rows: Tensor,
     qkv: Tensor,
@@ -123,14 +122,18 @@ def self_attention_block_bwd(
     return [drows] if totals else [drows, *gradients]
 
 
+# with totals, backward calls the function itself: an op may not add to its inputs and return others
+self_attention_block_bwd = torch.library.custom_op("qformer_fast::self_attention_block_bwd", mutates_args=())(_bwd)
+
+
 def _new_qkv_bias(qkv_weight: Tensor, rows: Tensor) -> Tensor:
     return qkv_weight.new_empty(qkv_weight.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 @self_attention_block_bwd.register_fake
-def _(dout, rows, qkv, context, lse, x, mean, rstd, qkv_weight, out_weight, out_bias, norm_weight, *others):
+def _(dout, rows, qkv, context, lse, x, mean, rstd, qkv_weight, out_weight, out_bias, norm_weight, *_):
     like = qkv_weight, _new_qkv_bias(qkv_weight, rows), out_weight, out_bias, norm_weight, norm_weight
-    return [x.new_empty(x.shape) for x in ((rows,) if others[4] else (rows, *like))]
+    return [x.new_empty(x.shape) for x in (rows, *like)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -143,7 +146,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
-    gradients = self_attention_block_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.totals, *ctx.sizes)
+    run = _bwd if ctx.totals else self_attention_block_bwd
+    gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, *ctx.sizes)
     drows, dweight, dbias, *others = gradients + [None] * (7 - len(gradients))
     if dbias is not None:
         dbias = dbias.to(ctx.bias_dtype)

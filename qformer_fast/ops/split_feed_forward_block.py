@@ -40,7 +40,7 @@ def split_feed_forward_block_fwd(
     """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias), mean and rstd.
 
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
-    likewise, none without dropout; ``totals`` are for backward, see :func:`split_feed_forward_block_bwd`. ``backend``
+    likewise, none without dropout; ``totals`` are for backward, see :func:`_bwd`. ``backend``
     "cuda" has GELU made in the extension's products, where that is faster.
     """
     gelu = backends.kernel_or_formula("bias_gelu_fwd", query_rows)
@@ -88,8 +88,7 @@ def _(query_rows, text_rows, parameters, *_) -> tuple[Tensor, ...]:
     return out, up, x, mean, rstd
 
 
-@torch.library.custom_op("qformer_fast::split_feed_forward_block_bwd", mutates_args=("totals",))
-def split_feed_forward_block_bwd(
+def _bwd(
     dout: Tensor,
     query_rows: Tensor,
     text_rows: Tensor,
@@ -136,9 +135,15 @@ def split_feed_forward_block_bwd(
     return drows if totals else [*drows, *gradients]
 
 
+# with totals, backward calls the function itself: an op may not add to its inputs and return others
+split_feed_forward_block_bwd = torch.library.custom_op("qformer_fast::split_feed_forward_block_bwd", mutates_args=())(
+    _bwd
+)
+
+
 @split_feed_forward_block_bwd.register_fake
-def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, seeds, totals, *_) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (query_rows, text_rows, *([] if totals else parameters))]
+def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, *_) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (query_rows, text_rows, *parameters)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -151,7 +156,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout: Tensor):
     rows_and_saved, others = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     parameters, seeds = list(others[: ctx.num_parameters]), list(others[ctx.num_parameters :])
-    dquery_rows, dtext_rows, *gradients = split_feed_forward_block_bwd(
+    run = _bwd if ctx.totals else split_feed_forward_block_bwd
+    dquery_rows, dtext_rows, *gradients = run(
         dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.totals, ctx.dropout_p, ctx.backend
     )
     gradients = gradients or [None] * len(parameters)

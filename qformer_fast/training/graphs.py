@@ -36,7 +36,7 @@ class GraphedStage1:
 
     Graphs want fixed shapes, so text rows are filled up to multiples of ``bucket`` with captions that no loss reads.
     How many rows the negative captions have is known only when they are drawn: the step waits for that number while
-    sweep 1's backward runs. Each new shape costs a capture; the graphs share one memory pool. Where
+    the captions' loss runs. Each new shape costs a capture; the graphs share one memory pool. Where
     a batch draws longer negatives than there is room for, the step is captured and run again with more room, from the
     same random state.
 
@@ -196,7 +196,7 @@ def step_in_parts(
     gradients: GradientBuffers,
     negatives: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Stage1Output | None]:
-    """A step up to the draw of negatives; the captions' loss and sweep 1's backward; sweep 2 and its backward.
+    """A step up to the draw of negatives; the captions' loss; sweep 1's backward; sweep 2 and its backward.
 
     Yields after each part, at last the output. ``gradients``, of ``model``'s parameters, are added to. ``negatives``
     may take the place of those drawn, for which there are ``negative_rows``.
@@ -225,6 +225,8 @@ def step_in_parts(
             image_kv.gradient.copy_(image_kv.gradient + dkv if accumulate else dkv)
 
     loss_itg = model.caption_loss(first.itg_rows, inputs.label_rows, inputs.labels, gradients)
+    yield None
+
     backward((first.loss_itc + loss_itg) * inputs.scale)
     yield None
 
@@ -298,14 +300,14 @@ class _Capture:
                 pass
             del scratch
         torch.cuda.current_stream().wait_stream(stream)
-        self.graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
+        self.graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
         parts = step_in_parts(self.model, self.inputs, negative_rows, self.gradients)
         for graph in self.graphs:
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"), self._autocast():
                 self.out = next(parts)
 
     def draw(self) -> int:
-        """Runs all but sweep 2; returns how many rows the negative captions have."""
+        """Runs up to the captions' loss; returns how many rows the negative captions have."""
         self.graphs[0].replay()
         self.drawn.record()
         self.graphs[1].replay()
@@ -314,6 +316,7 @@ class _Capture:
 
     def finish(self) -> Stage1Output:
         self.graphs[2].replay()
+        self.graphs[3].replay()
         out = dict(vars(self.out))
         negatives = tuple(index.clone() for index in out.pop("negatives"))
         return Stage1Output(**{name: x.clone() for name, x in out.items()}, negatives=negatives)

@@ -212,10 +212,10 @@ def test_gradients_are_added_to_what_is_given(name, p, halves, layout, monkeypat
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradients_that_do_not_fit_are_named(name, layout):
     inputs, call = blocks(layout)[name]
-    parameters = [x for key, x in inputs.items() if key.endswith(("weight", "bias"))]
+    parameters = [x for key, x in inputs.items() if key.endswith(("weight", "bias"))][:6]
 
     def run(totals):
-        totals = [totals[:6], totals[6:]] if "feed" in name else totals
+        totals = [totals, None] if "feed" in name else totals
         return call(getattr(ops, name), *inputs.values(), gradients=totals)
 
     with pytest.raises(ValueError, match=r"gradients(\[\d\])? must be 6 tensors, got"):

@@ -75,7 +75,7 @@ def test_dropout(shape, dropout_p, dtype, assert_close):
         return torch.where(keep, plain(*tensors) * threshold_and_scale(dropout_p)[1], 0.0)
 
     def op(*tensors):
-        return torch.ops.qformer_fast.embeddings_fwd(*tensors, seed, None, EPS, dropout_p, dtype)[0]
+        return torch.ops.qformer_fast.embeddings_fwd(*tensors, seed, [], None, EPS, dropout_p, dtype)[0]
 
     low, high = run(dropped, ids, tables, dout), run(dropped, ids, double(tables), dout.double())
     assert_close(run(op, ids, tables, dout), low, high)
@@ -137,6 +137,23 @@ def test_an_id_outside_its_table_reads_and_writes_nothing(wrong):
         torch.testing.assert_close(found, expected)
 
 
+def test_gradients_are_added_to_what_is_given():
+    """Longer runs of one word than a window, and a word that is left out."""
+    ids, tables, dout = inputs(200, 7, 3, 48, torch.float32)
+    options = dict(padding_idx=2, backend="triton", eps=EPS)
+    expected = run(lambda *x: ops.embeddings(*x, **options), ids, tables, dout)
+    start = [torch.randn_like(x) for x in tables]
+    totals = [x.clone() for x in start]
+    leaves = [x.detach().requires_grad_() for x in tables]
+    for _ in range(2):
+        ops.embeddings(*ids, *leaves, **options, gradients=totals).backward(dout)
+    assert all(leaf.grad is None for leaf in leaves)
+    for name, total, begin in zip(NAMES, totals, start, strict=True):
+        torch.testing.assert_close((total - begin) / 2, expected[name], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"gradients must be 4 tensors, got 3"):
+        ops.embeddings(*ids, *tables, gradients=totals[1:])
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_fp32_tables_under_autocast_keep_their_gradients_in_fp32(dropout_p):
     ids, tables, dout = inputs(40, 9, 6, 48, torch.float32)
@@ -177,14 +194,14 @@ def test_formula_gradcheck(dropout_p):
     tables = [x.requires_grad_() for x in tables]
     # the formula, unlike the kernels, adds rows in any order on a GPU
     assert torch.autograd.gradcheck(
-        lambda *x: op(*ids, *x, seed, None, EPS, dropout_p, torch.float64)[0], tables, nondet_tol=1e-12
+        lambda *x: op(*ids, *x, seed, [], None, EPS, dropout_p, torch.float64)[0], tables, nondet_tol=1e-12
     )
 
 
 def test_formula_leaves_the_padding_word_out():
     ids, tables, dout = inputs(30, 4, 3, 6, torch.float64)
     op = torch.ops.qformer_fast.embeddings_fwd
-    actual = run(lambda *x: op(*x, None, 2, EPS, 0.0, torch.float64)[0], ids, tables, dout)
+    actual = run(lambda *x: op(*x, None, [], 2, EPS, 0.0, torch.float64)[0], ids, tables, dout)
     torch.testing.assert_close(actual, run(lambda *x: plain(*x, padding_idx=2), ids, tables, dout))
 
 
@@ -194,7 +211,7 @@ def test_opcheck(dropout_p, dtype):
     ids, tables, _ = inputs(5, 8, 4, 33, dtype)
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
     op = torch.ops.qformer_fast.embeddings_fwd.default
-    torch.library.opcheck(op, (*ids, *(x.requires_grad_() for x in tables), seed, 1, EPS, dropout_p, dtype))
+    torch.library.opcheck(op, (*ids, *(x.requires_grad_() for x in tables), seed, [], 1, EPS, dropout_p, dtype))
 
 
 def test_compiles_without_a_graph_break():

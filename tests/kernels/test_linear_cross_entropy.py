@@ -230,7 +230,7 @@ def test_formula_gradcheck(with_bias, smoothing, reduction):
 
     def op(x, weight, bias=None):
         wanted = [True, True, bias is not None]
-        return OPS.linear_cross_entropy_fwd(x, weight, bias, labels, smoothing, -100, reduction, wanted)[0]
+        return OPS.linear_cross_entropy_fwd(x, weight, bias, labels, smoothing, -100, reduction, wanted, [])[0]
 
     assert torch.autograd.gradcheck(op, tensors)
     expected = reference.linear_cross_entropy(
@@ -247,13 +247,32 @@ def test_opcheck(reduction, dtype):
     rows = dout, *tensors, labels, 0.1, -100, [True, False, True]
     torch.library.opcheck(OPS.linear_cross_entropy_rows_bwd.default, rows)
     tensors = [t.requires_grad_() for t in tensors]
-    arguments = *tensors, labels, 0.1, -100, reduction, [True] * 3
+    arguments = *tensors, labels, 0.1, -100, reduction, [True] * 3, []
     torch.library.opcheck(OPS.linear_cross_entropy_fwd.default, arguments)
     with torch.no_grad():
         saved = OPS.linear_cross_entropy_fwd(*arguments)[1:]
     if reduction != "none":
-        scaled = torch.ones((), device=DEVICE), *saved, dtype, dtype
+        scaled = torch.ones((), device=DEVICE), *saved, [], dtype, dtype
         torch.library.opcheck(OPS.linear_cross_entropy_bwd.default, scaled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_gradients_are_added_to_what_is_given(dtype):
+    """fp32 parameters beside rows of ``dtype``."""
+    (x, weight, bias), labels = inputs(10, 8, 30, torch.float32)
+    x = x.to(dtype)
+    expected = run(kernel, (x, weight, bias), labels, torch.ones(()))
+    start = torch.randn_like(weight), torch.randn_like(bias)
+    totals = [t.clone() for t in start]
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    for _ in range(2):
+        kernel(*leaves, labels, gradients=totals).backward()
+    assert leaves[1].grad is None and leaves[2].grad is None
+    torch.testing.assert_close(leaves[0].grad, 2 * expected["dx"])
+    for name, total, begin in zip(("dweight", "dbias"), totals, start, strict=True):
+        torch.testing.assert_close((total - begin) / 2, expected[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="gradients need a bias and a reduced loss"):
+        ops.linear_cross_entropy(x, weight, None, labels, gradients=totals)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -289,14 +308,14 @@ def test_a_label_outside_is_nan_in_its_row_alone(dtype, label):
     tensors, labels = inputs(5, 8, 30, dtype)
     tensors = [t.requires_grad_() for t in tensors]
     labels[:] = torch.arange(5)
-    clean = OPS.linear_cross_entropy_fwd(*tensors, labels, 0.1, -100, "none", [True] * 3)[0]
+    clean = OPS.linear_cross_entropy_fwd(*tensors, labels, 0.1, -100, "none", [True] * 3, [])[0]
     labels[2] = label
-    losses = OPS.linear_cross_entropy_fwd(*tensors, labels, 0.1, -100, "none", [True] * 3)[0]
+    losses = OPS.linear_cross_entropy_fwd(*tensors, labels, 0.1, -100, "none", [True] * 3, [])[0]
     assert losses.isnan().tolist() == [False, False, True, False, False]
     assert torch.equal(losses[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
     (dx,) = torch.autograd.grad(losses.sum(), tensors[0])
     assert dx.isnan().all(1).tolist() == [False, False, True, False, False]
-    loss = OPS.linear_cross_entropy_fwd(*tensors, labels, 0.1, -100, "mean", [True] * 3)[0]
+    loss = OPS.linear_cross_entropy_fwd(*tensors, labels, 0.1, -100, "mean", [True] * 3, [])[0]
     assert loss.isnan()
 
 
