@@ -16,6 +16,7 @@ from typing import Any
 
 import _original
 import torch
+from _breakdown import measure_breakdown
 from _floor import stage1_products, time_floor
 from _harness import Setup
 from _machine import write_result
@@ -27,6 +28,7 @@ from qformer_fast.backend import use_backend
 from qformer_fast.reference.stage1 import original_order_stage1
 from qformer_fast.training.graphs import GraphedStage1
 
+ROWS = ("packed", "graphs", "reference", "original")
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 PADDED_LENGTH = 32
 # losses of one batch in one precision, different orders of summation: fp32 path error, and bf16's 8 bits under autocast
@@ -85,9 +87,10 @@ def check_agreement(model, rows, batch: int, autocast, tolerance: float) -> dict
         module.train()
     if "graphs" in rows:
         _check_graphs(model, rows, autocast, tolerance)
+    truth = "reference" if "reference" in losses else "packed"
     for name, values in losses.items():
-        worst = max(abs(a - b) for a, b in zip(values, losses["reference"], strict=True))
-        assert worst <= tolerance, f"losses of {name} differ from the reference by {worst}: {losses}"
+        worst = max(abs(a - b) for a, b in zip(values, losses[truth], strict=True))
+        assert worst <= tolerance, f"losses of {name} differ from those of {truth} by {worst}: {losses}"
     return losses
 
 
@@ -103,14 +106,25 @@ def _check_graphs(model, rows, autocast, tolerance: float) -> None:
 
 
 def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, Any]]:
-    def step(module: torch.nn.Module, forward: Callable) -> float:
-        module.zero_grad(set_to_none=True)
-        _synchronize(device)
-        begin = time.perf_counter()
+    """Of every row the seconds of forward and backward, taken in turn; then forward's alone, and of a whole step with
+    AdamW; FLOPs; on a GPU also the peak of memory, and for our own rows what the time goes to.
+    """
+
+    def forward_backward(module: torch.nn.Module, forward: Callable) -> None:
         with autocast():
             loss = forward().loss
         if loss.requires_grad:
             loss.backward()
+
+    def forward_only(module: torch.nn.Module, forward: Callable) -> None:
+        with autocast():
+            forward()
+
+    def seconds(run: Callable, module: torch.nn.Module, forward: Callable) -> float:
+        module.zero_grad(set_to_none=True)
+        _synchronize(device)
+        begin = time.perf_counter()
+        run(module, forward)
         _synchronize(device)
         return time.perf_counter() - begin
 
@@ -118,12 +132,12 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     results: dict[str, dict[str, Any]] = {}
     for name, row in rows.items():
         results[name] = {"seconds": []}
-        step(*row)
+        seconds(forward_backward, *row)
         if device == "cuda":
             row[0].zero_grad(set_to_none=True)
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            step(*row)
+            seconds(forward_backward, *row)
             peak = torch.cuda.max_memory_allocated() - before
             held = sum(p.nbytes for p in row[0].parameters())
             held += held + _graph_pools() if name == "graphs" else 0
@@ -133,11 +147,34 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             continue
         # the counter does not see into our ops; the reference backend runs the same products
         with use_backend("reference"), FlopCounterMode(display=False) as flops:
-            step(*row)
+            seconds(forward_backward, *row)
         results[name]["gflop"] = round(flops.get_total_flops() / 1e9, 1)
     for _ in range(repeats):
         for name, row in rows.items():
-            results[name]["seconds"].append(round(step(*row), 4))
+            results[name]["seconds"].append(round(seconds(forward_backward, *row), 4))
+    for name, (module, forward) in rows.items():
+        result = results[name]
+        if name != "graphs":
+            alone = [seconds(forward_only, module, forward) for _ in range(repeats)]
+            result["forward_median"] = round(statistics.median(alone), 4)
+        if device == "cuda" and name in ("packed", "graphs"):
+
+            def step(module=module, forward=forward) -> None:
+                module.zero_grad(set_to_none=True)
+                forward_backward(module, forward)
+
+            result["breakdown"] = measure_breakdown(step)
+        # last of all, as it changes the weights
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=device == "cuda")
+
+        def whole_step(module: torch.nn.Module, forward: Callable, optimizer=optimizer) -> None:
+            forward_backward(module, forward)
+            optimizer.step()
+
+        whole = [seconds(whole_step, module, forward) for _ in range(repeats + 1)]
+        result["step_median"] = round(statistics.median(whole[1:]), 4)
+        del optimizer, whole_step
+        module.zero_grad(set_to_none=True)
     return results
 
 
@@ -159,6 +196,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=ROWS, help="all by default; packed, which others are held to, always"
+    )
     parser.add_argument("--precision", choices=sorted(AGREEMENT), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
@@ -179,6 +219,7 @@ def main() -> None:
     batch = make_batch(options.batch, options.tokens, *options.lengths, options.device)
     with _original.process_group():
         rows = build_rows(model, batch, torch.bfloat16 if options.precision == "bf16" else None)
+        rows = {name: row for name, row in rows.items() if name == "packed" or name in options.rows}
         losses = check_agreement(model, rows, options.batch, autocast, AGREEMENT[options.precision])
         results = measure(rows, autocast, options.repeats, options.device)
     floor = None
@@ -188,19 +229,24 @@ def main() -> None:
         dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
         floor = time_floor(stage1_products(config, **sizes), Setup("cuda", dtype, repeats=10))
     ours = results["packed"]
-    print(f"{'row':<10} {'median s':>9} {'min s':>8} {'GFLOP':>9} {'time/packed':>12} {'FLOP/packed':>12}")
+    columns = "row", "median s", "min s", "forward s", "step s", "peak GiB", "GFLOP", "time/packed", "FLOP/packed"
+    print(f"{columns[0]:<10}" + "".join(f"{column:>12}" for column in columns[1:]))
     for row in results.values():
-        row["median"] = statistics.median(row["seconds"])
+        row["median"] = round(statistics.median(row["seconds"]), 4)
         ratios = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=True)]
         row["time_ratio"] = round(statistics.median(ratios), 3)
         row["flop_ratio"] = round(row["gflop"] / ours["gflop"], 3)
     for name, row in results.items():
-        print(
-            f"{name:<10} {row['median']:>9.3f} {min(row['seconds']):>8.3f} {row['gflop']:>9.1f} "
-            f"{row['time_ratio']:>12.2f} {row['flop_ratio']:>12.2f}"
-        )
-    speed, flops = results["original"]["time_ratio"], 1 / results["original"]["flop_ratio"]
-    print(f"the packed path is {speed:.2f}x as fast as the original's code, with {flops:.0%} of its FLOPs")
+        values = row["median"], min(row["seconds"]), row.get("forward_median"), row["step_median"], row.get("peak_gib")
+        values += row["gflop"], row["time_ratio"], row["flop_ratio"]
+        print(f"{name:<10}" + "".join(f"{'' if value is None else value:>12}" for value in values))
+        for family, (ms, launches) in row.get("breakdown", {}).get("families", {}).items():
+            print(f"    {family:<36} {ms:>8.3f} ms {launches:>6} launches")
+        if "breakdown" in row:
+            print("    busy {busy_ms} of {span_ms} ms a step, idle {idle_share:.1%}".format(**row["breakdown"]))
+    if "original" in results:
+        speed, flops = results["original"]["time_ratio"], 1 / results["original"]["flop_ratio"]
+        print(f"the packed path is {speed:.2f}x as fast as the original's code, with {flops:.0%} of its FLOPs")
     if floor is not None:
         ratios = {name: round(row["median"] * 1e3 / floor["ms"], 2) for name, row in results.items()}
         floor["ratio"] = ratios

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
+from _breakdown import family, summarize  # noqa: E402
 from _cases import CASES, Sizes  # noqa: E402
 from _floor import flops, stage1_products, time_floor  # noqa: E402
 from _harness import Provider, Setup, bytes_floor, measure  # noqa: E402
@@ -165,3 +166,19 @@ def test_plots(tmp_path):
 
     (path,) = plot([made_up("reference", 30.0), made_up("triton", 12.0)], tmp_path, "made_up")
     assert path.stat().st_size > 1000
+
+
+def test_breakdown_counts_overlaps_once_and_knows_families():
+    spans = [
+        (0.0, 10.0, "nvjet_sm90_tst_192x96_64x5_1x2_h_bz_NTT"),
+        (5.0, 15.0, "image_cross_attention_bwd_kernel"),
+        (6.0, 8.0, "Memset (Device)"),
+        (35.0, 40.0, "nvjet_sm90_tss_128x128_64x6_2x4_h_badd_NTT"),
+    ]
+    found = summarize(spans[::-1])
+    assert (found["span_ms"], found["busy_ms"], found["launches"]) == (0.04, 0.02, 4)
+    assert found["families"]["matrix products"] == [0.015, 2]
+    assert list(found["families"]) == ["matrix products", "image cross-attention", "copies and fills"]
+    assert family("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>") == (
+        "other elementwise"
+    )
