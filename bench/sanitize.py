@@ -9,7 +9,9 @@ import torch
 from _cases import CASES, Sizes
 from torch import Tensor
 
-from qformer_fast import extension, ops
+from qformer_fast import Blip2QFormer, QFormerConfig, extension, ops
+from qformer_fast.models.packing import GradientBuffers
+from qformer_fast.training.graphs import StepInputs, step_in_parts
 
 SIZES = (
     Sizes(3, "cuda", vocab=523, layers=2),
@@ -30,6 +32,28 @@ def run_everything(sizes: Sizes) -> None:
                 out = case.call(getattr(ops, op), inputs, dropout_p, backend="triton")
                 if out.requires_grad:
                     torch.autograd.grad(out, [x for x in inputs.values() if x.requires_grad], torch.randn_like(out))
+    torch.cuda.synchronize()
+
+
+def run_step() -> None:
+    """The step that CUDA graphs are captured of, whose kernels add to gradients that are there already."""
+    model = Blip2QFormer(QFormerConfig(num_hidden_layers=2, vocab_size=523), dec_token_id=522).cuda()
+    images, ids = torch.randn(4, 257, 1408, device="cuda"), torch.randint(200, 500, (4, 9))
+    text = model.pack_captions(ids, None, 4).to("cuda")
+    rows, labels = text.next_tokens()
+    own = torch.arange(4, device="cuda")
+    inputs = StepInputs(
+        images=images,
+        text=text.select(own, 64, fill=True),
+        label_rows=rows,
+        labels=labels,
+        same_image=torch.eye(4, dtype=torch.bool, device="cuda"),
+        scale=torch.ones((), device="cuda"),
+        host_rows=torch.empty((), dtype=torch.int64, pin_memory=True),
+    )
+    with torch.autocast("cuda", torch.bfloat16):
+        for _ in step_in_parts(model, inputs, 64, GradientBuffers(model.groups())):
+            pass
     torch.cuda.synchronize()
 
 
@@ -70,6 +94,8 @@ def main() -> None:
     for sizes in SIZES:
         run_everything(sizes)
         print(f"ran captions of {sizes.shortest} to {sizes.longest} tokens", flush=True)
+    run_step()
+    print("ran a step", flush=True)
     if reason := extension.why_not():
         print(f"extension not run: {reason}")
     else:

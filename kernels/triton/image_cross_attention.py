@@ -208,8 +208,6 @@ def image_cross_attention_bwd_kernel(
     dv_ptr += image * stride_db + head * HEADDIM
     scale_log2 = scale * 1.4426950408889634
     slots = tokens - SPLIT_FIRST
-    if parts_ptr is not None:
-        dq_sum = tl.zeros((BLOCK_D,), tl.float32)
     # at least one round, so that an image that no one looks at gets zeros
     for first in range(begin, tl.maximum(end, begin + 1), BLOCK_M // BLOCK_Q):
         adds = first > begin
@@ -283,9 +281,9 @@ def image_cross_attention_bwd_kernel(
             tl.store(dv_ptr + offs_dk, dv, mask=mask_n)
         tl.store(dq_ptr + offs_q, dq, mask=mask_m)
         if parts_ptr is not None:
-            dq_sum += tl.sum(dq, axis=0)
-    if parts_ptr is not None:
-        tl.store(parts_ptr + (image * nheads + head) * HEADDIM + offs_d, dq_sum, mask=mask_d)
+            offs_parts = (image * nheads + head) * HEADDIM + offs_d
+            earlier = tl.load(parts_ptr + offs_parts, mask=mask_d & (first > begin), other=0.0)
+            tl.store(parts_ptr + offs_parts, earlier + tl.sum(dq, axis=0), mask=mask_d)
 
 
 def _tile(kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool, few: bool) -> dict:

@@ -177,7 +177,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Inputs:
+class StepInputs:
     """What a step reads; ``host_rows`` () int64 on the CPU is written: rows of the negative captions."""
 
     images: Tensor
@@ -191,7 +191,7 @@ class _Inputs:
 
 def step_in_parts(
     model: Blip2QFormer,
-    inputs: _Inputs,
+    inputs: StepInputs,
     negative_rows: int,
     gradients: GradientBuffers,
     negatives: tuple[Tensor, Tensor] | None = None,
@@ -260,7 +260,7 @@ class _Capture:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
-        self.inputs = _Inputs(
+        self.inputs = StepInputs(
             images=images,
             text=PackedText(zeros(rows), zeros(rows), zeros(batch + text.fillers(rows) + 1), shape.max_length),
             label_rows=zeros(rows - batch),

@@ -7,7 +7,7 @@ from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.backend import available, use_backend
 from qformer_fast.models.blip2_qformer import pairs_of
 from qformer_fast.models.packing import GradientBuffers
-from qformer_fast.training.graphs import GraphedStage1, _Inputs, _with_own_leaves, step_in_parts
+from qformer_fast.training.graphs import GraphedStage1, StepInputs, _with_own_leaves, step_in_parts
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
 LENGTHS = [2, 12, 9, 5, 11, 3, 7]
@@ -89,7 +89,7 @@ def test_the_graphs_step_adds_the_models_gradients(frozen, backend, make_caption
     text = model.pack_captions(ids, mask, batch)
     rows, labels = text.next_tokens()
     scale, host_rows = torch.tensor(0.25, device=device), torch.zeros((), dtype=torch.int64)
-    inputs = _Inputs(images, text.select(own, 64, fill=True), rows, labels, same_image, scale, host_rows)
+    inputs = StepInputs(images, text.select(own, 64, fill=True), rows, labels, same_image, scale, host_rows)
     found = GradientBuffers(model.groups())
     for _ in range(2):
         with use_backend(backend):
