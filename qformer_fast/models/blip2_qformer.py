@@ -337,7 +337,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         if not isinstance(image_ids, Tensor):
             numbers = {name: number for number, name in enumerate(dict.fromkeys(image_ids))}
             image_ids = torch.tensor([numbers[name] for name in image_ids], dtype=torch.int64)
-        image_ids = image_ids.to(device).flatten()
+        image_ids = image_ids.to(device, non_blocking=True).flatten()
         if image_ids.shape != (batch,):
             raise ValueError(f"image_ids must name {batch} images, got {image_ids.shape[0]}")
         return image_ids[:, None] == image_ids[None, :]

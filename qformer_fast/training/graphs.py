@@ -101,7 +101,8 @@ class GraphedStage1:
         model, device = self.model, self.model.temp.device
         batch = image_embeds.shape[0]
         text = model.pack_captions(input_ids, attention_mask, batch)
-        same_image = model.same_image(image_ids, batch, device)
+        # compared where the names are: moving them here would wait for the device
+        same_image = model.same_image(image_ids, batch, image_ids.device if isinstance(image_ids, Tensor) else "cpu")
         max_length = -(-text.max_length // MAX_LENGTH_STEP) * MAX_LENGTH_STEP
         text = dataclasses.replace(text, max_length=max_length)
         bucket = self.bucket or max(32, batch // 2)

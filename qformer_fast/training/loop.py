@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
@@ -52,7 +53,8 @@ def train(
 
     The order of the data, the negatives and the dropout depend on ``run.seed`` and the step alone, so a run that was
     interrupted and resumed has the losses of one that was not (bit for bit on a CPU). SIGINT and SIGTERM end the run
-    after the step at hand, with a checkpoint; a second one ends it at once.
+    after the step at hand, with a checkpoint; a second one ends it at once. A step's losses are read while the next
+    one runs.
 
     Args:
         model (Blip2QFormer): moved to the device; trainable parameters are those that require grad.
@@ -112,6 +114,7 @@ def train(
         _stop_signals() as stopped,
         tqdm(total=run.steps, initial=step, unit="step", disable=None) as progress,
     ):
+        metrics_reader = _MetricsReader(log, progress, output_dir, check_norm=not scaler.is_enabled())
         while step < run.steps and not stopped.is_set():
             lr = lr_at(step, run.steps, optimizer_config)
             for group in optimizer.param_groups:
@@ -128,12 +131,13 @@ def train(
                     with _autocast(device, run.precision):
                         out = model(images, *captions)
                     scaler.scale(out.loss / run.accumulation).backward()
-                metrics += _metrics(out, batch.image_ids.to(device)) / run.accumulation
+                metrics += _metrics(out, batch.image_ids.to(device, non_blocking=True)) / run.accumulation
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            *values, norm, temp = torch.cat([metrics, torch.stack([grad_norm, model.temp.detach()])]).tolist()
-            entry: Entry = dict(zip(METRICS, values, strict=True))
-            _stop_on_nonfinite(entry, norm, step, output_dir, check_norm=not scaler.is_enabled())
+            values = torch.cat([metrics, torch.stack([grad_norm, model.temp.detach()])])
+            if not scaler.is_enabled():
+                # fused AdamW leaves the weights alone where this is 1; with loss scaling the scaler sets it
+                optimizer.found_inf = 1.0 - values.isfinite().all().float()
             if optimizer_config.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, optimizer_config.max_grad_norm, grad_norm)
             scaler.step(optimizer)
@@ -141,14 +145,15 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             step += 1
             progress.update()
-            if step % run.log_every == 0 or step == run.steps:
-                epoch = (step * run.accumulation - 1) // order.per_epoch
-                entry |= {"grad_norm": norm, "temp": temp, "samples_per_second": clock.rate(step)}
-                log.write({"step": step, "epoch": epoch, "lr": lr, **entry})
-                progress.set_postfix({name: f"{entry[name]:.3f}" for name in (*LOSSES, "r1_i2t", "itm_accuracy")})
+            about = {"step": step, "epoch": (step * run.accumulation - 1) // order.per_epoch, "lr": lr}
+            if logs := step % run.log_every == 0 or step == run.steps:
+                about["samples_per_second"] = clock.rate(step)
+            metrics_reader.push(values, about, logs=logs)
             if step % run.save_every == 0 or step == run.steps:
+                metrics_reader.flush()
                 save(step)
                 saved_at = step
+        metrics_reader.flush()
         if step < run.steps:
             if saved_at < step:
                 save(step)
@@ -191,13 +196,45 @@ def _metrics(out: Stage1Output, image_ids: Tensor) -> Tensor:
     return torch.stack([*losses, recall(out.sim_i2t), recall(out.sim_t2i), accuracy])
 
 
-def _stop_on_nonfinite(entry: Entry, grad_norm: float, step: int, output_dir: Path, *, check_norm: bool) -> None:
-    values = {name: entry[name] for name in LOSSES} | ({"grad_norm": grad_norm} if check_norm else {})
-    for name, value in values.items():
-        if value != value or value in (float("inf"), float("-inf")):
-            last = list_checkpoints(output_dir)
-            where = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was written yet"
-            raise FloatingPointError(f"{name} is {value} at step {step + 1}; the weights were not updated, {where}")
+class _MetricsReader:
+    """Reads a step's metrics once the next step is on its way, so that the host does not wait for the device."""
+
+    def __init__(self, log: _Log, progress: tqdm, output_dir: Path, *, check_norm: bool):
+        self._log, self._progress, self._output_dir = log, progress, output_dir
+        self._finite = (*LOSSES, "grad_norm") if check_norm else LOSSES
+        self._pending: tuple[Tensor, torch.cuda.Event | None, Entry, bool] | None = None
+
+    def push(self, values: Tensor, about: Entry, *, logs: bool) -> None:
+        """Takes a step's METRICS, gradient norm and temperature, and reads those of the step before."""
+        self.flush()
+        on_host, copied = values.to("cpu", non_blocking=True), None
+        if values.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending = on_host, copied, about, logs
+
+    def flush(self) -> None:
+        """Reads what was pushed last.
+
+        Raises:
+            FloatingPointError: a loss or the gradient norm is NaN or Inf.
+        """
+        if self._pending is None:
+            return
+        (values, copied, about, logs), self._pending = self._pending, None
+        if copied is not None:
+            copied.synchronize()
+        entry: Entry = dict(zip((*METRICS, "grad_norm", "temp"), values.tolist(), strict=True))
+        for name in self._finite:
+            if not math.isfinite(entry[name]):
+                last = list_checkpoints(self._output_dir)
+                where = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was written yet"
+                raise FloatingPointError(
+                    f"{name} is {entry[name]} at step {about['step']}; the weights were not updated, {where}"
+                )
+        if logs:
+            self._log.write(about | entry)
+            self._progress.set_postfix({name: f"{entry[name]:.3f}" for name in (*LOSSES, "r1_i2t", "itm_accuracy")})
 
 
 class _Log:

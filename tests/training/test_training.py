@@ -109,8 +109,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(dataset, build, tmp_path):
 
     before = signal.getsignal(signal.SIGTERM)
     entries = train(build(), dataset, run_config(tmp_path, save_every=100), FAST, on_log=send)
-    assert [entry["step"] for entry in entries] == [1, 2]
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000002"]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000003"]
     assert signal.getsignal(signal.SIGTERM) is before
     again = train(build(), dataset, run_config(tmp_path, save_every=100, resume=True), FAST)
     whole = train(build(), dataset, run_config(tmp_path / "whole"), FAST)
@@ -281,17 +281,20 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(dataset, build, tmp_path, m
     [("lm_head.bias", "loss_itg"), ("itm_head.bias", "loss_itm"), ("vision_proj.bias", "loss_itc")],
 )
 def test_nan_stops_the_run_and_names_the_loss_and_step(dataset, build, tmp_path, poison, named):
-    model = build()
+    """The losses of step 4 are read when step 5 is over."""
+    model, weights = build(), {}
 
     def spoil(entry):
-        if entry["step"] == 3:
+        if entry["step"] == 4:
             with torch.no_grad():
                 model.get_parameter(poison).fill_(math.nan)
+            weights.update({name: p.detach().clone() for name, p in model.named_parameters() if name != poison})
 
-    with pytest.raises(FloatingPointError, match=f"{named} is nan at step 4; .*checkpoint-00000002"):
-        train(model, dataset, run_config(tmp_path, save_every=2), FAST, on_log=spoil)
-    saved = Blip2QFormer.from_pretrained(tmp_path / "checkpoint-00000002")
+    with pytest.raises(FloatingPointError, match=f"{named} is nan at step 6; .*checkpoint-00000003"):
+        train(model, dataset, run_config(tmp_path, steps=9, save_every=3), FAST, on_log=spoil)
+    saved = Blip2QFormer.from_pretrained(tmp_path / "checkpoint-00000003")
     assert all(p.isfinite().all() for p in saved.parameters())
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
 
 
 def test_training_learns_the_pairs(dataset, build, tmp_path):
