@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from qformer_fast.reference.stage1 import original_order_stage1
 from qformer_fast.training.graphs import GraphedStage1
 
 ROWS = ("packed", "graphs", "reference", "original")
+# the same under torch.compile, the original's encoder alone; minutes each
+COMPILED_ROWS = ("reference_compiled", "original_compiled")
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 PADDED_LENGTH = 32
 # losses of one batch in one precision, different orders of summation: fp32 path error, and bf16's 8 bits under autocast
@@ -48,20 +50,28 @@ def make_batch(batch: int, tokens: int, shortest: int, longest: int, device: str
 
 
 def build_rows(
-    model: Blip2QFormer, batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype | None
+    model: Blip2QFormer, batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype | None, names: Sequence[str]
 ) -> dict[str, tuple[torch.nn.Module, Callable]]:
     """Name -> (module whose gradients count, forward of the batch; with graphs its backward too)."""
     images, input_ids, mask = batch
-    original = _original.build_stage1(model)
     rows = {"packed": (model, lambda **o: model(images, input_ids, mask, **o))}
-    if images.is_cuda:
+    if images.is_cuda and "graphs" in names:
         graphed = GraphedStage1(model, dtype=dtype)
         captions = input_ids.cpu(), mask.cpu()
         rows["graphs"] = (model, lambda: graphed(images, *captions))
-    return rows | {
-        "reference": (model, lambda **o: original_order_stage1(model, images, input_ids, mask, **o)),
-        "original": (original, lambda: original({"image": images, "text_input": (input_ids, mask)})),
-    }
+    for name, step in (
+        ("reference", original_order_stage1),
+        ("reference_compiled", torch.compile(original_order_stage1)),
+    ):
+        if name in names:
+            rows[name] = (model, lambda step=step, **o: step(model, images, input_ids, mask, **o))
+    for name in ("original", "original_compiled"):
+        if name in names:
+            original = _original.build_stage1(model)
+            if name == "original_compiled":
+                original.Qformer.bert.encoder.compile()
+            rows[name] = (original, lambda step=original: step({"image": images, "text_input": (input_ids, mask)}))
+    return rows
 
 
 def check_agreement(model, rows, batch: int, autocast, tolerance: float) -> dict[str, list[float]]:
@@ -75,7 +85,7 @@ def check_agreement(model, rows, batch: int, autocast, tolerance: float) -> dict
     for name, (module, forward) in rows.items():
         module.eval()
         with torch.no_grad(), autocast():
-            if name == "original":
+            if name.startswith("original"):
                 with _original.fixed_negatives(*negatives):
                     out = forward()
                 out.loss_itg = out.loss_lm
@@ -142,8 +152,9 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             held = sum(p.nbytes for p in row[0].parameters())
             held += held + _graph_pools() if name == "graphs" else 0
             results[name]["peak_gib"] = round((peak + held) / 2**30, 2)
-        if name == "graphs":
-            results[name]["gflop"] = results["packed"]["gflop"]
+        if name == "graphs" or name in COMPILED_ROWS:
+            plain = "packed" if name == "graphs" else name.removesuffix("_compiled")
+            results[name]["gflop"] = results.get(plain, {}).get("gflop")
             continue
         # the counter does not see into our ops; the reference backend runs the same products
         with use_backend("reference"), FlopCounterMode(display=False) as flops:
@@ -197,7 +208,11 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=ROWS, help="all by default; packed, which others are held to, always"
+        "--rows",
+        nargs="+",
+        choices=ROWS + COMPILED_ROWS,
+        default=ROWS,
+        help=f"{', '.join(ROWS)} by default; packed, which others are held to, always",
     )
     parser.add_argument("--precision", choices=sorted(AGREEMENT), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -218,8 +233,7 @@ def main() -> None:
     model = Blip2QFormer(config).to(options.device).train()
     batch = make_batch(options.batch, options.tokens, *options.lengths, options.device)
     with _original.process_group():
-        rows = build_rows(model, batch, torch.bfloat16 if options.precision == "bf16" else None)
-        rows = {name: row for name, row in rows.items() if name == "packed" or name in options.rows}
+        rows = build_rows(model, batch, torch.bfloat16 if options.precision == "bf16" else None, options.rows)
         losses = check_agreement(model, rows, options.batch, autocast, AGREEMENT[options.precision])
         results = measure(rows, autocast, options.repeats, options.device)
     floor = None
@@ -230,16 +244,16 @@ def main() -> None:
         floor = time_floor(stage1_products(config, **sizes), Setup("cuda", dtype, repeats=10))
     ours = results["packed"]
     columns = "row", "median s", "min s", "forward s", "step s", "peak GiB", "GFLOP", "time/packed", "FLOP/packed"
-    print(f"{columns[0]:<10}" + "".join(f"{column:>12}" for column in columns[1:]))
+    print(f"{columns[0]:<20}" + "".join(f"{column:>12}" for column in columns[1:]))
     for row in results.values():
         row["median"] = round(statistics.median(row["seconds"]), 4)
         ratios = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=True)]
         row["time_ratio"] = round(statistics.median(ratios), 3)
-        row["flop_ratio"] = round(row["gflop"] / ours["gflop"], 3)
+        row["flop_ratio"] = None if row["gflop"] is None else round(row["gflop"] / ours["gflop"], 3)
     for name, row in results.items():
         values = row["median"], min(row["seconds"]), row.get("forward_median"), row["step_median"], row.get("peak_gib")
         values += row["gflop"], row["time_ratio"], row["flop_ratio"]
-        print(f"{name:<10}" + "".join(f"{'' if value is None else value:>12}" for value in values))
+        print(f"{name:<20}" + "".join(f"{'' if value is None else value:>12}" for value in values))
         for family, (ms, launches) in row.get("breakdown", {}).get("families", {}).items():
             print(f"    {family:<36} {ms:>8.3f} ms {launches:>6} launches")
         if "breakdown" in row:
