@@ -12,6 +12,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 if TYPE_CHECKING:
     from qformer_fast.models.blip2_qformer import Blip2QFormer
 
+# what transformers calls the cache: "cache" from 5.24 on
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+
 
 class CaptionDecoderConfig(PretrainedConfig):
     model_type = "qformer_fast_caption_decoder"
@@ -48,16 +51,15 @@ class CaptionDecoder(PreTrainedModel, GenerationMixin):
         return self.stage1.query_tokens.dtype
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: DynamicCache, prefix: Tensor, **_options
+        self, input_ids: Tensor, prefix: Tensor, **options
     ) -> dict[str, Tensor | DynamicCache]:
-        new_tokens = input_ids[:, past_key_values.get_seq_length() :]
-        return {"input_ids": new_tokens, "past_key_values": past_key_values, "prefix": prefix}
+        cache = options[CACHE]
+        return {"input_ids": input_ids[:, cache.get_seq_length() :], "prefix": prefix, CACHE: cache}
 
-    def forward(
-        self, input_ids: Tensor, past_key_values: DynamicCache, prefix: Tensor, **_options
-    ) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: Tensor, prefix: Tensor, **options) -> CausalLMOutputWithPast:
         """Logits (captions, 1, vocab) after the new tokens ``input_ids`` (captions, new)."""
+        cache = options[CACHE]
         for token in input_ids.unbind(1):
-            rows = self.stage1.qformer.decode(token, prefix, past_key_values)
+            rows = self.stage1.qformer.decode(token, prefix, cache)
         logits = self.stage1.next_token_logits(rows)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: cache})
