@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import _original
 import torch
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.backend import use_backend
+from qformer_fast.models.qformer import Checkpointing
 from qformer_fast.reference.stage1 import original_order_stage1
 from qformer_fast.training.graphs import GraphedStage1
 
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--checkpointing", choices=get_args(Checkpointing), default="none", help="of the packed row")
     parser.add_argument(
         "--rows",
         nargs="+",
@@ -231,6 +233,7 @@ def main() -> None:
         attention_probs_dropout_prob=options.dropout,
     )
     model = Blip2QFormer(config).to(options.device).train()
+    model.gradient_checkpointing_enable(options.checkpointing)
     batch = make_batch(options.batch, options.tokens, *options.lengths, options.device)
     with _original.process_group():
         rows = build_rows(model, batch, torch.bfloat16 if options.precision == "bf16" else None, options.rows)

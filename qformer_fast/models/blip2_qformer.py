@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models.generation import CaptionDecoder
 from qformer_fast.models.packing import GradientBuffers, Group
 from qformer_fast.models.padded import padded_layout
-from qformer_fast.models.qformer import BlockWeights, DenseLayerNorm, EncoderWeights, ImageKV, QFormer
+from qformer_fast.models.qformer import BlockWeights, Checkpointing, DenseLayerNorm, EncoderWeights, ImageKV, QFormer
 
 LABEL_SMOOTHING = 0.1
 
@@ -144,12 +144,22 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
     def options_from_hf(cls, config: Any) -> dict[str, Any]:
         return {"embed_dim": config.image_text_hidden_size, "ln_vision_eps": config.vision_config.layer_norm_eps}
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keeps only each layer's input for backward and computes the layer again; works with all three losses."""
-        self.qformer.gradient_checkpointing = True
+    def gradient_checkpointing_enable(self, level: Checkpointing = "layer") -> None:
+        """Computes parts again in backward instead of keeping them; works with all three losses.
+
+        Args:
+            level (str): "layer" keeps each layer's input alone; "feed_forward" drops what the feed-forward sub-layers
+                keep, the widest of it all, for a third of the extra work. Default: "layer".
+
+        Raises:
+            ValueError: another level.
+        """
+        if level not in get_args(Checkpointing):
+            raise ValueError(f"level must be one of {get_args(Checkpointing)}, got {level!r}")
+        self.qformer.gradient_checkpointing = level
 
     def gradient_checkpointing_disable(self) -> None:
-        self.qformer.gradient_checkpointing = False
+        self.qformer.gradient_checkpointing = "none"
 
     def groups(self) -> list[Group]:
         """All parameters, those that the encoder stacks together."""

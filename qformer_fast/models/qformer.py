@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models import padded
 from qformer_fast.models.packing import GradientBuffers, Group, stack_weights
 from qformer_fast.ops._checks import autocast_dtype
+
+Checkpointing = Literal["none", "feed_forward", "layer"]
+"""What backward computes again instead of keeping: nothing, the feed-forward sub-layers, or whole layers."""
 
 
 class LayerKV(NamedTuple):
@@ -249,11 +252,20 @@ class QFormerLayer(nn.Module):
         self.intermediate_query = Dense(hidden, wide)
         self.output_query = DenseLayerNorm(wide, hidden, config.layer_norm_eps)
 
-    def forward(self, rows: Tensor, layout: SequenceLayout, image_kv: LayerKV | None, weights: LayerWeights) -> Tensor:
+    def forward(
+        self,
+        rows: Tensor,
+        layout: SequenceLayout,
+        image_kv: LayerKV | None,
+        weights: LayerWeights,
+        recompute_feed_forward: bool = False,
+    ) -> Tensor:
         rows = self.attention(rows, layout, weights.self_attention)
         query_rows, text_rows = rows.split([layout.num_query_rows, layout.num_text_rows])
         if image_kv is not None:
             query_rows = self.crossattention(query_rows, image_kv, layout, weights.cross_attention)
+        if recompute_feed_forward:
+            return checkpoint(self.feed_forward, query_rows, text_rows, weights, use_reentrant=False)
         return self.feed_forward(query_rows, text_rows, weights)
 
     @property
@@ -327,7 +339,7 @@ class QFormer(CheckpointMixin, nn.Module):
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: Checkpointing = "none"
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if config.use_qformer_text_input:
             self.embeddings = TextEmbeddings(config)
@@ -443,11 +455,9 @@ class QFormer(CheckpointMixin, nn.Module):
             parts.insert(0, self.embed_queries(query_embeds, layout.num_query_sequences, dtype))
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
         for layer, layer_kv, layer_weights in self._layers(image_kv, weights):
-            inputs = (rows, layout, layer_kv, layer_weights)
-            if self.gradient_checkpointing and self.training:
-                rows = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                rows = layer(*inputs)
+            level = self.gradient_checkpointing if self.training else "none"
+            inputs = (rows, layout, layer_kv, layer_weights, level == "feed_forward")
+            rows = checkpoint(layer, *inputs, use_reentrant=False) if level == "layer" else layer(*inputs)
         return rows
 
     def groups(self) -> list[Group]:

@@ -104,7 +104,7 @@ class RunConfig:
         precision (str): "fp32", or autocast to "bf16" or "fp16" (with loss scaling).
         device (str): "auto" takes a GPU where there is one.
         seed (int): of weights, dropout, negatives and the order of the data; at least 0.
-        gradient_checkpointing (bool): compute layers again in backward to save memory.
+        gradient_checkpointing (str): "none", or what backward computes again to save memory: "feed_forward" or "layer".
         cuda_graphs (bool): replay forward and backward as CUDA graphs; needs a GPU. For hosts slower than their GPU.
         save_every, log_every (int): optimizer steps.
         keep (int): checkpoints kept.
@@ -119,7 +119,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     device: str = "auto"
     seed: int = 0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "feed_forward", "layer"] = "none"
     cuda_graphs: bool = False
     save_every: int = 1000
     log_every: int = 10
@@ -133,8 +133,11 @@ class RunConfig:
                 raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed must lie in [0, 2**32), got {self.seed}")
-        if self.cuda_graphs and self.gradient_checkpointing:
+        if self.cuda_graphs and self.gradient_checkpointing != "none":
             raise ValueError("run.cuda_graphs and run.gradient_checkpointing exclude each other, got both")
+        levels = ("none", "feed_forward", "layer")
+        if self.gradient_checkpointing not in levels:
+            raise ValueError(f"run.gradient_checkpointing must be one of {levels}, got {self.gradient_checkpointing!r}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f'run.precision must be "fp32", "bf16" or "fp16", got {self.precision!r}')
 

@@ -57,7 +57,7 @@ class GraphedStage1:
     def __init__(self, model: Blip2QFormer, *, dtype: torch.dtype | None = None, bucket: int | None = None):
         if model.temp.device.type != "cuda":
             raise ValueError(f"model must be on a CUDA device, got {model.temp.device}")
-        if model.qformer.gradient_checkpointing:
+        if model.qformer.gradient_checkpointing != "none":
             raise ValueError("model must have gradient checkpointing off: a capture can't read its random states")
         if bucket is not None and bucket < 1:
             raise ValueError(f"bucket must be at least 1, got {bucket}")
@@ -137,11 +137,11 @@ class GraphedStage1:
 
     def _capture(self, shape: _Shape, inputs: tuple) -> _Capture:
         state = torch.cuda.get_rng_state(self.model.temp.device)
-        images = self._images.setdefault(
-            (shape.image_shape, shape.image_dtype),
-            torch.empty(shape.image_shape, dtype=shape.image_dtype, device=self.model.temp.device),
-        )
-        capture = _Capture(_with_own_leaves(self.model), self.dtype, shape, images, inputs[1], self._gradients)
+        kind = shape.image_shape, shape.image_dtype
+        if kind not in self._images:
+            self._images[kind] = torch.empty(kind[0], dtype=kind[1], device=self.model.temp.device)
+        model = _with_own_leaves(self.model)
+        capture = _Capture(model, self.dtype, shape, self._images[kind], inputs[1], self._gradients)
         capture.load(*inputs)
         with _no_garbage_collection():
             capture.record(self._pool, self._stream)

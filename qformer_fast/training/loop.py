@@ -86,8 +86,7 @@ def train(
     model.to(device).train()
     if encoder is not None:
         encoder.to(device)
-    if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable(run.gradient_checkpointing)
     optimizer = build_optimizer(model, optimizer_config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     graphed = GraphedStage1(model, dtype=AUTOCAST.get(run.precision)) if run.cuda_graphs else None

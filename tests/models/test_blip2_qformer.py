@@ -211,16 +211,42 @@ def test_no_gradient_product_over_frozen_image_tokens(tiny_model, make_captions,
     assert_gradients_close(gradients(tiny_model), without, 1e-9)
 
 
-def test_gradient_checkpointing_keeps_all_losses_and_gradients(tiny_model, make_captions, assert_gradients_close):
+@pytest.mark.parametrize("level", ["feed_forward", "layer"])
+def test_gradient_checkpointing_keeps_all_losses_and_gradients(
+    tiny_model, make_captions, assert_gradients_close, level
+):
     images, (ids, mask) = torch.randn(3, 9, 48).double(), make_captions([4, 8, 6], 8)
     tiny_model.train()
     results = []
-    for switch in (tiny_model.gradient_checkpointing_disable, tiny_model.gradient_checkpointing_enable):
-        switch()
+    for on in (False, True):
+        tiny_model.gradient_checkpointing_enable(level) if on else tiny_model.gradient_checkpointing_disable()
         torch.manual_seed(3)
         results.append(run(tiny_model, tiny_model, images, ids, mask, negatives=neighbours(3)))
     assert_losses_close(results[1][0], results[0][0], 1e-12)
     assert_gradients_close(results[1][1], results[0][1], 1e-9)
+
+
+def test_checkpointing_levels_keep_less(tiny_model, make_captions):
+    """Bytes of the tensors that autograd keeps, each storage counted once."""
+    images, (ids, mask) = torch.randn(3, 9, 48).double(), make_captions([4, 8, 6], 8)
+    tiny_model.train()
+    kept = []
+    for level in ("none", "feed_forward", "layer"):
+        tiny_model.gradient_checkpointing_enable(level)
+        sizes = {}
+
+        def pack(x, sizes=sizes):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = tiny_model(images, ids, mask, negatives=neighbours(3))
+        kept.append(sum(sizes.values()))
+        del out
+    saved_by_feed_forward, saved_by_layer = kept[0] - kept[1], kept[0] - kept[2]
+    assert saved_by_layer > saved_by_feed_forward > 0.25 * saved_by_layer
+    with pytest.raises(ValueError, match=r"level must be one of \('none', 'feed_forward', 'layer'\), got 'all'"):
+        tiny_model.gradient_checkpointing_enable("all")
 
 
 def test_negatives_avoid_the_same_image(tiny_model, make_captions):

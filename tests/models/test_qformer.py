@@ -312,14 +312,15 @@ def test_text_needs_a_text_branch():
     assert not any("embeddings" in name or ".intermediate." in name for name in qformer.state_dict())
 
 
-def test_gradient_checkpointing_changes_nothing(tiny, make_captions, assert_gradients_close):
+@pytest.mark.parametrize("level", ["feed_forward", "layer"])
+def test_gradient_checkpointing_changes_nothing(tiny, make_captions, assert_gradients_close, level):
     ids, keep = make_captions([6, 4], 6)
     inputs = (torch.randn(1, 8, 64).double(), ids, keep, torch.randn(2, 5, 48).double())
     tiny.train()
     direction = torch.randn(2, 14, 64).double()
     gradients = []
-    for on in (False, True):
-        tiny.gradient_checkpointing = on
+    for chosen in ("none", level):
+        tiny.gradient_checkpointing = chosen
         tiny.zero_grad()
         torch.manual_seed(1)
         (tiny(*inputs).last_hidden_state * direction).sum().backward()

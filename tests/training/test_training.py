@@ -334,9 +334,10 @@ def test_low_precision_follows_fp32(dataset, build, tmp_path, precision):
         assert b["loss_itg"] == pytest.approx(a["loss_itg"], rel=0.03)
 
 
-def test_gradient_checkpointing_gives_the_same_losses(dataset, build, tmp_path):
+@pytest.mark.parametrize("level", ["feed_forward", "layer"])
+def test_gradient_checkpointing_gives_the_same_losses(dataset, build, tmp_path, level):
     plain = train(build(), dataset, run_config(tmp_path / "plain", steps=4), FAST)
-    saving = train(build(), dataset, run_config(tmp_path / "saving", steps=4, gradient_checkpointing=True), FAST)
+    saving = train(build(), dataset, run_config(tmp_path / "saving", steps=4, gradient_checkpointing=level), FAST)
     for a, b in zip(plain, saving, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
@@ -414,7 +415,10 @@ def test_learning_rate_warms_up_and_follows_half_a_cosine():
         (dict(keep=0), "run.keep must be at least 1"),
         (dict(precision="int8"), "run.precision must be"),
         (dict(seed=-1), "run.seed must lie in"),
-        (dict(cuda_graphs=True, gradient_checkpointing=True), "run.cuda_graphs and run.gradient_checkpointing exclude"),
+        (
+            dict(cuda_graphs=True, gradient_checkpointing="layer"),
+            "run.cuda_graphs and run.gradient_checkpointing exclude",
+        ),
     ],
 )
 def test_bad_run_configurations_are_named(tmp_path, change, match):
