@@ -44,9 +44,10 @@ class ImageEncoder(nn.Module):
     def train(self, mode: bool = True) -> ImageEncoder:
         return super().train(False)
 
+    # not inference mode, whose tensors neither torch.compile nor a caller's backward can take
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Image tokens, class token first.
+        """Image tokens, class token first, in the dtype of the parameters; it can be compiled.
 
         Args:
             pixels (Tensor): (batch, 3, height, width), as ``transform`` makes them.
@@ -61,7 +62,7 @@ class ImageEncoder(nn.Module):
             height, width = self.image_size
             raise ValueError(f"pixels must be (batch, 3, {height}, {width}), got {tuple(pixels.shape)}")
         out = self.visual.forward_intermediates(
-            pixels,
+            pixels.to(next(self.parameters()).dtype),
             indices=[-2],
             stop_early=True,
             normalize_intermediates=False,

@@ -61,7 +61,8 @@ def train(
         dataset (PairDataset): pairs with cached tokens, or with pixels.
         run (RunConfig): length, precision, places.
         optimizer_config (OptimizerConfig, Optional): Default: `None`, the paper's.
-        encoder (nn.Module, Optional): pixels to image tokens; needed when the dataset gives pixels.
+        encoder (nn.Module, Optional): pixels to image tokens; needed when the dataset gives pixels. Moved to the
+            device, and to the dtype of ``run.precision``.
         num_workers (int): processes that read data. Default: 0.
         on_log (Callable, Optional): called with each entry as it is logged.
 
@@ -85,7 +86,7 @@ def train(
     torch.manual_seed(run.seed)
     model.to(device).train()
     if encoder is not None:
-        encoder.to(device)
+        encoder.to(device, AUTOCAST.get(run.precision))
     model.gradient_checkpointing_enable(run.gradient_checkpointing)
     optimizer = build_optimizer(model, optimizer_config)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -32,6 +32,24 @@ def test_is_frozen_and_stays_in_eval_mode(encoder):
     assert not encoder(torch.randn(1, 3, 224, 224)).requires_grad
 
 
+def test_tokens_take_part_in_autograd(encoder):
+    """As what a layer behind the encoder keeps for its backward."""
+    tokens = encoder(torch.randn(1, 3, 224, 224))
+    weight = torch.ones(768, requires_grad=True)
+    (tokens * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, tokens.sum((0, 1)))
+
+
+def test_half_precision_parameters_take_pixels_of_any_dtype():
+    torch.manual_seed(0)
+    encoder = ImageEncoder("ViT-B-32")
+    pixels = torch.randn(2, 3, 224, 224)
+    exact = encoder(pixels)
+    tokens = encoder.to(torch.bfloat16)(pixels)
+    assert tokens.dtype == torch.bfloat16
+    assert float((tokens - exact).norm() / exact.norm()) < 0.03
+
+
 def test_transform_makes_what_forward_takes(encoder):
     pixels = encoder.transform(Image.new("RGB", (300, 200), "red"))
     assert encoder(pixels[None]).shape == (1, 50, 768)
