@@ -46,7 +46,9 @@ def check_rows(name: str, x: Tensor, rows: int, layout: SequenceLayout) -> None:
 
 
 def check_totals(totals: Sequence[Tensor] | None, *parameters: Tensor, name: str = "gradients") -> None:
-    """Raises ValueError unless there is a tensor of every parameter's shape and device, of its dtype or fp32."""
+    """Raises ValueError unless there is a contiguous tensor of every parameter's shape and device, and TypeError unless
+    it is of the parameter's dtype or fp32.
+    """
     if totals is None:
         return
     if len(totals) != len(parameters):
@@ -56,6 +58,8 @@ def check_totals(totals: Sequence[Tensor] | None, *parameters: Tensor, name: str
         check_device(parameter, **{f"{name}[{i}]": total})
         if total.dtype not in (parameter.dtype, torch.float32):
             raise TypeError(f"{name}[{i}] must be {parameter.dtype} or fp32, got {total.dtype}")
+        if not total.is_contiguous():
+            raise ValueError(f"{name}[{i}] must be contiguous, got strides {total.stride()}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ from qformer_fast.ops._checks import (
     check_totals,
     draw_seeds,
 )
-from qformer_fast.ops.image_cross_attention import check_image_mask, kernel_keys_values, unsupported
+from qformer_fast.ops.image_cross_attention import check_image_mask, check_kv_gradients, kernel_keys_values, unsupported
 from qformer_fast.products import product
 
 
@@ -282,7 +282,8 @@ def cross_attention_block(
     check_probability("attention_dropout_p", attention_dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
     check_totals(gradients, q_weight, q_bias, out_weight, out_bias, norm_weight, norm_bias)
-    check_totals(kv_gradients, k, v, name="kv_gradients")
+    if kv_gradients is not None:
+        check_kv_gradients(kv_gradients, k)
     reason = unsupported(k.shape[3], image_mask)
     return backends.resolve("cross_attention_block", IMPLEMENTATIONS, backend, query_rows, reason)(
         query_rows,

@@ -112,10 +112,26 @@ def kernel_keys_values(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v as the kernels read them: heads contiguous and equal strides, as slices of one buffer have; else
     copies.
     """
+    return (k, v) if _readable(k, v) else (k.contiguous(), v.contiguous())
+
+
+def _readable(k: Tensor, v: Tensor) -> bool:
     nheads, headdim = k.shape[2:]
-    if k.stride() == v.stride() and (k.stride(3) == 1 or headdim == 1) and (k.stride(2) == headdim or nheads == 1):
-        return k, v
-    return k.contiguous(), v.contiguous()
+    return k.stride() == v.stride() and (k.stride(3) == 1 or headdim == 1) and (k.stride(2) == headdim or nheads == 1)
+
+
+def check_kv_gradients(kv_gradients: tuple[Tensor, Tensor], k: Tensor) -> None:
+    """Raises ValueError or TypeError unless the kernels can write the gradients of k and v there."""
+    if len(kv_gradients) != 2:
+        raise ValueError(f"kv_gradients must be 2 tensors, got {len(kv_gradients)}")
+    for i, gradient in enumerate(kv_gradients):
+        check_shape(f"kv_gradients[{i}]", gradient, *k.shape)
+        check_device(k, **{f"kv_gradients[{i}]": gradient})
+        if gradient.dtype not in (k.dtype, torch.float32):
+            raise TypeError(f"kv_gradients[{i}] must be {k.dtype} or fp32, got {gradient.dtype}")
+    if not _readable(*kv_gradients):
+        strides = [gradient.stride() for gradient in kv_gradients]
+        raise ValueError(f"kv_gradients must have heads contiguous and equal strides, got {strides}")
 
 
 IMPLEMENTATIONS = {"reference": reference.image_cross_attention, "triton": _kernels}

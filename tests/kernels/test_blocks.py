@@ -224,6 +224,25 @@ def test_gradients_that_do_not_fit_are_named(name, layout):
         run([parameters[0][1:], *parameters[1:]])
     with pytest.raises(TypeError, match=r"gradients(\[\d\])?\[0\] must be torch.float32 or fp32, got torch.float64"):
         run([parameters[0].double(), *parameters[1:]])
+    with pytest.raises(ValueError, match=r"gradients(\[\d\])?\[0\] must be contiguous"):
+        run([parameters[0].t().contiguous().t(), *parameters[1:]])
+
+
+def test_gradients_of_keys_and_values_that_do_not_fit_are_named(layout):
+    inputs, call = blocks(layout)["cross_attention_block"]
+    k = inputs["k"]
+
+    def run(*kv_gradients):
+        return call(ops.cross_attention_block, *inputs.values(), kv_gradients=kv_gradients)
+
+    with pytest.raises(ValueError, match="kv_gradients must be 2 tensors, got 1"):
+        run(k)
+    with pytest.raises(ValueError, match=r"kv_gradients\[1\] must be"):
+        run(k, k[1:])
+    with pytest.raises(TypeError, match=r"kv_gradients\[0\] must be torch.float32 or fp32, got torch.bfloat16"):
+        run(k.bfloat16(), k)
+    with pytest.raises(ValueError, match="kv_gradients must have heads contiguous and equal strides"):
+        run(k, k.transpose(1, 2).contiguous().transpose(1, 2))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
