@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.backend import use_backend
-from qformer_fast.models.qformer import Checkpointing
+from qformer_fast.config import Checkpointing
 from qformer_fast.reference.stage1 import original_order_stage1
 from qformer_fast.training.graphs import GraphedStage1
 

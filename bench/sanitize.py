@@ -1,6 +1,7 @@
 """Every kernel once on a small batch of BLIP-2's width, and calls that must be rejected, for compute-sanitizer.
 
 compute-sanitizer --tool memcheck python bench/sanitize.py
+compute-sanitizer --tool racecheck --print-limit 100000 python bench/sanitize.py
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def run_step() -> None:
         host_rows=torch.empty((), dtype=torch.int64, pin_memory=True),
     )
     with torch.autocast("cuda", torch.bfloat16):
-        for _ in step_in_parts(model, inputs, 64, GradientBuffers(model.groups())):
+        for _ in step_in_parts(model, inputs, 64, GradientBuffers(model.groups)):
             pass
     torch.cuda.synchronize()
 

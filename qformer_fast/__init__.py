@@ -6,7 +6,8 @@ from qformer_fast.integrations.checkpoints import convert, load_checkpoint
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models.blip2 import ImageEncoder
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
-from qformer_fast.models.qformer import ImageKV, QFormer, QFormerOutput
+from qformer_fast.models.image_kv import ImageKV
+from qformer_fast.models.qformer import QFormer, QFormerOutput
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Checkpointing = Literal["none", "feed_forward", "layer"]
+"""What backward computes again instead of keeping: nothing, the feed-forward sub-layers, or whole layers."""
 
 
 @dataclass(frozen=True)

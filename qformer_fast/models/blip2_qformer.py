@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qformer_fast import ops
-from qformer_fast.config import QFormerConfig
+from qformer_fast.config import Checkpointing, QFormerConfig
 from qformer_fast.integrations.checkpoints import CheckpointMixin, LoadReport, load_into
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models.generation import CaptionDecoder
-from qformer_fast.models.packing import GradientBuffers, Group
+from qformer_fast.models.image_kv import ImageKV
+from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
 from qformer_fast.models.padded import padded_layout
-from qformer_fast.models.qformer import BlockWeights, Checkpointing, DenseLayerNorm, EncoderWeights, ImageKV, QFormer
+from qformer_fast.models.qformer import DenseLayerNorm, QFormer
 
 LABEL_SMOOTHING = 0.1
 
@@ -149,7 +150,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
 
         Args:
             level (str): "layer" keeps each layer's input alone; "feed_forward" drops what the feed-forward sub-layers
-                keep, the widest of it all, for a third of the extra work. Default: "layer".
+                keep, the widest of it all. Default: "layer".
 
         Raises:
             ValueError: another level.
@@ -161,9 +162,10 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.qformer.gradient_checkpointing = "none"
 
+    @property
     def groups(self) -> list[Group]:
         """All parameters, those that the encoder stacks together."""
-        groups = self.qformer.groups()
+        groups = self.qformer.groups
         stacked = {id(parameter) for group in groups for parameter in group}
         return groups + [(parameter,) for parameter in self.parameters() if id(parameter) not in stacked]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Group = tuple[Tensor, ...]
 """Parameters that are stacked into one tensor, one below the other."""
@@ -40,6 +42,55 @@ class GradientBuffers:
             views = buffer.split([len(p) for p in group]) if len(group) > 1 else [buffer]
             found += zip(group, views, strict=True)
         return found
+
+
+class BlockWeights(NamedTuple):
+    """A sub-layer's parameters in the order of its op's arguments, matrices stacked and cast.
+
+    Args:
+        parameters (list): of tensors.
+        gradients (list, Optional): tensors like them that the op adds their gradients to. Default: `None`.
+    """
+
+    parameters: list[Tensor]
+    gradients: list[Tensor] | None = None
+
+    @classmethod
+    def make(cls, groups: list[Group], parameters: list[Tensor], gradients: GradientBuffers | None) -> BlockWeights:
+        """With ``gradients`` the parameters become leaves of autograd."""
+        if gradients is None:
+            return cls(parameters)
+        leaves = [x if isinstance(x, nn.Parameter) else x.detach().requires_grad_() for x in parameters]
+        return cls(leaves, [gradients[group] for group in groups])
+
+    def leaves(self) -> list[tuple[Tensor, Tensor]]:
+        """Every parameter that requires grad, beside its gradient."""
+        return [pair for pair in zip(self.parameters, self.gradients, strict=True) if pair[0].requires_grad]
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights; a sub-layer that the layer lacks has None."""
+
+    self_attention: BlockWeights
+    query_feed_forward: BlockWeights
+    cross_attention: BlockWeights | None = None
+    text_feed_forward: BlockWeights | None = None
+
+
+class EncoderWeights(NamedTuple):
+    """What all encodings of a step share; see ``QFormer.encoder_weights``.
+
+    Args:
+        layers (list): of :class:`LayerWeights`.
+        embedding_gradients (list, Optional): for ``gradients`` of :func:`ops.embeddings`.
+    """
+
+    layers: list[LayerWeights]
+    embedding_gradients: list[Tensor] | None
+
+    def leaves(self) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`BlockWeights.leaves`, of all layers."""
+        return [pair for layer in self.layers for block in layer if block is not None for pair in block.leaves()]
 
 
 def stack_weights(groups: list[Group], dtype: torch.dtype) -> list[Tensor]:

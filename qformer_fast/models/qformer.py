@@ -6,10 +6,7 @@ Parameter names are Hugging Face's ``Blip2QFormerModel``'s; the modules hold par
 from __future__ import annotations
 
 import contextlib
-import itertools
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,71 +15,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from qformer_fast import ops, reference
-from qformer_fast.config import QFormerConfig
+from qformer_fast.config import Checkpointing, QFormerConfig
 from qformer_fast.integrations.checkpoints import CheckpointMixin
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models import padded
-from qformer_fast.models.packing import GradientBuffers, Group, stack_weights
+from qformer_fast.models.image_kv import ImageKV, LayerKV
+from qformer_fast.models.packing import (
+    BlockWeights,
+    EncoderWeights,
+    GradientBuffers,
+    Group,
+    LayerWeights,
+    stack_weights,
+)
 from qformer_fast.ops._checks import autocast_dtype
-
-Checkpointing = Literal["none", "feed_forward", "layer"]
-"""What backward computes again instead of keeping: nothing, the feed-forward sub-layers, or whole layers."""
-
-
-class LayerKV(NamedTuple):
-    """What one cross-attention layer reads of an :class:`ImageKV`, views of it.
-
-    Args:
-        k, v (Tensor): (images, tokens, nheads, headdim).
-        mask (Tensor, Optional): as in :class:`ImageKV`.
-        gradients (tuple, Optional): two like k and v, for ``kv_gradients`` of :func:`ops.cross_attention_block`.
-        accumulate (bool): as there.
-    """
-
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    gradients: tuple[Tensor, Tensor] | None
-    accumulate: bool
-
-
-@dataclass(frozen=True, eq=False)
-class ImageKV:
-    """Keys and values of every cross-attention layer for a bank of images, computed once.
-
-    Args:
-        buffer (Tensor): (images, tokens, cross-attention layers, 2, nheads, headdim); keys at 0, values at 1.
-        mask (Tensor, Optional): (images, 1 or num_queries, tokens), bool (True = may look) or float (added to the
-            scores).
-        gradient (Tensor, Optional): like ``buffer``, where the kernels write its gradient instead of giving it to
-            autograd. Default: `None`.
-        accumulate (bool): they add to ``gradient``. Default: False.
-    """
-
-    buffer: Tensor
-    mask: Tensor | None = None
-    gradient: Tensor | None = None
-    accumulate: bool = False
-
-    @property
-    def num_images(self) -> int:
-        return self.buffer.shape[0]
-
-    @cached_property
-    def layers(self) -> list[LayerKV]:
-        """Of each cross-attention layer."""
-        gradients = itertools.repeat(None) if self.gradient is None else _keys_and_values(self.gradient)
-        pairs = zip(_keys_and_values(self.buffer), gradients, strict=False)
-        return [LayerKV(*kv, self.mask, gradient, self.accumulate) for kv, gradient in pairs]
-
-    def select(self, index: Tensor) -> ImageKV:
-        """The images ``index``, copied."""
-        return ImageKV(self.buffer[index], None if self.mask is None else self.mask[index])
-
-
-def _keys_and_values(buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
-    found = buffer.flatten(2, 3).unbind(2)
-    return list(zip(found[::2], found[1::2], strict=True))
 
 
 class QFormerOutput(NamedTuple):
@@ -97,55 +43,6 @@ class QFormerOutput(NamedTuple):
     last_hidden_state: Tensor
     query_output: Tensor | None
     text_output: Tensor | None
-
-
-class BlockWeights(NamedTuple):
-    """A sub-layer's parameters in the order of its op's arguments, matrices stacked and cast.
-
-    Args:
-        parameters (list): of tensors.
-        gradients (list, Optional): tensors like them that the op adds their gradients to. Default: `None`.
-    """
-
-    parameters: list[Tensor]
-    gradients: list[Tensor] | None = None
-
-    @classmethod
-    def make(cls, groups: list[Group], parameters: list[Tensor], gradients: GradientBuffers | None) -> BlockWeights:
-        """With ``gradients`` the parameters become leaves of autograd."""
-        if gradients is None:
-            return cls(parameters)
-        leaves = [x if isinstance(x, nn.Parameter) else x.detach().requires_grad_() for x in parameters]
-        return cls(leaves, [gradients[group] for group in groups])
-
-    def leaves(self) -> list[tuple[Tensor, Tensor]]:
-        """Every parameter that requires grad, beside its gradient."""
-        return [pair for pair in zip(self.parameters, self.gradients, strict=True) if pair[0].requires_grad]
-
-
-class LayerWeights(NamedTuple):
-    """One layer's weights; a sub-layer that the layer lacks has None."""
-
-    self_attention: BlockWeights
-    query_feed_forward: BlockWeights
-    cross_attention: BlockWeights | None = None
-    text_feed_forward: BlockWeights | None = None
-
-
-class EncoderWeights(NamedTuple):
-    """What all encodings of a step share; see :meth:`QFormer.encoder_weights`.
-
-    Args:
-        layers (list): of :class:`LayerWeights`.
-        embedding_gradients (list, Optional): for ``gradients`` of :func:`ops.embeddings`.
-    """
-
-    layers: list[LayerWeights]
-    embedding_gradients: list[Tensor] | None
-
-    def leaves(self) -> list[tuple[Tensor, Tensor]]:
-        """As :meth:`BlockWeights.leaves`, of all layers."""
-        return [pair for layer in self.layers for block in layer if block is not None for pair in block.leaves()]
 
 
 class QKVProjection(nn.Module):
@@ -460,6 +357,7 @@ class QFormer(CheckpointMixin, nn.Module):
             rows = checkpoint(layer, *inputs, use_reentrant=False) if level == "layer" else layer(*inputs)
         return rows
 
+    @property
     def groups(self) -> list[Group]:
         """Parameters that :meth:`encoder_weights` takes together, one group a tensor there."""
         blocks = [self._kv_groups, *(groups for layer in self.encoder.layer for groups in layer.groups.values())]
@@ -487,13 +385,13 @@ class QFormer(CheckpointMixin, nn.Module):
 
             stacks = iter([stack(group) for group in groups])
 
-        def block(groups: list[Group]) -> BlockWeights:
-            return BlockWeights.make(groups, [next(stacks) for _ in groups], gradients)
+        def block(of_block: list[Group]) -> BlockWeights:
+            return BlockWeights.make(of_block, [next(stacks) for _ in of_block], gradients)
 
         embeddings = None
         if gradients is not None and self.config.use_qformer_text_input:
             embeddings = [gradients[group] for group in self._embedding_groups]
-        made = [LayerWeights(**{name: block(groups) for name, groups in blocks.items()}) for blocks in layers]
+        made = [LayerWeights(**{name: block(of_block) for name, of_block in blocks.items()}) for blocks in layers]
         return EncoderWeights(made, embeddings)
 
     def _layers(self, image_kv: ImageKV | None, weights: EncoderWeights) -> list[tuple]:

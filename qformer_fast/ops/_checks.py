@@ -45,7 +45,9 @@ def check_rows(name: str, x: Tensor, rows: int, layout: SequenceLayout) -> None:
         raise ValueError(f"{name} must be on the layout's device {layout.masks.device}, got {x.device}")
 
 
-def check_totals(totals: Sequence[Tensor] | None, *parameters: Tensor, name: str = "gradients") -> None:
+def check_totals(
+    totals: Sequence[Tensor] | None, *parameters: Tensor, name: str = "gradients", contiguous: bool = True
+) -> None:
     """Raises ValueError unless there is a contiguous tensor of every parameter's shape and device, and TypeError unless
     it is of the parameter's dtype or fp32.
     """
@@ -58,7 +60,7 @@ def check_totals(totals: Sequence[Tensor] | None, *parameters: Tensor, name: str
         check_device(parameter, **{f"{name}[{i}]": total})
         if total.dtype not in (parameter.dtype, torch.float32):
             raise TypeError(f"{name}[{i}] must be {parameter.dtype} or fp32, got {total.dtype}")
-        if not total.is_contiguous():
+        if contiguous and not total.is_contiguous():
             raise ValueError(f"{name}[{i}] must be contiguous, got strides {total.stride()}")
 
 

@@ -283,7 +283,7 @@ def cross_attention_block(
     check_probability("hidden_dropout_p", hidden_dropout_p)
     check_totals(gradients, q_weight, q_bias, out_weight, out_bias, norm_weight, norm_bias)
     if kv_gradients is not None:
-        check_kv_gradients(kv_gradients, k)
+        check_kv_gradients(kv_gradients, k, v)
     reason = unsupported(k.shape[3], image_mask)
     return backends.resolve("cross_attention_block", IMPLEMENTATIONS, backend, query_rows, reason)(
         query_rows,

@@ -16,6 +16,7 @@ from qformer_fast.ops._checks import (
     check_probability,
     check_rows,
     check_shape,
+    check_totals,
     draw_seed,
 )
 
@@ -120,15 +121,9 @@ def _readable(k: Tensor, v: Tensor) -> bool:
     return k.stride() == v.stride() and (k.stride(3) == 1 or headdim == 1) and (k.stride(2) == headdim or nheads == 1)
 
 
-def check_kv_gradients(kv_gradients: tuple[Tensor, Tensor], k: Tensor) -> None:
+def check_kv_gradients(kv_gradients: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
     """Raises ValueError or TypeError unless the kernels can write the gradients of k and v there."""
-    if len(kv_gradients) != 2:
-        raise ValueError(f"kv_gradients must be 2 tensors, got {len(kv_gradients)}")
-    for i, gradient in enumerate(kv_gradients):
-        check_shape(f"kv_gradients[{i}]", gradient, *k.shape)
-        check_device(k, **{f"kv_gradients[{i}]": gradient})
-        if gradient.dtype not in (k.dtype, torch.float32):
-            raise TypeError(f"kv_gradients[{i}] must be {k.dtype} or fp32, got {gradient.dtype}")
+    check_totals(kv_gradients, k, v, name="kv_gradients", contiguous=False)
     if not _readable(*kv_gradients):
         strides = [gradient.stride() for gradient in kv_gradients]
         raise ValueError(f"kv_gradients must have heads contiguous and equal strides, got {strides}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-from qformer_fast.config import QFormerConfig
+from qformer_fast.config import Checkpointing, QFormerConfig
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     device: str = "auto"
     seed: int = 0
-    gradient_checkpointing: Literal["none", "feed_forward", "layer"] = "none"
+    gradient_checkpointing: Checkpointing = "none"
     cuda_graphs: bool = False
     save_every: int = 1000
     log_every: int = 10
@@ -135,7 +135,7 @@ class RunConfig:
             raise ValueError(f"run.seed must lie in [0, 2**32), got {self.seed}")
         if self.cuda_graphs and self.gradient_checkpointing != "none":
             raise ValueError("run.cuda_graphs and run.gradient_checkpointing exclude each other, got both")
-        levels = ("none", "feed_forward", "layer")
+        levels = get_args(Checkpointing)
         if self.gradient_checkpointing not in levels:
             raise ValueError(f"run.gradient_checkpointing must be one of {levels}, got {self.gradient_checkpointing!r}")
         if self.precision not in ("fp32", "bf16", "fp16"):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from qformer_fast.layout import PackedText
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output, pairs_of
+from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import GradientBuffers
-from qformer_fast.models.qformer import ImageKV
 
 MAX_LENGTH_STEP = 16
 
@@ -64,7 +64,7 @@ class GraphedStage1:
         self.model = model
         self.dtype = dtype
         self.bucket = bucket
-        self._gradients = GradientBuffers(model.groups())
+        self._gradients = GradientBuffers(model.groups)
         self._attached = [(p, gradient) for p, gradient in self._gradients.of_parameters() if p.requires_grad]
         self._captures: dict[_Shape, _Capture] = {}
         self._images: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
@@ -202,10 +202,8 @@ def step_in_parts(
     Yields after each part, at last the output. ``gradients``, of ``model``'s parameters, are added to. ``negatives``
     may take the place of those drawn, for which there are ``negative_rows``.
     """
-    weights, kv_weights = (
-        model.qformer.encoder_weights(model.query_tokens, gradients),
-        model.qformer.kv_weights(gradients),
-    )
+    weights = model.qformer.encoder_weights(model.query_tokens, gradients)
+    kv_weights = model.qformer.kv_weights(gradients)
     made = model.image_kv(inputs.images, kv_weights).buffer
     image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
     first = model.first_sweep(image_kv, inputs.text, inputs.same_image, weights)
@@ -214,7 +212,7 @@ def step_in_parts(
     yield None
 
     own = [(parameter, total) for parameter, total in gradients.of_parameters() if parameter.requires_grad]
-    totals = {leaf: total for leaf, total in own + weights.leaves() + kv_weights.leaves()}
+    totals = dict(own + weights.leaves() + kv_weights.leaves())
 
     def backward(loss: Tensor, *, grad_outputs: Tensor | None = None, accumulate: bool = False) -> None:
         leaves = image_kv.buffer, *totals
@@ -255,7 +253,7 @@ class _Capture:
 
     def __init__(self, model, dtype, shape: _Shape, images: Tensor, text: PackedText, gradients: GradientBuffers):
         self.model, self.dtype, self.shape = model, dtype, shape
-        self.gradients = GradientBuffers(model.groups(), gradients.buffers)
+        self.gradients = GradientBuffers(model.groups, gradients.buffers)
         device, batch, rows = model.temp.device, shape.image_shape[0], shape.text_rows
 
         def zeros(*size: int) -> Tensor:

@@ -87,7 +87,8 @@ def train(
     model.to(device).train()
     if encoder is not None:
         encoder.to(device, AUTOCAST.get(run.precision))
-    model.gradient_checkpointing_enable(run.gradient_checkpointing)
+    if run.gradient_checkpointing != "none":
+        model.gradient_checkpointing_enable(run.gradient_checkpointing)
     optimizer = build_optimizer(model, optimizer_config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     graphed = GraphedStage1(model, dtype=AUTOCAST.get(run.precision)) if run.cuda_graphs else None
@@ -230,7 +231,7 @@ class _MetricsReader:
                 last = list_checkpoints(self._output_dir)
                 where = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was written yet"
                 raise FloatingPointError(
-                    f"{name} is {entry[name]} at step {about['step']}; the weights were not updated, {where}"
+                    f"{name} is {entry[name]} at step {about['step']}; it did not change the weights, {where}"
                 )
         if logs:
             self._log.write(about | entry)

@@ -90,7 +90,7 @@ def test_the_graphs_step_adds_the_models_gradients(frozen, backend, make_caption
     rows, labels = text.next_tokens()
     scale, host_rows = torch.tensor(0.25, device=device), torch.zeros((), dtype=torch.int64)
     inputs = StepInputs(images, text.select(own, 64, fill=True), rows, labels, same_image, scale, host_rows)
-    found = GradientBuffers(model.groups())
+    found = GradientBuffers(model.groups)
     for _ in range(2):
         with use_backend(backend):
             *_, out = step_in_parts(model, inputs, 64, found, negatives)
