@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qformer_fast import overlap
+
 
 def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """a b, or ``total`` after a b was added to it."""
+    """a b, or ``total``, to which a b is added aside (:mod:`qformer_fast.overlap`)."""
     if total is None:
         return a @ b
-    product_into(total, a, b, add=True)
+    overlap.aside(lambda: product_into(total, a, b, add=True), a, b)
     return total
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qformer_fast import overlap
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import dropout_keep
 from qformer_fast.reference.philox import GROUP
@@ -98,12 +99,16 @@ def _store_sum(out_ptr, column, offs_n, mask_n, ADD: tl.constexpr):
 
 def sum_parts(parts: Tensor, *outputs: Tensor, add: bool = False) -> None:
     """Sums (programs, outputs, width) fp32 over the programs into one to three outputs (width,) of any dtype, or adds
-    the sums to them.
+    the sums to them, aside (:mod:`qformer_fast.overlap`).
     """
     settings = launch.settings("sum_parts", parts.device)
     programs, count, width = parts.shape
     grid = (triton.cdiv(width, settings["BLOCK_N"]), count)
-    sum_parts_kernel[grid](parts, *outputs, *[None] * (3 - count), programs, width, ADD=add, **settings)
+
+    def run() -> None:
+        sum_parts_kernel[grid](parts, *outputs, *[None] * (3 - count), programs, width, ADD=add, **settings)
+
+    overlap.aside(run, parts) if add else run()
 
 
 def row_settings(kernel: str, width: int, device: torch.device) -> dict[str, Any]:

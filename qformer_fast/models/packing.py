@@ -100,11 +100,11 @@ def stack_weights(groups: list[Group], dtype: torch.dtype) -> list[Tensor]:
     is used several times add up in ``dtype``, as they do under autocast, which casts a weight once a step.
 
     Args:
-        groups (list): tuples of (rows, columns) weights; columns agree within a group.
+        groups (list): tuples of (rows, ...) weights that agree within a group but for the rows.
         dtype (torch.dtype): of the results.
 
     Returns:
-        list: (sum of rows, columns) of each group.
+        list: (sum of rows, ...) of each group.
     """
     weights = [weight for group in groups for weight in group]
     if all(weight.dtype == dtype for weight in weights):
@@ -124,10 +124,9 @@ class _Stack(torch.autograd.Function):
         torch._foreach_copy_(places, list(weights))
         stacks, begin = [], 0
         for count in counts:
-            rows = sum(len(place) for place in places[begin : begin + count])
-            columns = places[begin].shape[1]
+            size = sum(numels[begin : begin + count])
             start = places[begin].storage_offset()
-            stacks.append(buffer[start : start + rows * columns].view(rows, columns))
+            stacks.append(buffer[start : start + size].view(-1, *weights[begin].shape[1:]))
             begin += count
         return tuple(stacks)
 

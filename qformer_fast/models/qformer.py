@@ -375,15 +375,11 @@ class QFormer(CheckpointMixin, nn.Module):
         """
         layers = [layer.groups for layer in self.encoder.layer]
         groups = [group for blocks in layers for block in blocks.values() for group in block]
+        # vectors of one parameter are read in fp32 by kernels; others go to products
+        stacked = [group for group in groups if group[0].ndim > 1 or len(group) > 1]
         with contextlib.nullcontext() if gradients is None else torch.no_grad():
-            matrices = iter(stack_weights([group for group in groups if group[0].ndim > 1], autocast_dtype(rows)))
-
-            def stack(group: Group) -> Tensor:
-                if group[0].ndim > 1:
-                    return next(matrices)
-                return torch.cat(group) if len(group) > 1 else group[0]
-
-            stacks = iter([stack(group) for group in groups])
+            made = dict(zip(map(id, stacked), stack_weights(stacked, autocast_dtype(rows)), strict=True))
+        stacks = iter([made.get(id(group), group[0]) for group in groups])
 
         def block(of_block: list[Group]) -> BlockWeights:
             return BlockWeights.make(of_block, [next(stacks) for _ in of_block], gradients)
@@ -391,8 +387,8 @@ class QFormer(CheckpointMixin, nn.Module):
         embeddings = None
         if gradients is not None and self.config.use_qformer_text_input:
             embeddings = [gradients[group] for group in self._embedding_groups]
-        made = [LayerWeights(**{name: block(of_block) for name, of_block in blocks.items()}) for blocks in layers]
-        return EncoderWeights(made, embeddings)
+        weights = [LayerWeights(**{name: block(of_block) for name, of_block in blocks.items()}) for blocks in layers]
+        return EncoderWeights(weights, embeddings)
 
     def _layers(self, image_kv: ImageKV | None, weights: EncoderWeights) -> list[tuple]:
         """Each layer with its slice of ``image_kv``, or None where it has no cross-attention, and its weights."""

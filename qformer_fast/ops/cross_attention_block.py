@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
-from qformer_fast import reference
+from qformer_fast import overlap, reference
 from qformer_fast.layout import SequenceLayout
 from qformer_fast.ops._autograd import norm_totals, register_autograd, without_totals
 from qformer_fast.ops._checks import (
@@ -118,7 +118,8 @@ def _bwd(
     dq_parts = q.new_empty(k.shape[0], *q.shape[1:], dtype=torch.promote_types(q.dtype, torch.float32))
     inputs = dcontext, q, k, v, context, lse, *layout, k.shape[3] ** -0.5, attention_dropout_p
     dq = attend_bwd(dk, dv, *inputs, accumulate=accumulate, dq_parts=dq_parts).flatten(1)
-    # without dropout dx and drows are one tensor, of which dx has been read by now
+    if drows is dx:  # without dropout, and what reads dx may have been left aside
+        overlap.join()
     drows = drows.addmm_(dq, q_weight)
     dq_bias = dq_parts.new_empty(q_weight.shape[0]) if q_bias_total is None else q_bias_total
     sum_parts(dq_parts.view(k.shape[0], 1, -1), dq_bias, add=q_bias_total is not None)

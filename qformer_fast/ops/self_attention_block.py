@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
-from qformer_fast import reference
+from qformer_fast import overlap, reference
 from qformer_fast.layout import SequenceLayout
 from qformer_fast.ops._autograd import norm_totals, register_autograd, without_totals
 from qformer_fast.ops._checks import (
@@ -113,7 +113,8 @@ def _bwd(
     sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
     dqkv, dbias_parts = attend_bwd(dcontext, qkv, context, lse, text_offsets, masks, attention_seed, *sizes)
     dqkv = dqkv.view(rows.shape[0], -1)
-    # without dropout dx and drows are one tensor, of which dx has been read by now
+    if drows is dx:  # without dropout, and what reads dx may have been left aside
+        overlap.join()
     drows = drows.addmm_(dqkv, qkv_weight)
     dqkv_bias = _new_qkv_bias(qkv_weight, rows) if qkv_bias_total is None else qkv_bias_total
     sum_parts(dbias_parts.flatten(2), *dqkv_bias.view(3, -1), add=qkv_bias_total is not None)

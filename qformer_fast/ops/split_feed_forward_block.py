@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
-from qformer_fast import extension, reference
+from qformer_fast import extension, overlap, reference
 from qformer_fast.ops._autograd import norm_totals, register_autograd, without_totals
 from qformer_fast.ops._checks import (
     autocast_dtype,
@@ -49,15 +49,18 @@ def split_feed_forward_block_fwd(
     out, x = (query_rows.new_empty(count, hidden) for _ in range(2))
     up = query_rows.new_empty(count, intermediate)
     mean, rstd = (query_rows.new_empty(count, dtype=statistics_dtype(query_rows)) for _ in range(2))
-    for _, rows, part, (up_weight, up_bias, down_weight, down_bias, *norm), seed in _parts(
-        query_rows, text_rows, parameters, seeds
-    ):
+
+    def run(rows: Tensor, part: slice, parameters: list[Tensor], seed: Tensor | None) -> None:
+        up_weight, up_bias, down_weight, down_bias, *norm = parameters
         if _fuses(backend, rows, extension.FWD_ROWS):
             activation = extension.linear_gelu_fwd(rows, up_weight, up_bias, up[part])
         else:
             activation = gelu(torch.mm(rows, up_weight.t(), out=up[part]), up_bias)
         torch.mm(activation, down_weight.t(), out=x[part])
         add_norm(x[part], rows, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
+
+    parts = _parts(query_rows, text_rows, parameters, seeds)
+    overlap.side_by_side(*(functools.partial(run, *part) for part in parts))
     return out, up, x, mean, rstd
 
 
@@ -73,10 +76,10 @@ def _fuses(backend: str, rows: Tensor, least: int) -> bool:
 
 
 def _parts(query_rows: Tensor, text_rows: Tensor, parameters: list[Tensor], seeds: list[Tensor]) -> list:
-    """(0 for query and 1 for text, rows, their place among all rows, six parameters, seed) of the parts with rows."""
+    """(rows, their place among all rows, six parameters, seed) of the query and the text rows, where there are any."""
     count = query_rows.shape[0]
-    places = (0, query_rows, slice(0, count)), (1, text_rows, slice(count, count + text_rows.shape[0]))
-    present = [place for place in places if place[1].shape[0]]
+    places = (query_rows, slice(0, count)), (text_rows, slice(count, count + text_rows.shape[0]))
+    present = [place for place in places if place[0].shape[0]]
     return [(*place, parameters[6 * i : 6 * i + 6], seeds[i] if seeds else None) for i, place in enumerate(present)]
 
 
@@ -107,12 +110,12 @@ def _bwd(
     """
     gelu_bwd_in_place = backends.kernel_or_formula("bias_gelu_bwd_in_place", query_rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
-    drows = [query_rows.new_empty(0, query_rows.shape[1]) for _ in range(2)]
-    gradients = []
-    for kind, rows, part, (up_weight, up_bias, down_weight, down_bias, norm_weight, _), seed in _parts(
-        query_rows, text_rows, parameters, seeds
-    ):
-        up_weight_total, up_bias_total, down_weight_total, *others = totals[len(gradients) :][:6] or [None] * 6
+
+    def run(
+        rows: Tensor, part: slice, parameters: list[Tensor], seed: Tensor | None, totals: list[Tensor]
+    ) -> list[Tensor]:
+        up_weight, up_bias, down_weight, down_bias, norm_weight, _ = parameters
+        up_weight_total, up_bias_total, down_weight_total, *others = totals or [None] * 6
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
             dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias,
             norm_totals(others),
@@ -127,12 +130,18 @@ def _bwd(
                 dup_bias, activation = gelu_bwd_in_place(dup, up_half, up_bias, dup_bias)
             ddown_weight = product(dx_half.t(), activation, ddown_weight)
             dup_weight = product(dup.t(), rows[start:stop], dup_weight)
-            # without dropout dx and dresidual are one tensor, of which these rows have been read by now
+            if dresidual is dx:  # without dropout, and what reads these rows may have been left aside
+                overlap.join()
             dresidual[start:stop].addmm_(dup, up_weight)
             del dup, activation
-        drows[kind] = dresidual
-        gradients += [dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
-    return drows if totals else [*drows, *gradients]
+        return [dresidual, dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
+
+    parts = _parts(query_rows, text_rows, parameters, seeds)
+    of_parts = [totals[6 * i : 6 * i + 6] for i in range(len(parts))]
+    found = overlap.side_by_side(*(functools.partial(run, *part, t) for part, t in zip(parts, of_parts, strict=True)))
+    given = iter(found)
+    drows = [next(given)[0] if rows.shape[0] else torch.empty_like(rows) for rows in (query_rows, text_rows)]
+    return drows if totals else [*drows, *(gradient for _, *gradients in found for gradient in gradients)]
 
 
 # with totals, backward calls the function itself: an op may not add to its inputs and return others

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qformer_fast import overlap
 from qformer_fast.layout import PackedText
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output, pairs_of
 from qformer_fast.models.image_kv import ImageKV
@@ -69,8 +70,10 @@ class GraphedStage1:
         self._captures: dict[_Shape, _Capture] = {}
         self._images: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        # one stream for all captures: the pool hands a stream only memory that was freed on it
-        self._stream = torch.cuda.Stream(model.temp.device)
+        # the same streams for all captures: the pool hands a stream only memory that was freed on it
+        self._stream = torch.cuda.Stream(model.temp.device, priority=-1)
+        self._beside = overlap.Streams(model.temp.device)
+        self._zeroing = torch.cuda.Stream(model.temp.device)
         self._negative_rows: dict[int, int] = {}  # by text_rows
 
     def __call__(
@@ -117,7 +120,7 @@ class GraphedStage1:
                 self._captures[shape] = self._capture(shape, inputs)
             capture = self._captures[shape]
             capture.load(*inputs)
-            negative_rows = capture.draw()
+            negative_rows = capture.draw(self._zeroing)
             if negative_rows <= room:
                 return capture.finish()
             self._negative_rows[text_rows] = _round_up(negative_rows, bucket)
@@ -132,8 +135,10 @@ class GraphedStage1:
             elif parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
+        self._zeroing.wait_stream(torch.cuda.current_stream())
         if fresh:
-            torch._foreach_zero_(fresh)
+            with torch.cuda.stream(self._zeroing):
+                torch._foreach_zero_(fresh)
 
     def _capture(self, shape: _Shape, inputs: tuple) -> _Capture:
         state = torch.cuda.get_rng_state(self.model.temp.device)
@@ -144,7 +149,7 @@ class GraphedStage1:
         capture = _Capture(model, self.dtype, shape, self._images[kind], inputs[1], self._gradients)
         capture.load(*inputs)
         with _no_garbage_collection():
-            capture.record(self._pool, self._stream)
+            capture.record(self._pool, self._stream, self._beside)
         torch.cuda.set_rng_state(state, self.model.temp.device)
         return capture
 
@@ -202,9 +207,11 @@ def step_in_parts(
     Yields after each part, at last the output. ``gradients``, of ``model``'s parameters, are added to. ``negatives``
     may take the place of those drawn, for which there are ``negative_rows``.
     """
-    weights = model.qformer.encoder_weights(model.query_tokens, gradients)
     kv_weights = model.qformer.kv_weights(gradients)
-    made = model.image_kv(inputs.images, kv_weights).buffer
+    made, weights = overlap.side_by_side(
+        lambda: model.image_kv(inputs.images, kv_weights).buffer,
+        lambda: model.qformer.encoder_weights(model.query_tokens, gradients),
+    )
     image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
     first = model.first_sweep(image_kv, inputs.text, inputs.same_image, weights)
     drawn = model.draw_negatives(first, inputs.same_image)
@@ -217,6 +224,7 @@ def step_in_parts(
     def backward(loss: Tensor, *, grad_outputs: Tensor | None = None, accumulate: bool = False) -> None:
         leaves = image_kv.buffer, *totals
         dkv, *found = torch.autograd.grad(loss, leaves, grad_outputs, allow_unused=True)
+        overlap.join()
         pairs = [(total, x) for total, x in zip(totals.values(), found, strict=True) if x is not None]
         if pairs:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
@@ -288,27 +296,35 @@ class _Capture:
             place.copy_(given.pin_memory() if given.device.type == "cpu" else given, non_blocking=True)
         inputs.scale.copy_(scale) if isinstance(scale, Tensor) else inputs.scale.fill_(scale)
 
-    def record(self, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    def record(self, pool: tuple[int, int], stream: torch.cuda.Stream, beside: overlap.Streams) -> None:
         negative_rows = self.shape.negative_rows
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._autocast():
             # once without recording: Triton compiles, kernels are loaded, cuBLAS takes its workspace
             own = torch.arange(self.shape.image_shape[0], device=self.inputs.images.device)
             scratch = GradientBuffers(self.gradients.groups)
-            for _ in step_in_parts(self.model, self.inputs, negative_rows, scratch, negatives=(own, own)):
-                pass
+            with overlap.overlapping(beside):
+                for _ in step_in_parts(self.model, self.inputs, negative_rows, scratch, negatives=(own, own)):
+                    pass
             del scratch
         torch.cuda.current_stream().wait_stream(stream)
         self.graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
         parts = step_in_parts(self.model, self.inputs, negative_rows, self.gradients)
         for graph in self.graphs:
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"), self._autocast():
+            with (
+                torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+                self._autocast(),
+                overlap.overlapping(beside),
+            ):
                 self.out = next(parts)
 
-    def draw(self) -> int:
-        """Runs up to the captions' loss; returns how many rows the negative captions have."""
+    def draw(self, zeroing: torch.cuda.Stream) -> int:
+        """Runs up to the captions' loss, for which gradients are wanted that ``zeroing`` still fills; returns how many
+        rows the negative captions have.
+        """
         self.graphs[0].replay()
         self.drawn.record()
+        torch.cuda.current_stream().wait_stream(zeroing)
         self.graphs[1].replay()
         self.drawn.synchronize()
         return int(self.inputs.host_rows)

@@ -1,0 +1,102 @@
+"""Kernels beside each other, on streams of their own.
+
+One that is bound by memory leaves the tensor cores idle, and the last wave of a product's tiles most of the
+multiprocessors. CUDA graphs keep what streams say about order, so it costs the host nothing there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+HELD_BYTES = 256 * 2**20
+
+# of the process, not of a thread: autograd runs backward in threads of its own
+_streams: Streams | None = None
+
+
+class Streams:
+    """Two streams beside the one that is current when :func:`overlapping` begins.
+
+    Args:
+        device (torch.device): a CUDA device.
+        held_bytes (int): how large the inputs of work left aside may grow before the current stream waits for it, since
+            their memory is not free before. Default: 256 MiB.
+    """
+
+    def __init__(self, device: torch.device, held_bytes: int = HELD_BYTES):
+        self.held_bytes = held_bytes
+        self._aside, self._branch = (torch.cuda.Stream(device) for _ in range(2))
+        self._held: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
+
+    def begin(self) -> None:
+        self._home = torch.cuda.current_stream()
+
+    def aside(self, work: Callable[[], object], *inputs: Tensor) -> None:
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
+            work()
+            self._held.append((self._aside.record_event(), inputs))
+        # a branch's wait would not keep the home stream from memory that is freed here
+        while torch.cuda.current_stream() == self._home and len(self._held) > 1 and self._held_now() > self.held_bytes:
+            done, _ = self._held.popleft()
+            self._home.wait_event(done)
+
+    def _held_now(self) -> int:
+        return sum(x.nbytes for _, inputs in self._held for x in inputs)
+
+    def side_by_side(self, first: Callable[[], T], *others: Callable[[], T]) -> list[T]:
+        here = torch.cuda.current_stream()
+        self._branch.wait_stream(here)
+        with torch.cuda.stream(self._branch):
+            found = [task() for task in others]
+        found.insert(0, first())
+        here.wait_stream(self._branch)
+        return found
+
+    def join(self) -> None:
+        here = torch.cuda.current_stream()
+        here.wait_stream(self._aside)
+        if here == self._home:
+            self._held.clear()
+
+
+@contextlib.contextmanager
+def overlapping(streams: Streams | None) -> Iterator[None]:
+    """Has the functions below use ``streams``; what runs inside is joined at the end."""
+    global _streams
+    before, _streams = _streams, streams
+    try:
+        if streams is not None:
+            streams.begin()
+        yield
+        join()
+    finally:
+        _streams = before
+
+
+def aside(work: Callable[[], object], *inputs: Tensor) -> None:
+    """Runs ``work``, which reads ``inputs`` and gives nothing that is needed before :func:`join`.
+
+    One work after the other; nothing may write to the inputs before :func:`join`.
+    """
+    work() if _streams is None else _streams.aside(work, *inputs)
+
+
+def side_by_side(*tasks: Callable[[], T]) -> list[T]:
+    """The results of ``tasks``, none of which needs another's."""
+    if _streams is None or len(tasks) == 1:
+        return [task() for task in tasks]
+    return _streams.side_by_side(*tasks)
+
+
+def join() -> None:
+    """What was left aside is done for whoever comes later on the current stream."""
+    if _streams is not None:
+        _streams.join()
