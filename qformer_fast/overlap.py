@@ -37,6 +37,8 @@ class Streams:
 
     def begin(self) -> None:
         self._home = torch.cuda.current_stream()
+        # what a capture joins must have begun in it
+        self._aside.wait_stream(self._home)
 
     def aside(self, work: Callable[[], object], *inputs: Tensor) -> None:
         self._aside.wait_stream(torch.cuda.current_stream())
