@@ -34,14 +34,17 @@ def stage1_products(
     images = len(config.cross_attention_layers)
     linear(batch * tokens, images * 2 * hidden, config.encoder_hidden_size, "out", "dweight")
     queries = batch * config.num_query_tokens
-    for query_rows, rows in ((queries, 2 * text_rows), (3 * queries, 2 * text_rows + negative_rows)):
+    # the last feed-forward layer's text: what predicts a token and each caption's first; nothing that ITM reads
+    sweeps = (queries, 2 * text_rows, text_rows), (3 * queries, 2 * text_rows + negative_rows, 0)
+    for query_rows, rows, last_rows in sweeps:
         for layer in range(config.num_hidden_layers):
             linear(query_rows + rows, 3 * hidden, hidden)
             linear(query_rows + rows, hidden, hidden)
             if config.has_cross_attention(layer):
                 linear(query_rows, hidden, hidden)
                 linear(query_rows, hidden, hidden)
-            for count in (query_rows, rows):
+            feed_forward_rows = query_rows, rows if layer < config.num_hidden_layers - 1 else last_rows
+            for count in filter(None, feed_forward_rows):
                 linear(count, wide, hidden)
                 linear(count, hidden, wide)
     linear(text_rows - batch, hidden, hidden)

@@ -42,10 +42,9 @@ def run_step() -> None:
     images, ids = torch.randn(4, 257, 1408, device="cuda"), torch.randint(200, 500, (4, 9))
     text = model.pack_captions(ids, None, 4).to("cuda")
     rows, labels = text.next_tokens()
-    own = torch.arange(4, device="cuda")
     inputs = StepInputs(
         images=images,
-        text=text.select(own, 64, fill=True),
+        text=text.filled(64, 64),
         label_rows=rows,
         labels=labels,
         same_image=torch.eye(4, dtype=torch.bool, device="cuda"),

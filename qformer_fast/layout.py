@@ -124,32 +124,38 @@ class PackedText:
 
     def next_tokens(self) -> tuple[Tensor, Tensor]:
         """The rows that predict a next token, all but each caption's last, and the ids of those next tokens."""
-        lengths = self.lengths - 1
-        offsets = _lengths_to_offsets(lengths)
-        rows = _rows_of(
-            torch.arange(len(self), device=offsets.device), self.offsets, offsets, self.num_rows - len(self)
-        )
+        not_last = torch.ones_like(self.input_ids, dtype=torch.bool).index_fill(0, self.offsets[1:] - 1, False)
+        rows = not_last.nonzero_static(size=self.num_rows - len(self)).squeeze(1)
         return rows, self.input_ids[rows + 1]
 
-    def select(self, index: Tensor, num_rows: int, *, fill: bool = False) -> PackedText:
-        """Captions ``index`` in that order, repeats allowed.
-
-        ``num_rows`` is the sum of their lengths, or with ``fill`` any number above it: then captions of arbitrary
-        tokens follow, ``fillers(num_rows)`` of them, some empty, so that shapes depend on ``num_rows`` alone.
+    def select(self, index: Tensor, num_rows: int, *, fill: int = 0) -> PackedText:
+        """Captions ``index`` in that order, repeats allowed; ``num_rows`` is the sum of their lengths, or with ``fill``
+        as in :meth:`filled`.
         """
         offsets = _lengths_to_offsets(self.lengths[index])
         if fill:
-            fillers = torch.arange(1, self.fillers(num_rows) + 1, device=offsets.device)
-            ends = (offsets[-1] + self.max_length * fillers).clamp(max=num_rows)
-            offsets, index = torch.cat([offsets, ends]), torch.cat([index, torch.zeros_like(fillers)])
+            offsets = self._with_fillers(offsets, num_rows, fill)
+            index = torch.nn.functional.pad(index, (0, self.fillers(fill)))
         rows = _rows_of(index, self.offsets, offsets, num_rows)
         if fill:
             rows = rows.clamp(max=self.num_rows - 1)
         return PackedText(self.input_ids[rows], self.position_ids[rows], offsets, self.max_length)
 
-    def fillers(self, num_rows: int) -> int:
-        """How many captions of ``max_length`` tokens fill ``num_rows``."""
-        return -(-num_rows // self.max_length)
+    def filled(self, num_rows: int, fill: int) -> PackedText:
+        """The same up to ``num_rows``, at most ``fill`` of them more: then captions of arbitrary tokens follow,
+        ``fillers(fill)`` of them, some empty, so that shapes depend on these two numbers alone.
+        """
+        missing = num_rows - self.num_rows
+        ids = (torch.nn.functional.pad(x, (0, missing)) for x in (self.input_ids, self.position_ids))
+        return PackedText(*ids, self._with_fillers(self.offsets, num_rows, fill), self.max_length)
+
+    def _with_fillers(self, offsets: Tensor, num_rows: int, fill: int) -> Tensor:
+        fillers = torch.arange(1, self.fillers(fill) + 1, device=offsets.device)
+        return torch.cat([offsets, (offsets[-1] + self.max_length * fillers).clamp(max=num_rows)])
+
+    def fillers(self, fill: int) -> int:
+        """How many captions of at most ``max_length`` tokens ``fill`` rows take."""
+        return -(-fill // self.max_length)
 
     @staticmethod
     def concatenate(*texts: PackedText) -> PackedText:

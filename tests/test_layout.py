@@ -53,9 +53,14 @@ def test_fillers_follow_the_captions(rows, extra, data):
     text = PackedText.from_padded(*padded(rows, 9), **LIMITS)
     index = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
     tokens = [token for i in index for token in rows[i]]
-    filled = text.select(torch.tensor(index), len(tokens) + extra, fill=True)
-    assert filled.num_rows == len(tokens) + extra == filled.offsets[-1]
-    assert len(filled) == len(index) + text.fillers(filled.num_rows)
+    chosen = text.select(torch.tensor(index), len(tokens))
+    fill = extra + data.draw(st.integers(1, 20))
+    filled = text.select(torch.tensor(index), len(tokens) + extra, fill=fill)
+    also = chosen.filled(len(tokens) + extra, fill)
+    assert torch.equal(also.offsets, filled.offsets) and also.input_ids.tolist()[: len(tokens)] == tokens
+    assert torch.equal(also.position_ids[: len(tokens)], filled.position_ids[: len(tokens)])
+    assert filled.num_rows == len(tokens) + extra == filled.offsets[-1] == also.num_rows
+    assert len(filled) == len(index) + text.fillers(fill)
     assert filled.input_ids.tolist()[: len(tokens)] == tokens
     assert filled.lengths[: len(index)].tolist() == [len(rows[i]) for i in index]
     assert filled.lengths.min() >= 0 and filled.lengths.max() <= text.max_length

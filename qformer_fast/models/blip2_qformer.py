@@ -55,7 +55,8 @@ class FirstSweep:
     Args:
         image_kv (ImageKV): of the batch's images.
         weights (EncoderWeights): which both sweeps share.
-        itg_rows (Tensor): (text rows, hidden), captions that begin with [DEC] and saw their image.
+        itg_rows (Tensor): (label rows, hidden), of captions that begin with [DEC] and saw their image the tokens that a
+            token follows.
         loss_itc, sim_i2t, sim_t2i (Tensor): as in :class:`Stage1Output`, similarities with gradients.
     """
 
@@ -209,12 +210,13 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         text = self.pack_captions(input_ids, attention_mask, batch).to(device)
         same_image = self.same_image(image_ids, batch, device)
         weights = self.qformer.encoder_weights(self.query_tokens)
-        first = self.first_sweep(self.image_kv(image_embeds), text, same_image, weights)
+        label_rows, labels = text.next_tokens()
+        first = self.first_sweep(self.image_kv(image_embeds), text, label_rows, same_image, weights)
         if negatives is None:
             negatives = self.draw_negatives(first, same_image)
         image_index, text_index = self._check_negatives(negatives, batch, device)
         negative_rows = self._count_negative_rows(text, image_index, text_index)
-        loss_itg = self.caption_loss(first.itg_rows, *text.next_tokens())
+        loss_itg = self.caption_loss(first.itg_rows, labels)
         pairs = text.select(pairs_of(text_index), 2 * text.num_rows + negative_rows)
         loss_itm, itm_logits = self.second_sweep(first, pairs, image_index)
         return Stage1Output(
@@ -245,13 +247,14 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         return text
 
     def first_sweep(
-        self, image_kv: ImageKV, text: PackedText, same_image: Tensor, weights: EncoderWeights
+        self, image_kv: ImageKV, text: PackedText, label_rows: Tensor, same_image: Tensor, weights: EncoderWeights
     ) -> FirstSweep:
         """Each pair as [queries | caption] and each caption alone, and ITC.
 
         Args:
             image_kv (ImageKV): of the batch's images.
             text (PackedText): the batch's captions; captions after these are encoded and not read.
+            label_rows (Tensor): (n,) int64, which of the text rows predict a token.
             same_image (Tensor): (batch, batch) bool, True where two pairs show one image.
             weights (EncoderWeights): of ``self.qformer``.
         """
@@ -267,11 +270,16 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             max_text_length=both.max_length,
         )
         rows = self.qformer.encode(
-            layout, query_embeds=self.query_tokens, text=both, image_kv=image_kv, weights=weights
+            layout,
+            query_embeds=self.query_tokens,
+            text=both,
+            image_kv=image_kv,
+            weights=weights,
+            text_index=torch.cat([label_rows, text.num_rows + text.offsets[:batch]]),
         )
-        query_rows, itg_rows, text_rows = rows.split([layout.num_query_rows, text.num_rows, text.num_rows])
+        query_rows, itg_rows, first_rows = rows.split([layout.num_query_rows, len(label_rows), batch])
         image_features = self._image_features(query_rows)
-        text_features = self._text_features(text_rows[text.offsets[:batch]])
+        text_features = self._text_features(first_rows)
         sim_i2t, sim_t2i = self._similarities(image_features, text_features)
         return FirstSweep(
             image_kv=image_kv,
@@ -282,15 +290,13 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             sim_t2i=sim_t2i,
         )
 
-    def caption_loss(
-        self, itg_rows: Tensor, rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None
-    ) -> Tensor:
-        """Next-token loss (Qformer.py:1069-1083): ``labels`` (n,) of the ``rows`` (n,) among ``itg_rows``, -100 and
-        padding ignored. The kernels add the head's gradients to ``gradients``.
+    def caption_loss(self, itg_rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None) -> Tensor:
+        """Next-token loss (Qformer.py:1069-1083) of ``itg_rows`` (n, hidden) with ``labels`` (n,), -100 and padding
+        ignored. The kernels add the head's gradients to ``gradients``.
         """
         parameters = self.qformer.embeddings.word_embeddings.weight, self.lm_head.bias
         return ops.linear_cross_entropy(
-            self.lm_head(itg_rows[rows]),
+            self.lm_head(itg_rows),
             *parameters,
             labels.masked_fill(labels == self.config.pad_token_id, -100),
             label_smoothing=LABEL_SMOOTHING,
@@ -312,10 +318,15 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_text_rows=pairs.num_rows,
             max_text_length=pairs.max_length,
         )
-        rows = self.qformer.encode(
-            layout, query_embeds=self.query_tokens, text=pairs, image_kv=first.image_kv, weights=first.weights
+        query_rows = self.qformer.encode(
+            layout,
+            query_embeds=self.query_tokens,
+            text=pairs,
+            image_kv=first.image_kv,
+            weights=first.weights,
+            text_index=pairs.offsets.new_empty(0),
         )
-        logits = self._match_logits(rows[: layout.num_query_rows])
+        logits = self._match_logits(query_rows)
         return F.cross_entropy(logits, self.match_labels(batch)), logits
 
     def match_labels(self, batch: int) -> Tensor:

@@ -156,11 +156,14 @@ class QFormerLayer(nn.Module):
         image_kv: LayerKV | None,
         weights: LayerWeights,
         recompute_feed_forward: bool = False,
+        text_index: Tensor | None = None,
     ) -> Tensor:
         rows = self.attention(rows, layout, weights.self_attention)
         query_rows, text_rows = rows.split([layout.num_query_rows, layout.num_text_rows])
         if image_kv is not None:
             query_rows = self.crossattention(query_rows, image_kv, layout, weights.cross_attention)
+        if text_index is not None:
+            text_rows = text_rows.index_select(0, text_index)
         if recompute_feed_forward:
             return checkpoint(self.feed_forward, query_rows, text_rows, weights, use_reentrant=False)
         return self.feed_forward(query_rows, text_rows, weights)
@@ -331,6 +334,7 @@ class QFormer(CheckpointMixin, nn.Module):
         text: PackedText | None = None,
         image_kv: ImageKV | None = None,
         weights: EncoderWeights | None = None,
+        text_index: Tensor | None = None,
     ) -> Tensor:
         """Runs the packed rows through all layers.
 
@@ -340,6 +344,8 @@ class QFormer(CheckpointMixin, nn.Module):
             text (PackedText, Optional): the text rows in the order of the sequences.
             image_kv (ImageKV, Optional): must be given with queries.
             weights (EncoderWeights, Optional): of :meth:`encoder_weights`, to be shared. Default: `None`, made here.
+            text_index (Tensor, Optional): (n,) int64, which text rows are wanted, in which order: the last feed-forward
+                takes no others. Default: `None`, all.
 
         Returns:
             Tensor: (rows, hidden), query rows first.
@@ -351,9 +357,11 @@ class QFormer(CheckpointMixin, nn.Module):
             dtype = None if text is None else parts[0].dtype
             parts.insert(0, self.embed_queries(query_embeds, layout.num_query_sequences, dtype))
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        last = self.encoder.layer[-1]
         for layer, layer_kv, layer_weights in self._layers(image_kv, weights):
             level = self.gradient_checkpointing if self.training else "none"
-            inputs = (rows, layout, layer_kv, layer_weights, level == "feed_forward")
+            wanted = text_index if layer is last else None
+            inputs = (rows, layout, layer_kv, layer_weights, level == "feed_forward", wanted)
             rows = checkpoint(layer, *inputs, use_reentrant=False) if level == "layer" else layer(*inputs)
         return rows
 

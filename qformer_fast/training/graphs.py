@@ -27,6 +27,7 @@ class _Shape(NamedTuple):
     image_shape: torch.Size
     image_dtype: torch.dtype
     text_rows: int  # room for the captions
+    filler_rows: int  # of these at most, taken by no caption
     negative_rows: int  # room for the negative captions
     max_length: int
     training: bool
@@ -114,7 +115,7 @@ class GraphedStage1:
         self._attach_gradients()
         while True:
             room = self._negative_rows.setdefault(text_rows, text_rows + bucket)
-            shape = _Shape(image_embeds.shape, image_embeds.dtype, text_rows, room, max_length, model.training)
+            shape = _Shape(image_embeds.shape, image_embeds.dtype, text_rows, bucket, room, max_length, model.training)
             state = torch.cuda.get_rng_state(device)
             if shape not in self._captures:
                 self._captures[shape] = self._capture(shape, inputs)
@@ -213,7 +214,7 @@ def step_in_parts(
         lambda: model.qformer.encoder_weights(model.query_tokens, gradients),
     )
     image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
-    first = model.first_sweep(image_kv, inputs.text, inputs.same_image, weights)
+    first = model.first_sweep(image_kv, inputs.text, inputs.label_rows, inputs.same_image, weights)
     drawn = model.draw_negatives(first, inputs.same_image)
     inputs.host_rows.copy_(inputs.text.lengths[drawn[1]].sum(), non_blocking=True)
     yield None
@@ -231,14 +232,16 @@ def step_in_parts(
         if dkv is not None:
             image_kv.gradient.copy_(image_kv.gradient + dkv if accumulate else dkv)
 
-    loss_itg = model.caption_loss(first.itg_rows, inputs.label_rows, inputs.labels, gradients)
+    loss_itg = model.caption_loss(first.itg_rows, inputs.labels, gradients)
     yield None
 
     backward((first.loss_itc + loss_itg) * inputs.scale)
     yield None
 
     image_index, text_index = negatives or drawn
-    pairs = inputs.text.select(pairs_of(text_index), 2 * inputs.text.num_rows + negative_rows, fill=True)
+    fillers = len(inputs.text) - len(text_index)
+    fill = 2 * fillers * inputs.text.max_length + negative_rows
+    pairs = inputs.text.select(pairs_of(text_index), 2 * inputs.text.num_rows + negative_rows, fill=fill)
     again = dataclasses.replace(first, image_kv=dataclasses.replace(image_kv, accumulate=True))
     loss_itm, logits = model.second_sweep(again, pairs, image_index)
     backward(loss_itm * inputs.scale, accumulate=True)
@@ -269,7 +272,9 @@ class _Capture:
 
         self.inputs = StepInputs(
             images=images,
-            text=PackedText(zeros(rows), zeros(rows), zeros(batch + text.fillers(rows) + 1), shape.max_length),
+            text=PackedText(
+                zeros(rows), zeros(rows), zeros(batch + text.fillers(shape.filler_rows) + 1), shape.max_length
+            ),
             label_rows=zeros(rows - batch),
             labels=zeros(rows - batch),
             same_image=torch.empty(batch, batch, dtype=torch.bool, device=device),
@@ -279,7 +284,7 @@ class _Capture:
         self.drawn = torch.cuda.Event()
 
     def load(self, images: Tensor, text: PackedText, same_image: Tensor, scale: Tensor | float) -> None:
-        filled = text.select(torch.arange(len(text), device=text.offsets.device), self.shape.text_rows, fill=True)
+        filled = text.filled(self.shape.text_rows, self.shape.filler_rows)
         rows, labels = text.next_tokens()
         inputs = self.inputs
         missing = len(inputs.labels) - len(labels)

@@ -56,14 +56,16 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
     wanted = gradients(model)
     model.zero_grad()
     text = model.pack_captions(ids, mask, batch)
-    filled = text.select(own, text_rows, fill=True)
-    pairs = filled.select(pairs_of(negatives[1]), 2 * text_rows + negative_rows, fill=True)
-    assert filled.num_rows == text_rows and pairs.num_rows == 2 * text_rows + negative_rows
+    filled = text.filled(text_rows, text_rows)
+    pair_rows = 2 * text_rows + negative_rows
+    pairs = filled.select(pairs_of(negatives[1]), pair_rows, fill=pair_rows)
+    assert filled.num_rows == text_rows and pairs.num_rows == pair_rows
     with use_backend(backend):
         weights = model.qformer.encoder_weights(model.query_tokens)
-        first = model.first_sweep(model.image_kv(images), filled, same_image, weights)
+        label_rows, labels = text.next_tokens()
+        first = model.first_sweep(model.image_kv(images), filled, label_rows, same_image, weights)
         loss_itm, logits = model.second_sweep(first, pairs, negatives[0])
-        loss = first.loss_itc + loss_itm + model.caption_loss(first.itg_rows, *text.next_tokens())
+        loss = first.loss_itc + loss_itm + model.caption_loss(first.itg_rows, labels)
         torch.testing.assert_close(loss, expected.loss)
         torch.testing.assert_close(logits, expected.itm_logits)
         loss.backward()
@@ -89,7 +91,7 @@ def test_the_graphs_step_adds_the_models_gradients(frozen, backend, make_caption
     text = model.pack_captions(ids, mask, batch)
     rows, labels = text.next_tokens()
     scale, host_rows = torch.tensor(0.25, device=device), torch.zeros((), dtype=torch.int64)
-    inputs = StepInputs(images, text.select(own, 64, fill=True), rows, labels, same_image, scale, host_rows)
+    inputs = StepInputs(images, text.filled(64, 32), rows, labels, same_image, scale, host_rows)
     found = GradientBuffers(model.groups)
     for _ in range(2):
         with use_backend(backend):
