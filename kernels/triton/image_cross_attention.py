@@ -251,6 +251,10 @@ def image_cross_attention_bwd_kernel(
             offs_k = token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
             k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
             v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
+            offs_dk = token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
+            if ACCUMULATE:
+                earlier_dk = tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0)
+                earlier_dv = tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
             p = tl.exp2(scores - lse[:, None])
             if not SPLIT_FIRST:
@@ -273,8 +277,10 @@ def image_cross_attention_bwd_kernel(
             ds = (p * (dp * (keep_scale * scale) - (delta * scale)[:, None])).to(q.dtype)
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
             dq += tl.dot(ds, k, input_precision=PRECISION)
-            offs_dk = token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
-            if adds:
+            if ACCUMULATE:
+                dk += earlier_dk.to(tl.float32)
+                dv += earlier_dv.to(tl.float32)
+            elif adds:
                 dk += tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
                 dv += tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
             tl.store(dk_ptr + offs_dk, dk, mask=mask_n)
