@@ -19,8 +19,6 @@ from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import GradientBuffers
 
 MAX_LENGTH_STEP = 16
-# the GPU waits for the host to launch this graph; one without branches is launched sooner
-AWAITED = 2
 
 
 class _Shape(NamedTuple):
@@ -317,11 +315,11 @@ class _Capture:
         torch.cuda.current_stream().wait_stream(stream)
         self.graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
         parts = step_in_parts(self.model, self.inputs, negative_rows, self.gradients)
-        for number, graph in enumerate(self.graphs):
+        for graph in self.graphs:
             with (
                 torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
                 self._autocast(),
-                overlap.overlapping(None if number == AWAITED else beside),
+                overlap.overlapping(beside),
             ):
                 self.out = next(parts)
 
