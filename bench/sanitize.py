@@ -43,7 +43,7 @@ def run_step() -> None:
     text = model.pack_captions(ids, None, 4).to("cuda")
     rows, labels = text.next_tokens()
     inputs = StepInputs(
-        images=images,
+        images=model.standardize(images),
         text=text.filled(64, 64),
         label_rows=rows,
         labels=labels,

@@ -170,14 +170,21 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         stacked = {id(parameter) for group in groups for parameter in group}
         return groups + [(parameter,) for parameter in self.parameters() if id(parameter) not in stacked]
 
-    def image_kv(self, image_embeds: Tensor, weights: BlockWeights | None = None) -> ImageKV:
+    def standardize(self, image_embeds: Tensor) -> Tensor:
+        """``ln_vision`` without its weight and bias."""
+        return F.layer_norm(image_embeds, image_embeds.shape[-1:], eps=self.ln_vision.eps)
+
+    def image_kv(
+        self, image_embeds: Tensor, weights: BlockWeights | None = None, *, standardized: bool = False
+    ) -> ImageKV:
         """``ln_vision`` and the keys and values of all cross-attention layers.
 
         Args:
             image_embeds (Tensor): (images, tokens, encoder_hidden), the image encoder's tokens, finite.
             weights (BlockWeights, Optional): of :meth:`QFormer.kv_weights`. Default: `None`, made here.
+            standardized (bool): they went through :meth:`standardize`. Default: False.
         """
-        return self.qformer.image_kv(image_embeds, norm=self.ln_vision, weights=weights)
+        return self.qformer.image_kv(image_embeds, norm=self.ln_vision, weights=weights, standardized=standardized)
 
     def forward(
         self,

@@ -266,6 +266,7 @@ class QFormer(CheckpointMixin, nn.Module):
         norm: nn.LayerNorm | None = None,
         image_mask: Tensor | None = None,
         weights: BlockWeights | None = None,
+        standardized: bool = False,
     ) -> ImageKV:
         """Keys and values of all cross-attention layers, one matrix product.
 
@@ -274,6 +275,7 @@ class QFormer(CheckpointMixin, nn.Module):
             norm (nn.LayerNorm, Optional): applied to the tokens first, folded into the weights.
             image_mask (Tensor, Optional): see :class:`ImageKV`.
             weights (BlockWeights, Optional): of :meth:`kv_weights`. Default: `None`, made here.
+            standardized (bool): the tokens went through ``norm`` but for its weight and bias. Default: False.
 
         Raises:
             ValueError: another width than ``config.encoder_hidden_size``, no token, or, where a look costs no host
@@ -285,8 +287,10 @@ class QFormer(CheckpointMixin, nn.Module):
         if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):
             raise ValueError("image_embeds must be finite, got NaN or Inf")
         weight, bias = (self.kv_weights() if weights is None else weights).parameters
-        folded = () if norm is None else (norm.weight, norm.bias)
-        out = ops.image_key_value(image_embeds, weight, bias, *folded, eps=1e-5 if norm is None else norm.eps)
+        folded = {}
+        if norm is not None:
+            folded = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, standardized=standardized)
+        out = ops.image_key_value(image_embeds, weight, bias, **folded)
         sizes = (len(self.config.cross_attention_layers), 2, self.config.num_attention_heads, self.config.headdim)
         return ImageKV(out.unflatten(-1, sizes), image_mask)
 

@@ -20,6 +20,7 @@ def image_key_value(
     norm_bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    standardized: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """linear(layer_norm(x) * norm_weight + norm_bias, weight, bias), the LayerNorm folded into the weights.
@@ -33,6 +34,7 @@ def image_key_value(
         bias (Tensor): (out,).
         norm_weight, norm_bias (Tensor, Optional): (encoder_hidden,). Default: `None`, x is already normalised.
         eps (float): of the LayerNorm. Default: 1e-5, ``nn.LayerNorm``'s as in LAVIS (blip2.py:81).
+        standardized (bool): x went through the LayerNorm but for its weight and bias. Default: False.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -53,5 +55,5 @@ def image_key_value(
         if value is not None:
             check_shape(name, value, x.shape[-1])
     return backends.resolve("image_key_value", IMPLEMENTATIONS, backend, x)(
-        x, weight, bias, norm_weight, norm_bias, eps=eps
+        x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized
     )

@@ -25,7 +25,6 @@ class _Shape(NamedTuple):
     """What a set of graphs is captured for."""
 
     image_shape: torch.Size
-    image_dtype: torch.dtype
     text_rows: int  # room for the captions
     filler_rows: int  # of these at most, taken by no caption
     negative_rows: int  # room for the negative captions
@@ -40,7 +39,8 @@ class GraphedStage1:
     How many rows the negative captions have is known only when they are drawn: the step waits for that number while
     the captions' loss runs. Each new shape costs a capture; the graphs share one memory pool. Where
     a batch draws longer negatives than there is room for, the step is captured and run again with more room, from the
-    same random state.
+    same random state. So that captures end soon, a batch also takes a shape one bucket larger than its own, and what is
+    larger than all before gets one bucket more.
 
     A replay draws its own dropout and negatives from the device's default generator, as the model would.
 
@@ -70,6 +70,7 @@ class GraphedStage1:
         self._attached = [(p, gradient) for p, gradient in self._gradients.of_parameters() if p.requires_grad]
         self._captures: dict[_Shape, _Capture] = {}
         self._images: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        self._text_rows: dict[tuple[torch.Size, int], set[int]] = {}  # by image shape and max_length
         self._pool = torch.cuda.graph_pool_handle()
         # the same streams for all captures: the pool hands a stream only memory that was freed on it
         self._stream = torch.cuda.Stream(model.temp.device, priority=-1)
@@ -110,12 +111,14 @@ class GraphedStage1:
         max_length = -(-text.max_length // MAX_LENGTH_STEP) * MAX_LENGTH_STEP
         text = dataclasses.replace(text, max_length=max_length)
         bucket = self.bucket or max(32, batch // 2)
-        text_rows = _round_up(text.num_rows, bucket)
+        known = self._text_rows.setdefault((image_embeds.shape, max_length), set())
+        text_rows = room_for(text.num_rows, bucket, known)
+        known.add(text_rows)
         inputs = (image_embeds, text, same_image, scale)
         self._attach_gradients()
         while True:
             room = self._negative_rows.setdefault(text_rows, text_rows + bucket)
-            shape = _Shape(image_embeds.shape, image_embeds.dtype, text_rows, bucket, room, max_length, model.training)
+            shape = _Shape(image_embeds.shape, text_rows, 2 * bucket, room, max_length, model.training)
             state = torch.cuda.get_rng_state(device)
             if shape not in self._captures:
                 self._captures[shape] = self._capture(shape, inputs)
@@ -124,7 +127,7 @@ class GraphedStage1:
             negative_rows = capture.draw(self._zeroing)
             if negative_rows <= room:
                 return capture.finish()
-            self._negative_rows[text_rows] = _round_up(negative_rows, bucket)
+            self._negative_rows[text_rows] = _round_up(negative_rows, bucket) + bucket
             torch.cuda.set_rng_state(state, device)
 
     def _attach_gradients(self) -> None:
@@ -143,7 +146,7 @@ class GraphedStage1:
 
     def _capture(self, shape: _Shape, inputs: tuple) -> _Capture:
         state = torch.cuda.get_rng_state(self.model.temp.device)
-        kind = shape.image_shape, shape.image_dtype
+        kind = shape.image_shape, self.dtype or inputs[0].dtype
         if kind not in self._images:
             self._images[kind] = torch.empty(kind[0], dtype=kind[1], device=self.model.temp.device)
         model = _with_own_leaves(self.model)
@@ -157,6 +160,13 @@ class GraphedStage1:
 
 def _round_up(rows: int, bucket: int) -> int:
     return -(-rows // bucket) * bucket
+
+
+def room_for(rows: int, bucket: int, known: set[int]) -> int:
+    """A multiple of ``bucket``, at least ``rows`` and less than two buckets more, if possible of the ``known``."""
+    room = _round_up(rows, bucket)
+    larger = room + bucket
+    return larger if room not in known and (larger in known or room > max(known, default=room)) else room
 
 
 def _with_own_leaves(model: nn.Module) -> nn.Module:
@@ -185,7 +195,10 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepInputs:
-    """What a step reads; ``host_rows`` () int64 on the CPU is written: rows of the negative captions."""
+    """What a step reads; ``host_rows`` () int64 on the CPU is written: rows of the negative captions.
+
+    ``images`` went through :meth:`Blip2QFormer.standardize`.
+    """
 
     images: Tensor
     text: PackedText
@@ -210,7 +223,7 @@ def step_in_parts(
     """
     kv_weights = model.qformer.kv_weights(gradients)
     made, weights = overlap.side_by_side(
-        lambda: model.image_kv(inputs.images, kv_weights).buffer,
+        lambda: model.image_kv(inputs.images, kv_weights, standardized=True).buffer,
         lambda: model.qformer.encoder_weights(model.query_tokens, gradients),
     )
     image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
@@ -288,8 +301,11 @@ class _Capture:
         rows, labels = text.next_tokens()
         inputs = self.inputs
         missing = len(inputs.labels) - len(labels)
+        if images.device.type == "cpu":
+            images = images.pin_memory()
+        images = images.to(inputs.images.device, non_blocking=True)
         loads = (
-            (inputs.images, images),
+            (inputs.images, self.model.standardize(images)),
             (inputs.text.input_ids, filled.input_ids),
             (inputs.text.position_ids, filled.position_ids),
             (inputs.text.offsets, filled.offsets),

@@ -207,6 +207,9 @@ def test_image_key_value(normed):
     y = layer_norm(x, *norm, 1e-5) if normed else x
     torch.testing.assert_close(ops.image_key_value(x, weight, bias, *norm), y @ weight.T + bias)
     torch.autograd.gradcheck(ops.image_key_value, (x, weight, bias, *norm))
+    standardized = layer_norm(x, torch.ones(5), torch.zeros(5), 1e-5)
+    again = ops.image_key_value(standardized if normed else x, weight, bias, *norm, standardized=True)
+    torch.testing.assert_close(again, y @ weight.T + bias)
 
 
 def test_sample_negatives_has_the_distribution_of_softmax():
