@@ -162,18 +162,14 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             plain = "packed" if name == "graphs" else name.removesuffix("_compiled")
             results[name]["gflop"] = results.get(plain, {}).get("gflop")
             continue
-        # the counter does not see into our ops; the reference backend runs the same products
-        with use_backend("reference"), FlopCounterMode(display=False) as flops:
-            forward_backward(*row)
-        results[name]["gflop"] = round(flops.get_total_flops() / 1e9, 1)
+        results[name]["gflop"] = _gflop(functools.partial(forward_backward, *row))
     for _ in range(repeats):
         for name, row in rows.items():
             results[name]["seconds"].append(round(seconds(forward_backward, *row), 4))
     for name, (module, forward) in rows.items():
         result = results[name]
         if name != "graphs":
-            alone = [seconds(forward_only, module, forward) for _ in range(repeats)]
-            result["forward_median"] = round(statistics.median(alone), 4)
+            result["forward"] = round(seconds(forward_only, module, forward), 4)
         if device == "cuda" and name in ("packed", "graphs"):
             result["breakdown"] = measure_breakdown(functools.partial(forward_backward, module, forward))
         # last of all, as it changes the weights
@@ -183,11 +179,20 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             forward_backward(module, forward)
             optimizer.step()
 
-        whole = [seconds(whole_step, module, forward) for _ in range(repeats + 1)]
-        result["step_median"] = round(statistics.median(whole[1:]), 4)
+        _, result["step"] = (round(seconds(whole_step, module, forward), 4) for _ in range(2))
         del optimizer, whole_step
         module.zero_grad(set_to_none=True)
     return results
+
+
+def _gflop(run: Callable[[], None]) -> float | None:
+    """Of the products of ``run``, or None where the reference backend, which the counter sees into, lacks memory."""
+    try:
+        with use_backend("reference"), FlopCounterMode(display=False) as flops:
+            run()
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return round(flops.get_total_flops() / 1e9, 1)
 
 
 def _graph_pools() -> int:
@@ -252,16 +257,17 @@ def main() -> None:
         row["median"] = round(statistics.median(row["seconds"]), 4)
         ratios = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=True)]
         row["time_ratio"] = round(statistics.median(ratios), 3)
-        row["flop_ratio"] = None if row["gflop"] is None else round(row["gflop"] / ours["gflop"], 3)
+        known = row["gflop"] is not None and ours["gflop"] is not None
+        row["flop_ratio"] = round(row["gflop"] / ours["gflop"], 3) if known else None
     for name, row in results.items():
-        values = row["median"], min(row["seconds"]), row.get("forward_median"), row["step_median"], row.get("peak_gib")
+        values = row["median"], min(row["seconds"]), row.get("forward"), row["step"], row.get("peak_gib")
         values += row["gflop"], row["time_ratio"], row["flop_ratio"]
         print(f"{name:<20}" + "".join(f"{'' if value is None else value:>12}" for value in values))
         for family, (ms, launches) in row.get("breakdown", {}).get("families", {}).items():
             print(f"    {family:<36} {ms:>8.3f} ms {launches:>6} launches")
         if "breakdown" in row:
             print("    busy {busy_ms} of {span_ms} ms a step, idle {idle_share:.1%}".format(**row["breakdown"]))
-    if "original" in results:
+    if results.get("original", {}).get("flop_ratio"):
         speed, flops = results["original"]["time_ratio"], 1 / results["original"]["flop_ratio"]
         print(f"the packed path is {speed:.2f}x as fast as the original's code, with {flops:.0%} of its FLOPs")
     if floor is not None:
