@@ -304,6 +304,8 @@ class _Capture:
         if images.device.type == "cpu":
             images = images.pin_memory()
         images = images.to(inputs.images.device, non_blocking=True)
+        if images.dtype != inputs.images.dtype:
+            images = images.float()  # as autocast does, so that they are rounded once
         loads = (
             (inputs.images, self.model.standardize(images)),
             (inputs.text.input_ids, filled.input_ids),
