@@ -1,4 +1,5 @@
-"""Self-attention of packed sequences [queries | text]: one tile a sequence and head, the three masks from positions.
+"""Self-attention of packed sequences [queries | text]: one tile of 64 rows a sequence and head, or for 2 or 4 heads of a
+short sequence; the three masks from positions.
 
 Sequences of more than 64 rows run in streamed_attention.py.
 """
@@ -21,23 +22,56 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def _rows_of_tile(
+    first_head,
+    nheads,
+    queries,
+    first_query,
+    first_text,
+    length,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Each tile row's place in its sequence, head, row of the matrices, and whether there is such a row.
+
+    HEADS heads of the sequence stand below each other, BLOCK / HEADS rows each.
+    """
+    SPAN: tl.constexpr = BLOCK // HEADS
+    place = tl.arange(0, BLOCK) % SPAN
+    head = first_head + tl.arange(0, BLOCK) // SPAN
+    row = tl.where(place < queries, first_query + place, first_text + place - queries)
+    return place, head, row, (place < length) & (head < nheads)
+
+
+@triton.jit
 def _probabilities(
     q,  # (BLOCK, D)
     k,  # (BLOCK, D)
+    place,  # (BLOCK,)
+    head,  # (BLOCK,)
     length,
     queries,
     kind,
     scale_log2,
-    BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """softmax(q k^T scale) under the mask, (BLOCK, BLOCK) fp32; rows past ``length`` hold finite numbers."""
-    offs = tl.arange(0, BLOCK)
+    """softmax(q k^T scale) under the mask, (BLOCK, BLOCK) fp32, zero between two heads; rows past ``length`` hold
+    finite numbers.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    seen = visible(offs[:, None], offs[None, :], queries, kind) | (offs[:, None] >= length)
-    scores = tl.where(seen & (offs[None, :] < length), scores, float("-inf"))
+    seen = visible(place[:, None], place[None, :], queries, kind) | (place[:, None] >= length)
+    seen &= (place[None, :] < length) & (head[:, None] == head[None, :])
+    scores = tl.where(seen, scores, float("-inf"))
     p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     return p / tl.sum(p, axis=1)[:, None]
+
+
+@triton.jit
+def _keep(seed_ptr, row, head, nheads, width, threshold, BLOCK: tl.constexpr, HEADS: tl.constexpr):
+    """(BLOCK, BLOCK) bool: what dropout keeps of a tile; a row reads it among its own head's keys."""
+    SPAN: tl.constexpr = BLOCK // HEADS
+    keep = attention_keep(seed_ptr, row, head, nheads, width, 0, threshold, SPAN)
+    return tl.reshape(tl.broadcast_to(keep[:, None, :], (BLOCK, HEADS, SPAN)), (BLOCK, BLOCK))
 
 
 @triton.jit
@@ -50,7 +84,7 @@ def _fwd_tile(
     first_text,
     length,
     kind,
-    head,
+    first_head,
     nheads,
     scale_log2,
     threshold,
@@ -59,23 +93,24 @@ def _fwd_tile(
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    offs = tl.arange(0, BLOCK)
+    place, head, row, exists = _rows_of_tile(first_head, nheads, queries, first_query, first_text, length, BLOCK, HEADS)
     offs_d = tl.arange(0, BLOCK_D)
-    rows = tl.where(offs < queries, first_query + offs, first_text + offs - queries)
     hidden = nheads * HEADDIM
-    mask = (offs[:, None] < length) & (offs_d[None, :] < HEADDIM)
-    ptrs = qkv_ptr + rows[:, None] * (3 * hidden) + head * HEADDIM + offs_d[None, :]
+    mask = exists[:, None] & (offs_d[None, :] < HEADDIM)
+    ptrs = qkv_ptr + (row * (3 * hidden) + head * HEADDIM)[:, None] + offs_d[None, :]
     q = tl.load(ptrs, mask=mask, other=0.0)
     k = tl.load(ptrs + hidden, mask=mask, other=0.0)
     v = tl.load(ptrs + 2 * hidden, mask=mask, other=0.0)
-    p = _probabilities(q, k, length, queries, kind, scale_log2, BLOCK, PRECISION)
+    p = _probabilities(q, k, place, head, length, queries, kind, scale_log2, PRECISION)
     if DROPOUT:
-        p = tl.where(attention_keep(seed_ptr, rows, head, nheads, width, 0, threshold, BLOCK), p * keep_scale, 0.0)
+        keep = _keep(seed_ptr, row, head, nheads, width, threshold, BLOCK, HEADS)
+        p = tl.where(keep, p * keep_scale, 0.0)
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    tl.store(out_ptr + rows[:, None] * hidden + head * HEADDIM + offs_d[None, :], out, mask=mask)
+    tl.store(out_ptr + (row * hidden + head * HEADDIM)[:, None] + offs_d[None, :], out, mask=mask)
 
 
 @triton.jit
@@ -98,25 +133,27 @@ def query_text_attention_fwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program = one head of one sequence, in the smallest tile that holds it."""
+    """One program = one sequence and as many of its heads as one tile holds; those of a program that comes before."""
     sequence = tl.program_id(0) // nheads
     head = tl.program_id(0) % nheads
     queries, first_query, first_text, length = sequence_rows(sequence, num_query_rows, num_queries, text_offsets_ptr)
     kind = tl.load(masks_ptr + sequence)
-    if BLOCK > 16 and length <= 16:
-        _fwd_tile(
-            qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
-            threshold, keep_scale, width, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
-        )  # fmt: skip
-    elif BLOCK > 32 and length <= 32:
-        _fwd_tile(
-            qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
-            threshold, keep_scale, width, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
-        )  # fmt: skip
+    if length <= BLOCK // 4:
+        if head % 4 == 0:
+            _fwd_tile(
+                qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
+                threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, 4, DROPOUT, PRECISION,
+            )  # fmt: skip
+    elif length <= BLOCK // 2:
+        if head % 2 == 0:
+            _fwd_tile(
+                qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
+                threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, 2, DROPOUT, PRECISION,
+            )  # fmt: skip
     else:
         _fwd_tile(
             qkv_ptr, out_ptr, seed_ptr, queries, first_query, first_text, length, kind, head, nheads, scale_log2,
-            threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
+            threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, 1, DROPOUT, PRECISION,
         )  # fmt: skip
 
 
@@ -132,7 +169,7 @@ def _bwd_tile(
     first_text,
     length,
     kind,
-    head,
+    first_head,
     nheads,
     scale,
     threshold,
@@ -141,24 +178,25 @@ def _bwd_tile(
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    offs = tl.arange(0, BLOCK)
+    place, head, row, exists = _rows_of_tile(first_head, nheads, queries, first_query, first_text, length, BLOCK, HEADS)
     offs_d = tl.arange(0, BLOCK_D)
-    rows = tl.where(offs < queries, first_query + offs, first_text + offs - queries)
     hidden = nheads * HEADDIM
-    mask = (offs[:, None] < length) & (offs_d[None, :] < HEADDIM)
-    offs_qkv = rows[:, None] * (3 * hidden) + head * HEADDIM + offs_d[None, :]
+    mask = exists[:, None] & (offs_d[None, :] < HEADDIM)
+    offs_qkv = (row * (3 * hidden) + head * HEADDIM)[:, None] + offs_d[None, :]
     q = tl.load(qkv_ptr + offs_qkv, mask=mask, other=0.0)
     k = tl.load(qkv_ptr + offs_qkv + hidden, mask=mask, other=0.0)
     v = tl.load(qkv_ptr + offs_qkv + 2 * hidden, mask=mask, other=0.0)
-    dout = tl.load(dout_ptr + rows[:, None] * hidden + head * HEADDIM + offs_d[None, :], mask=mask, other=0.0)
-    p = _probabilities(q, k, length, queries, kind, scale * 1.4426950408889634, BLOCK, PRECISION)
+    offs_out = (row * hidden + head * HEADDIM)[:, None] + offs_d[None, :]
+    dout = tl.load(dout_ptr + offs_out, mask=mask, other=0.0)
+    p = _probabilities(q, k, place, head, length, queries, kind, scale * 1.4426950408889634, PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dropped = p
     if DROPOUT:
-        keep = attention_keep(seed_ptr, rows, head, nheads, width, 0, threshold, BLOCK)
+        keep = _keep(seed_ptr, row, head, nheads, width, threshold, BLOCK, HEADS)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dv = tl.dot(tl.trans(dropped.to(v.dtype)), dout, input_precision=PRECISION)
@@ -170,11 +208,19 @@ def _bwd_tile(
     tl.store(dqkv_ptr + offs_qkv + 2 * hidden, dv, mask=mask)
     # rows past the sequence's end are zero, but NaN where it has none: their dout is, and no reader sees them. A shift
     # of all keys moves no softmax, so the sum of dk is zero
-    offs_bias = head * HEADDIM + offs_d
-    mask_d = offs_d < HEADDIM
-    tl.store(dbias_ptr + offs_bias, tl.where(length > 0, tl.sum(dq, axis=0), 0.0), mask=mask_d)
-    tl.store(dbias_ptr + hidden + offs_bias, tl.zeros((BLOCK_D,), tl.float32), mask=mask_d)
-    tl.store(dbias_ptr + 2 * hidden + offs_bias, tl.where(length > 0, tl.sum(dv, axis=0), 0.0), mask=mask_d)
+    heads = first_head + tl.arange(0, HEADS)
+    offs_bias = (heads * HEADDIM)[:, None] + offs_d[None, :]
+    mask_bias = (heads < nheads)[:, None] & (offs_d[None, :] < HEADDIM)
+    tl.store(dbias_ptr + offs_bias, _head_sums(dq, length, HEADS), mask=mask_bias)
+    tl.store(dbias_ptr + hidden + offs_bias, tl.zeros((HEADS, BLOCK_D), tl.float32), mask=mask_bias)
+    tl.store(dbias_ptr + 2 * hidden + offs_bias, _head_sums(dv, length, HEADS), mask=mask_bias)
+
+
+@triton.jit
+def _head_sums(rows, length, HEADS: tl.constexpr):
+    """(BLOCK, D) -> (HEADS, D), zero for a sequence without rows."""
+    by_head = tl.reshape(rows, (HEADS, rows.shape[0] // HEADS, rows.shape[1]))
+    return tl.where(length > 0, tl.sum(by_head, axis=1), 0.0)
 
 
 @triton.jit
@@ -199,26 +245,28 @@ def query_text_attention_bwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program = one head of one sequence: probabilities made again, dq, dk and dv written once."""
+    """As the forward kernel: probabilities made again, dq, dk and dv written once."""
     sequence = tl.program_id(0) // nheads
     head = tl.program_id(0) % nheads
     queries, first_query, first_text, length = sequence_rows(sequence, num_query_rows, num_queries, text_offsets_ptr)
     kind = tl.load(masks_ptr + sequence)
     dbias_ptr += sequence * 3 * nheads * HEADDIM
-    if BLOCK > 16 and length <= 16:
-        _bwd_tile(
-            dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
-            nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, 16, DROPOUT, PRECISION,
-        )  # fmt: skip
-    elif BLOCK > 32 and length <= 32:
-        _bwd_tile(
-            dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
-            nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, 32, DROPOUT, PRECISION,
-        )  # fmt: skip
+    if length <= BLOCK // 4:
+        if head % 4 == 0:
+            _bwd_tile(
+                dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
+                nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, 4, DROPOUT, PRECISION,
+            )  # fmt: skip
+    elif length <= BLOCK // 2:
+        if head % 2 == 0:
+            _bwd_tile(
+                dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
+                nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, 2, DROPOUT, PRECISION,
+            )  # fmt: skip
     else:
         _bwd_tile(
             dout_ptr, qkv_ptr, dqkv_ptr, dbias_ptr, seed_ptr, queries, first_query, first_text, length, kind, head,
-            nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, DROPOUT, PRECISION,
+            nheads, scale, threshold, keep_scale, width, HEADDIM, BLOCK_D, BLOCK, 1, DROPOUT, PRECISION,
         )  # fmt: skip
 
 
@@ -259,7 +307,7 @@ def query_text_attention_fwd(
         width,
         HEADDIM=headdim,
         BLOCK_D=max(16, triton.next_power_of_2(headdim)),
-        BLOCK=max(16, triton.next_power_of_2(width)),
+        BLOCK=MAX_TILE,
         DROPOUT=seed is not None,
         PRECISION=precision(qkv),
         **launch.settings("query_text_attention_fwd", qkv.device),
@@ -323,7 +371,7 @@ def query_text_attention_bwd(
         width,
         HEADDIM=headdim,
         BLOCK_D=max(16, triton.next_power_of_2(headdim)),
-        BLOCK=max(16, triton.next_power_of_2(width)),
+        BLOCK=MAX_TILE,
         DROPOUT=seed is not None,
         PRECISION=precision(qkv),
         **launch.settings("query_text_attention_bwd", qkv.device),
