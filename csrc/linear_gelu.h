@@ -16,7 +16,7 @@ struct LinearGeluArguments {
   void const* bias;    // (n,)
   bool float_bias;     // fp32, else of the matrices' dtype
   void* out;           // (m, n)
-  void* aux;           // (m, n)
+  void* aux;           // (m, n); backward: may be c
   float* column_sums;  // (ceil(m / kRowsPerSum), n) backward
 };
 
@@ -24,7 +24,7 @@ constexpr int kRowsPerSum = 128;
 
 // Each launches on the current device and returns null or what went wrong.
 
-// aux = a b^T, out = gelu(aux + bias)
+// aux = a b^T, out = gelu(aux + bias) with aux before it is rounded
 char const* linear_gelu_fwd(Dtype, LinearGeluArguments const&, cudaStream_t);
 // out = (a b) * gelu'(c + bias), aux = gelu(c + bias), column_sums = sums of out over every kRowsPerSum rows
 char const* linear_gelu_bwd(Dtype, LinearGeluArguments const&, cudaStream_t);

@@ -45,7 +45,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> Tensor:
-    """up = rows @ weight^T, rounded to its dtype; returns gelu(up + bias).
+    """up = rows @ weight^T, rounded to its dtype; returns gelu(up + bias), of up before it is rounded.
 
     rows (rows, inputs), weight (outputs, inputs) and up (rows, outputs) contiguous; bias (outputs,) of their dtype or
     fp32; widths multiples of 8.
@@ -57,17 +57,18 @@ def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> T
 
 
 def linear_gelu_bwd(
-    dout: Tensor, weight: Tensor, up: Tensor, bias: Tensor, total: Tensor | None = None
+    dout: Tensor, weight: Tensor, up: Tensor, bias: Tensor, total: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From dout, the gradient of gelu(up + bias) @ weight^T: dup, dbias, and gelu(up + bias) made again.
 
-    dbias is added to ``total`` where it is given.
+    dbias is added to ``total`` where it is given; ``out``, which may be up, is written to.
 
     dout (rows, outputs), weight (outputs, inputs) and up (rows, inputs) contiguous; bias (inputs,).
     """
     from qformer_fast.kernels.layer_norm import sum_parts
 
-    dup, out = torch.empty_like(up), torch.empty_like(up)
+    dup = torch.empty_like(up)
+    out = torch.empty_like(up) if out is None else out
     dbias = torch.empty_like(bias) if total is None else total
     sums = up.new_empty(-(-up.shape[0] // ROWS_PER_SUM), 1, up.shape[1], dtype=torch.float32)
     dout, weight, bias = map(_aligned, (dout, weight, bias))
