@@ -65,7 +65,7 @@ def bias_gelu_bwd_kernel(
     bias_ptr,  # (N,)
     dx_ptr,  # (M, N), may be dout
     parts_ptr,  # (row programs, N) fp32: dbias
-    out_ptr,  # (M, N), made again, with WITH_OUT
+    out_ptr,  # (M, N), made again, with WITH_OUT; may be x
     M,
     N,
     BLOCK_M: tl.constexpr,
@@ -112,11 +112,14 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx, _bias_gelu_bwd(dx, dout, x, bias, None, None)
 
 
-def bias_gelu_bwd_in_place(dout: Tensor, x: Tensor, bias: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def bias_gelu_bwd_in_place(
+    dout: Tensor, x: Tensor, bias: Tensor, total: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Overwrites dout with dx; returns dbias, added to ``total`` where it is given, and, for the gradient of the layer
-    after it, the forward's output.
+    after it, the forward's output, in ``out``, which may be x.
     """
-    out = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
     return _bias_gelu_bwd(dout, dout, x, bias, out, total), out
 
 

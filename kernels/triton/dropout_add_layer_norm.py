@@ -71,7 +71,7 @@ def dropout_add_layer_norm_bwd_kernel(
     mean_ptr,  # (M,) fp32
     rstd_ptr,  # (M,) fp32
     seed_ptr,  # (1,) int64 or None
-    dx_ptr,  # (M, N)
+    dx_ptr,  # (M, N), may be x
     dresidual_ptr,  # (M, N), with a seed; else dx is written alone
     parts_ptr,  # (programs, 2 or 3, N) fp32: dweight, dbias, and dx_bias with x_bias
     M,
@@ -178,16 +178,18 @@ def dropout_add_layer_norm_bwd(
     dropout_p: float,
     x_bias: Tensor | None = None,
     totals: Sequence[Tensor] | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """dx, dresidual (rows, hidden); dweight, dbias (hidden,) in weight's dtype; with ``x_bias`` also dx_bias.
 
     Without ``seed`` dresidual is dx, the same tensor. The parameters' gradients are added to ``totals`` where they are
-    given.
+    given; ``dx``, which may be x, is written to.
     """
     M, N = x.shape
     settings = row_settings("dropout_add_layer_norm_bwd", N, x.device)
     programs = launch.row_programs(M, settings, x.device)
-    dx = torch.empty_like(x)
+    if dx is None:
+        dx = torch.empty_like(x)
     dresidual = dx if seed is None else torch.empty_like(x)
     parts = torch.empty(programs, 2 if x_bias is None else 3, N, device=x.device, dtype=torch.float32)
     if M:

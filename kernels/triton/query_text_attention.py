@@ -1,5 +1,5 @@
-"""Self-attention of packed sequences [queries | text]: one tile of 64 rows a sequence and head, or for 2 or 4 heads of a
-short sequence; the three masks from positions.
+"""Self-attention of packed sequences [queries | text]: a tile of 64 rows holds one head of a sequence, or two or four
+of a short one; the three masks from positions.
 
 Sequences of more than 64 rows run in streamed_attention.py.
 """

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,11 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
         return backward(ctx, dout)
 
     op.register_autograd(run, setup_context=setup)
+
+
+def frees_saved(dout: Tensor) -> bool:
+    """Whether backward may write to what forward kept: nothing reads it afterwards, and no compiler traces the call."""
+    return type(dout) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def norm_totals(out_bias_and_norm: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qformer_fast import backend as backends
 from qformer_fast import extension, overlap, reference
-from qformer_fast.ops._autograd import norm_totals, register_autograd, without_totals
+from qformer_fast.ops._autograd import frees_saved, norm_totals, register_autograd, without_totals
 from qformer_fast.ops._checks import (
     autocast_dtype,
     check_device,
@@ -23,8 +23,6 @@ from qformer_fast.ops._checks import (
 from qformer_fast.ops.dropout_add_layer_norm import statistics_dtype
 from qformer_fast.products import product
 
-WHOLE_ROWS = 8192
-
 
 @torch.library.custom_op("qformer_fast::split_feed_forward_block_fwd", mutates_args=())
 def split_feed_forward_block_fwd(
@@ -36,12 +34,14 @@ def split_feed_forward_block_fwd(
     eps: float,
     dropout_p: float,
     backend: str,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias), mean and rstd.
 
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
     likewise, none without dropout; ``totals`` are for backward, see :func:`_bwd`. ``backend``
-    "cuda" has GELU made in the extension's products, where that is faster.
+    "cuda" has GELU made in the extension's products, where that is faster. With ``overwrite``, where the caller reads
+    the output alone, backward writes to up and x if autograd frees them.
     """
     gelu = backends.kernel_or_formula("bias_gelu_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
@@ -62,12 +62,6 @@ def split_feed_forward_block_fwd(
     parts = _parts(query_rows, text_rows, parameters, seeds)
     overlap.side_by_side(*(functools.partial(run, *part) for part in parts))
     return out, up, x, mean, rstd
-
-
-def _halves(rows: int) -> list[tuple[int, int]]:
-    """Backward's rows in two parts where there are many, since it holds twice their intermediate width at a time."""
-    size = rows if rows <= WHOLE_ROWS else -(-rows // 2)
-    return [(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
 def _fuses(backend: str, rows: Tensor, least: int) -> bool:
@@ -104,9 +98,10 @@ def _bwd(
     totals: list[Tensor],
     dropout_p: float,
     backend: str,
+    overwrite: bool = False,
 ) -> list[Tensor]:
     """dquery_rows, dtext_rows, then the gradients of ``parameters``, or these are added to ``totals`` if it is not
-    empty.
+    empty. With ``overwrite`` up and x are written to, which saves memory of their size.
     """
     gelu_bwd_in_place = backends.kernel_or_formula("bias_gelu_bwd_in_place", query_rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
@@ -118,22 +113,22 @@ def _bwd(
         up_weight_total, up_bias_total, down_weight_total, *others = totals or [None] * 6
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
             dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias,
-            norm_totals(others),
+            norm_totals(others), x[part] if overwrite else None,
         )  # fmt: skip
-        dup_weight, ddown_weight, dup_bias = up_weight_total, down_weight_total, up_bias_total
-        for start, stop in _halves(rows.shape[0]):
-            dx_half, up_half = dx[start:stop], up[part][start:stop]
-            if _fuses(backend, dx_half, extension.BWD_ROWS):
-                dup, dup_bias, activation = extension.linear_gelu_bwd(dx_half, down_weight, up_half, up_bias, dup_bias)
-            else:
-                dup = dx_half @ down_weight
-                dup_bias, activation = gelu_bwd_in_place(dup, up_half, up_bias, dup_bias)
-            ddown_weight = product(dx_half.t(), activation, ddown_weight)
-            dup_weight = product(dup.t(), rows[start:stop], dup_weight)
-            if dresidual is dx:  # without dropout, and what reads these rows may have been left aside
-                overlap.join()
-            dresidual[start:stop].addmm_(dup, up_weight)
-            del dup, activation
+        up_rows, activation = up[part], up[part] if overwrite else None
+        if _fuses(backend, rows, extension.BWD_ROWS):
+            dup, dup_bias, activation = extension.linear_gelu_bwd(
+                dx, down_weight, up_rows, up_bias, up_bias_total, activation
+            )
+        else:
+            dup = dx @ down_weight
+            dup_bias, activation = gelu_bwd_in_place(dup, up_rows, up_bias, up_bias_total, activation)
+        ddown_weight = product(dx.t(), activation, down_weight_total)
+        del activation
+        dup_weight = product(dup.t(), rows, up_weight_total)
+        if dresidual is dx:  # without dropout, and what reads these rows may have been left aside
+            overlap.join()
+        dresidual.addmm_(dup, up_weight)
         return [dresidual, dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
 
     parts = _parts(query_rows, text_rows, parameters, seeds)
@@ -144,7 +139,7 @@ def _bwd(
     return drows if totals else [*drows, *(gradient for _, *gradients in found for gradient in gradients)]
 
 
-# with totals, backward calls the function itself: an op may not add to its inputs and return others
+# where it writes to its inputs backward calls the function itself: an op may not and return others
 split_feed_forward_block_bwd = torch.library.custom_op("qformer_fast::split_feed_forward_block_bwd", mutates_args=())(
     _bwd
 )
@@ -156,7 +151,7 @@ def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, *_) -> list[Te
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query_rows, text_rows, parameters, seeds, ctx.totals, _, ctx.dropout_p, ctx.backend = inputs
+    query_rows, text_rows, parameters, seeds, ctx.totals, _, ctx.dropout_p, ctx.backend, ctx.overwrite = inputs
     _, *saved = output
     ctx.num_parameters = len(parameters)
     ctx.save_for_backward(query_rows, text_rows, *saved, *parameters, *seeds)
@@ -165,12 +160,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout: Tensor):
     rows_and_saved, others = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     parameters, seeds = list(others[: ctx.num_parameters]), list(others[ctx.num_parameters :])
-    run = _bwd if ctx.totals else split_feed_forward_block_bwd
+    overwrite = ctx.overwrite and frees_saved(dout)
+    run = _bwd if overwrite or ctx.totals else split_feed_forward_block_bwd
     dquery_rows, dtext_rows, *gradients = run(
-        dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.totals, ctx.dropout_p, ctx.backend
+        dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.totals, ctx.dropout_p, ctx.backend, overwrite
     )
     gradients = gradients or [None] * len(parameters)
-    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), [None] * len(ctx.totals), None, None, None
+    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), [None] * len(ctx.totals), *[None] * 4
 
 
 register_autograd(split_feed_forward_block_fwd, _backward, _setup_context)
@@ -196,7 +192,7 @@ def _kernels(
         totals += [] if gradients is None else gradients[i]
     seeds = [seed for seed in draw_seeds(query_rows, *[dropout_p] * len(given)) if seed is not None]
     rows = query_rows.to(dtype).contiguous(), text_rows.to(dtype).contiguous()
-    return split_feed_forward_block_fwd(*rows, parameters, seeds, totals, eps, dropout_p, backend)[0]
+    return split_feed_forward_block_fwd(*rows, parameters, seeds, totals, eps, dropout_p, backend, overwrite=True)[0]
 
 
 def _extension_unsupported(rows: Tensor, *parameters: tuple[Tensor, ...] | None) -> str | None:

@@ -30,11 +30,16 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
-def bias_gelu_bwd_in_place(dout: Tensor, x: Tensor, bias: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Overwrites dout with dx; returns dbias, added to ``total`` where it is given, and the forward's output."""
+def bias_gelu_bwd_in_place(
+    dout: Tensor, x: Tensor, bias: Tensor, total: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Overwrites dout with dx; returns dbias, added to ``total`` where it is given, and the forward's output, in
+    ``out``, which may be x.
+    """
     dx, dbias = bias_gelu_bwd(dout, x, bias)
     dout.copy_(dx)
-    return dbias if total is None else total.add_(dbias), bias_gelu_fwd(x, bias)
+    activation = bias_gelu_fwd(x, bias)
+    return dbias if total is None else total.add_(dbias), activation if out is None else out.copy_(activation)
 
 
 def dropout_add_layer_norm(
@@ -75,15 +80,18 @@ def dropout_add_layer_norm_bwd(
     dropout_p: float,
     x_bias: Tensor | None = None,
     totals: Sequence[Tensor] | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """With n = (z - mean) rstd and dn = dout weight: dz = rstd (dn - mean(dn) - n mean(dn n)), which is dresidual, and
     dx is dz under dropout's mask; over rows dweight sums dout n, dbias dout and, with ``x_bias``, dx_bias dx.
     """
     normed = (_add_dropped(x, residual, x_bias, seed, dropout_p) - mean[:, None]) * rstd[:, None]
     dresidual, dweight, dbias = _standardise_bwd(_wide(dout), normed, rstd, weight)
-    dx = _dropout(dresidual, seed, dropout_p)
-    dx_bias = () if x_bias is None else (dx.sum(0).to(x_bias.dtype),)
-    return dx.to(x.dtype), dresidual.to(x.dtype), *added_to(totals, (dweight, dbias, *dx_bias))
+    dropped = _dropout(dresidual, seed, dropout_p)
+    dx_bias = () if x_bias is None else (dropped.sum(0).to(x_bias.dtype),)
+    dresidual = dresidual.to(x.dtype)
+    dx = dropped.to(x.dtype) if dx is None else dx.copy_(dropped)
+    return dx, dresidual, *added_to(totals, (dweight, dbias, *dx_bias))
 
 
 def _add_dropped(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
