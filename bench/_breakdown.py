@@ -19,7 +19,7 @@ FAMILIES = (
     ("LayerNorm with dropout and residual", r"^dropout_add_layer_norm"),
     ("sums of parts", r"^sum_parts"),
     ("LM head's loss", r"^linear_cross_entropy|^reduce_losses|^column_sums"),
-    ("embeddings", r"^embeddings|^sum_runs|^join_runs|radix|Radix"),
+    ("embeddings", r"^embeddings|^sort_keys|^sum_runs|^join_runs|radix|Radix"),
     ("contrast and negatives", r"^contrastive_similarity|^sample_negatives"),
     ("copies and fills", r"Memcpy|Memset|memcpy|copy_kernel|CatArray|FillFunctor|Copy"),
     ("optimizer and lists of tensors", r"multi_tensor_apply"),

@@ -19,6 +19,8 @@ from qformer_fast.kernels.layer_norm import (
 )
 from qformer_fast.reference.philox import threshold_and_scale
 
+COUNTED = 16384
+
 
 @triton.jit
 def _word_and_position(
@@ -151,6 +153,30 @@ def embeddings_bwd_kernel(
 
 
 @triton.jit
+def sort_keys_kernel(
+    keys_ptr,  # (places,) int32
+    sorted_ptr,  # (places,) int32
+    order_ptr,  # (places,) int64
+    places,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program = BLOCK_M keys, each stored where it belongs: after the smaller ones and its equals before it."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < places
+    key = tl.load(keys_ptr + offs_m, mask=mask_m, other=0)
+    earlier = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, places, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        other = tl.load(keys_ptr + offs_n, mask=offs_n < places, other=2147483647)[None, :]
+        before = (other < key[:, None]) | ((other == key[:, None]) & (offs_n[None, :] < offs_m[:, None]))
+        earlier += before.to(tl.int32)
+    place = tl.sum(earlier, axis=1)
+    tl.store(sorted_ptr + place, key, mask=mask_m)
+    tl.store(order_ptr + place, offs_m.to(tl.int64), mask=mask_m)
+
+
+@triton.jit
 def sum_runs_kernel(
     rows_ptr,  # (M, N)
     keys_ptr,  # (places,) int32, sorted
@@ -244,6 +270,20 @@ def _add_to(ptrs, x, mask):
     tl.store(ptrs, x + tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), mask=mask)
 
 
+def sort_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """keys (places,) int32 in ascending order, and where each stood, int64; equal keys keep their order.
+
+    Up to ``COUNTED`` keys each counts the smaller ones, in one launch; a radix sort of so few is mostly launches.
+    """
+    if len(keys) > COUNTED:
+        return keys.sort(stable=True)
+    found, order = torch.empty_like(keys), torch.empty_like(keys, dtype=torch.int64)
+    settings = launch.settings("sort_keys", keys.device)
+    grid = (triton.cdiv(len(keys), settings["BLOCK_M"]),)
+    sort_keys_kernel[grid](keys, found, order, len(keys), **settings)
+    return found, order
+
+
 def sum_rows_by_key(rows: Tensor, keys: Tensor, dword: Tensor, dposition: Tensor) -> None:
     """Adds the ``rows`` of each key to its row of the tables.
 
@@ -259,7 +299,7 @@ def sum_rows_by_key(rows: Tensor, keys: Tensor, dword: Tensor, dposition: Tensor
     join = {"BLOCK_M": settings.pop("BLOCK_M")}
     columns = triton.cdiv(N, settings["BLOCK_N"])
     windows = triton.cdiv(2 * M, settings["WINDOW"])
-    keys, order = keys.flatten().sort(stable=True)
+    keys, order = sort_keys(keys.flatten())
     parts = torch.empty(windows, 2, N, device=rows.device, dtype=torch.float32)
     sizes = 2 * M, dword.shape[0], dposition.shape[0]
     sum_runs_kernel[(windows, columns)](rows, keys, order, dword, dposition, parts, M, *sizes, N=N, **settings)

@@ -123,13 +123,16 @@ def _bwd(
         else:
             dup = dx @ down_weight
             dup_bias, activation = gelu_bwd_in_place(dup, up_rows, up_bias, up_bias_total, activation)
-        ddown_weight = product(dx.t(), activation, down_weight_total)
-        del activation
-        dup_weight = product(dup.t(), rows, up_weight_total)
-        if dresidual is dx:  # without dropout, and what reads these rows may have been left aside
-            overlap.join()
-        dresidual.addmm_(dup, up_weight)
-        return [dresidual, dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
+
+        def of_rows() -> Tensor:
+            # without dropout they are dx, which the weights' gradients read
+            return torch.addmm(dx, dup, up_weight) if dresidual is dx else dresidual.addmm_(dup, up_weight)
+
+        def of_weights() -> tuple[Tensor, Tensor]:
+            return product(dup.t(), rows, up_weight_total), product(dx.t(), activation, down_weight_total)
+
+        drows, (dup_weight, ddown_weight) = overlap.side_by_side(of_rows, of_weights)
+        return [drows, dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
 
     parts = _parts(query_rows, text_rows, parameters, seeds)
     of_parts = [totals[6 * i : 6 * i + 6] for i in range(len(parts))]

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from qformer_fast import kernels, ops, reference
+from qformer_fast.kernels.embeddings import COUNTED, sort_keys
 from qformer_fast.reference.philox import dropout_keep, threshold_and_scale
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,6 +106,14 @@ def test_rows_of_the_same_word(counts, assert_close):
     assert_close(
         run(kernel, ids, tables, dout), run(plain, ids, tables, dout), run(plain, ids, double(tables), dout.double())
     )
+
+
+@pytest.mark.parametrize("places", [1, 31, 129, 700, COUNTED + 1])
+def test_keys_are_sorted_stably(places):
+    """By counting, and by PyTorch where there are too many."""
+    keys = torch.randint(-3, 40, (places,), device=DEVICE, dtype=torch.int32)
+    actual, expected = sort_keys(keys), keys.sort(stable=True)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("padding_idx", [0, 3, -1])
