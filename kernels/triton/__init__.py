@@ -21,6 +21,7 @@ from qformer_fast.kernels.linear_cross_entropy import (
 )
 from qformer_fast.kernels.query_text_attention import query_text_attention_bwd, query_text_attention_fwd
 from qformer_fast.kernels.sample_negatives import sample_negatives_fwd
+from qformer_fast.kernels.standardize import standardize_into
 
 __all__ = [
     "bias_gelu_bwd",
@@ -42,5 +43,6 @@ __all__ = [
     "query_text_attention_bwd",
     "query_text_attention_fwd",
     "sample_negatives_fwd",
+    "standardize_into",
     "sum_parts",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qformer_fast import ops
+from qformer_fast.backend import kernel_or_formula
 from qformer_fast.config import Checkpointing, QFormerConfig
 from qformer_fast.integrations.checkpoints import CheckpointMixin, LoadReport, load_into
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
@@ -19,6 +20,7 @@ from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
 from qformer_fast.models.padded import padded_layout
 from qformer_fast.models.qformer import DenseLayerNorm, QFormer
+from qformer_fast.reference import standardized_width
 
 LABEL_SMOOTHING = 0.1
 
@@ -170,9 +172,15 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         stacked = {id(parameter) for group in groups for parameter in group}
         return groups + [(parameter,) for parameter in self.parameters() if id(parameter) not in stacked]
 
-    def standardize(self, image_embeds: Tensor) -> Tensor:
-        """``ln_vision`` without its weight and bias."""
-        return F.layer_norm(image_embeds, image_embeds.shape[-1:], eps=self.ln_vision.eps)
+    def standardize(self, image_embeds: Tensor, out: Tensor | None = None) -> Tensor:
+        """``ln_vision`` without its weight and bias, and a column of ones: (images, tokens, encoder_hidden) -> (images,
+        tokens, :func:`reference.standardized_width`) for :meth:`image_kv`, without gradient. ``out`` may be of another
+        dtype.
+        """
+        if out is None:
+            out = image_embeds.new_empty(*image_embeds.shape[:-1], standardized_width(image_embeds.shape[-1]))
+        run = kernel_or_formula("standardize_into", image_embeds)
+        return run(out, image_embeds.detach().contiguous(), self.ln_vision.eps)
 
     def image_kv(
         self, image_embeds: Tensor, weights: BlockWeights | None = None, *, standardized: bool = False

@@ -275,13 +275,15 @@ class QFormer(CheckpointMixin, nn.Module):
             norm (nn.LayerNorm, Optional): applied to the tokens first, folded into the weights.
             image_mask (Tensor, Optional): see :class:`ImageKV`.
             weights (BlockWeights, Optional): of :meth:`kv_weights`. Default: `None`, made here.
-            standardized (bool): the tokens went through ``norm`` but for its weight and bias. Default: False.
+            standardized (bool): they are :meth:`Blip2QFormer.standardize`'s. Default: False.
 
         Raises:
             ValueError: another width than ``config.encoder_hidden_size``, no token, or, where a look costs no host
                 sync, NaN or Inf.
         """
         width = self.config.encoder_hidden_size
+        if standardized:
+            width = reference.standardized_width(width)
         if image_embeds.ndim != 3 or image_embeds.shape[-1] != width or 0 in image_embeds.shape:
             raise ValueError(f"image_embeds must be (images, tokens, {width}), got {tuple(image_embeds.shape)}")
         if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):

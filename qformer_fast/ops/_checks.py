@@ -70,19 +70,3 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    """(1,) int64 from the default generator of x's device, or None where nothing is dropped.
-
-    It stays on the device, so that a captured CUDA graph draws anew at each replay.
-    """
-    return draw_seeds(x, dropout_p)[0]
-
-
-def draw_seeds(x: Tensor, *dropout_ps: float) -> list[Tensor | None]:
-    """A seed as :func:`draw_seed` for each probability, drawn together."""
-    if not any(dropout_ps):
-        return [None] * len(dropout_ps)
-    seeds = torch.randint(2**62, (len(dropout_ps), 1), device=x.device)
-    return [seed if p > 0 else None for seed, p in zip(seeds.unbind(), dropout_ps, strict=True)]

@@ -20,8 +20,8 @@ from qformer_fast.ops._checks import (
     check_rows,
     check_shape,
     check_totals,
-    draw_seeds,
 )
+from qformer_fast.ops._seeds import draw_seeds
 from qformer_fast.ops.image_cross_attention import check_image_mask, check_kv_gradients, kernel_keys_values, unsupported
 from qformer_fast.products import product
 

@@ -14,8 +14,8 @@ from qformer_fast.ops._checks import (
     check_floating,
     check_probability,
     check_shape,
-    draw_seed,
 )
+from qformer_fast.ops._seeds import draw_seed
 
 MAX_HIDDEN = 4096
 

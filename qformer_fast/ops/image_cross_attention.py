@@ -17,8 +17,8 @@ from qformer_fast.ops._checks import (
     check_rows,
     check_shape,
     check_totals,
-    draw_seed,
 )
+from qformer_fast.ops._seeds import draw_seed
 
 MAX_HEADDIM = 128
 

@@ -34,7 +34,8 @@ def image_key_value(
         bias (Tensor): (out,).
         norm_weight, norm_bias (Tensor, Optional): (encoder_hidden,). Default: `None`, x is already normalised.
         eps (float): of the LayerNorm. Default: 1e-5, ``nn.LayerNorm``'s as in LAVIS (blip2.py:81).
-        standardized (bool): x went through the LayerNorm but for its weight and bias. Default: False.
+        standardized (bool): x is :meth:`Blip2QFormer.standardize`'s: (images, tokens, encoder_hidden and a column of
+            ones, filled up to a multiple of 8). Default: False.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -44,8 +45,9 @@ def image_key_value(
         ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for
             can't run, with the reason.
     """
-    check_shape("x", x, "images", "tokens", weight.shape[-1])
-    check_shape("weight", weight, "out", x.shape[-1])
+    check_shape("weight", weight, "out", "encoder_hidden")
+    width = weight.shape[1]
+    check_shape("x", x, "images", "tokens", reference.standardized_width(width) if standardized else width)
     check_shape("bias", bias, weight.shape[0])
     check_floating(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     check_device(weight, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -53,7 +55,7 @@ def image_key_value(
         raise ValueError("norm_weight and norm_bias must be given together, got one of them")
     for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if value is not None:
-            check_shape(name, value, x.shape[-1])
+            check_shape(name, value, width)
     return backends.resolve("image_key_value", IMPLEMENTATIONS, backend, x)(
         x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized
     )

@@ -15,8 +15,8 @@ from qformer_fast.ops._checks import (
     check_probability,
     check_rows,
     check_shape,
-    draw_seed,
 )
+from qformer_fast.ops._seeds import draw_seed
 
 MAX_HEADDIM = 128
 

@@ -20,8 +20,8 @@ from qformer_fast.ops._checks import (
     check_rows,
     check_shape,
     check_totals,
-    draw_seeds,
 )
+from qformer_fast.ops._seeds import draw_seeds
 from qformer_fast.ops.query_text_attention import unsupported
 from qformer_fast.products import product
 

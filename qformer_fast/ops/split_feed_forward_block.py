@@ -18,8 +18,8 @@ from qformer_fast.ops._checks import (
     check_probability,
     check_shape,
     check_totals,
-    draw_seeds,
 )
+from qformer_fast.ops._seeds import draw_seeds
 from qformer_fast.ops.dropout_add_layer_norm import statistics_dtype
 from qformer_fast.products import product
 

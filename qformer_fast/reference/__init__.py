@@ -14,7 +14,7 @@ from qformer_fast.reference.attention import (
     query_text_attention_fwd,
 )
 from qformer_fast.reference.blocks import cross_attention_block, self_attention_block, split_feed_forward_block
-from qformer_fast.reference.image_kv import image_key_value
+from qformer_fast.reference.image_kv import image_key_value, standardize_into, standardized_width
 from qformer_fast.reference.losses import (
     contrastive_similarity,
     contrastive_similarity_bwd_image,
@@ -75,5 +75,7 @@ __all__ = [
     "sample_negatives_fwd",
     "self_attention_block",
     "split_feed_forward_block",
+    "standardize_into",
+    "standardized_width",
     "sum_parts",
 ]

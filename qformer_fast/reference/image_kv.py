@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def standardized_width(width: int) -> int:
+    """A column of ones after ``width`` columns, and zeros up to a multiple of 8, which products want."""
+    return -(-(width + 1) // 8) * 8
+
+
+def standardize_into(out: Tensor, x: Tensor, eps: float) -> Tensor:
+    """out (..., standardized_width) = [(x - mean) / sqrt(var + eps) | 1 | 0] of x (..., width)."""
+    width = x.shape[-1]
+    out[..., :width] = F.layer_norm(x if x.dtype == torch.float64 else x.float(), (width,), eps=eps)
+    out[..., width] = 1
+    out[..., width + 1 :] = 0
+    return out
 
 
 def image_key_value(
@@ -21,7 +36,8 @@ def image_key_value(
     With x̂ = (x - mean) / sqrt(var + eps) this is x̂ W'^T + c', where W' = W diag(norm_weight) and c' = c + W norm_bias.
     x̂ has no parameters, so when x needs no gradient autograd runs only dW' = dKV^T x̂ and dc' = sum(dKV), and from them
     dW = dW' diag(norm_weight) + dc' norm_bias^T, dnorm_weight = column sums of dW' * W, dnorm_bias = W^T dc'.
-    With ``standardized`` x is x̂ already. Without ``norm_weight`` x is taken as it is.
+    With ``standardized`` x is what :func:`standardize_into` made, so that c' is one more column of W' and its gradient
+    needs no sum over the rows. Without ``norm_weight`` x is taken as it is.
 
     Shapes: x (images, tokens, encoder_hidden), weight (out, encoder_hidden), bias (out,) -> (images, tokens, out).
     """
@@ -30,4 +46,8 @@ def image_key_value(
             x = F.layer_norm(x, x.shape[-1:], eps=eps)
         bias = bias + weight @ norm_bias
         weight = weight * norm_weight
-    return F.linear(x, weight, bias)
+    if not standardized:
+        return F.linear(x, weight, bias)
+    weight = weight.to(x.dtype)
+    zeros = weight.new_zeros(weight.shape[0], x.shape[-1] - weight.shape[-1] - 1)
+    return F.linear(x, torch.cat([weight, bias.to(x.dtype)[:, None], zeros], dim=1))

@@ -17,6 +17,8 @@ from qformer_fast.layout import PackedText
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output, pairs_of
 from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import GradientBuffers
+from qformer_fast.ops._seeds import seeds_ahead
+from qformer_fast.reference import standardized_width
 
 MAX_LENGTH_STEP = 16
 
@@ -148,7 +150,9 @@ class GraphedStage1:
         state = torch.cuda.get_rng_state(self.model.temp.device)
         kind = shape.image_shape, self.dtype or inputs[0].dtype
         if kind not in self._images:
-            self._images[kind] = torch.empty(kind[0], dtype=kind[1], device=self.model.temp.device)
+            *sizes, width = shape.image_shape
+            images = torch.empty(*sizes, standardized_width(width), dtype=kind[1], device=self.model.temp.device)
+            self._images[kind] = images
         model = _with_own_leaves(self.model)
         capture = _Capture(model, self.dtype, shape, self._images[kind], inputs[1], self._gradients)
         capture.load(*inputs)
@@ -227,7 +231,9 @@ def step_in_parts(
         lambda: model.qformer.encoder_weights(model.query_tokens, gradients),
     )
     image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
-    first = model.first_sweep(image_kv, inputs.text, inputs.label_rows, inputs.same_image, weights)
+    seeds = 6 * model.config.num_hidden_layers + 1  # of a sweep: two of each sub-layer, and the embeddings'
+    with seeds_ahead(seeds, made.device):
+        first = model.first_sweep(image_kv, inputs.text, inputs.label_rows, inputs.same_image, weights)
     drawn = model.draw_negatives(first, inputs.same_image)
     inputs.host_rows.copy_(inputs.text.lengths[drawn[1]].sum(), non_blocking=True)
     yield None
@@ -256,7 +262,8 @@ def step_in_parts(
     fill = 2 * fillers * inputs.text.max_length + negative_rows
     pairs = inputs.text.select(pairs_of(text_index), 2 * inputs.text.num_rows + negative_rows, fill=fill)
     again = dataclasses.replace(first, image_kv=dataclasses.replace(image_kv, accumulate=True))
-    loss_itm, logits = model.second_sweep(again, pairs, image_index)
+    with seeds_ahead(seeds, made.device):
+        loss_itm, logits = model.second_sweep(again, pairs, image_index)
     backward(loss_itm * inputs.scale, accumulate=True)
     backward(made, grad_outputs=image_kv.gradient)
     yield Stage1Output(
@@ -303,11 +310,8 @@ class _Capture:
         missing = len(inputs.labels) - len(labels)
         if images.device.type == "cpu":
             images = images.pin_memory()
-        images = images.to(inputs.images.device, non_blocking=True)
-        if images.dtype != inputs.images.dtype:
-            images = images.float()  # as autocast does, so that they are rounded once
+        self.model.standardize(images.to(inputs.images.device, non_blocking=True), out=inputs.images)
         loads = (
-            (inputs.images, self.model.standardize(images)),
             (inputs.text.input_ids, filled.input_ids),
             (inputs.text.position_ids, filled.position_ids),
             (inputs.text.offsets, filled.offsets),

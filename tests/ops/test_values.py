@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qformer_fast import Mask, SequenceLayout, ops
+from qformer_fast import Mask, SequenceLayout, ops, reference
 
 NHEADS, HEADDIM, QUERIES = 2, 8, 3
 F64 = torch.float64
@@ -207,9 +207,15 @@ def test_image_key_value(normed):
     y = layer_norm(x, *norm, 1e-5) if normed else x
     torch.testing.assert_close(ops.image_key_value(x, weight, bias, *norm), y @ weight.T + bias)
     torch.autograd.gradcheck(ops.image_key_value, (x, weight, bias, *norm))
-    standardized = layer_norm(x, torch.ones(5), torch.zeros(5), 1e-5)
-    again = ops.image_key_value(standardized if normed else x, weight, bias, *norm, standardized=True)
-    torch.testing.assert_close(again, y @ weight.T + bias)
+    x_hat = layer_norm(x, torch.ones(5), torch.zeros(5), 1e-5).detach()
+    ones_and_zeros = torch.cat([torch.ones(2, 3, 1), torch.zeros(2, 3, 2)], 2)
+    standardized = reference.standardize_into(x.new_empty(2, 3, 8), x.detach(), 1e-5)
+    torch.testing.assert_close(standardized, torch.cat([x_hat, ones_and_zeros], 2))
+    if normed:
+        again = ops.image_key_value(standardized, weight, bias, *norm, standardized=True)
+        torch.testing.assert_close(again, y @ weight.T + bias)
+        parameters = (weight, bias, *norm)
+        torch.autograd.gradcheck(lambda *p: ops.image_key_value(standardized, *p, standardized=True), parameters)
 
 
 def test_sample_negatives_has_the_distribution_of_softmax():

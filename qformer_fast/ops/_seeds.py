@@ -1,0 +1,50 @@
+"""Seeds of dropout, drawn on the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# what seeds_ahead has drawn and no op has taken yet
+_ahead: list[Tensor] = []
+
+
+def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """(1,) int64 from the default generator of x's device, or None where nothing is dropped.
+
+    It stays on the device, so that a captured CUDA graph draws anew at each replay.
+    """
+    return draw_seeds(x, dropout_p)[0]
+
+
+def draw_seeds(x: Tensor, *dropout_ps: float) -> list[Tensor | None]:
+    """A seed as :func:`draw_seed` for each probability, drawn together."""
+    if not any(dropout_ps):
+        return [None] * len(dropout_ps)
+    count = len(dropout_ps)
+    if len(_ahead) >= count and _ahead[0].device == x.device:
+        seeds = [_ahead.pop() for _ in range(count)]
+    else:
+        seeds = _draw(count, x.device)
+    return [seed if p > 0 else None for seed, p in zip(seeds, dropout_ps, strict=True)]
+
+
+@contextlib.contextmanager
+def seeds_ahead(count: int, device: torch.device) -> Iterator[None]:
+    """Ops inside take their first ``count`` seeds from one draw, for one launch instead of one an op.
+
+    Not around a part that is computed again in backward: there it would find other seeds.
+    """
+    global _ahead
+    before, _ahead = _ahead, _draw(count, device)
+    try:
+        yield
+    finally:
+        _ahead = before
+
+
+def _draw(count: int, device: torch.device) -> list[Tensor]:
+    return list(torch.randint(2**62, (count, 1), device=device).unbind())
