@@ -33,7 +33,7 @@ class Streams:
 
     def __init__(self, device: torch.device, held_bytes: int = HELD_BYTES):
         self.held_bytes = held_bytes
-        self._aside, self.branch = (torch.cuda.Stream(device) for _ in range(2))
+        self._aside, self._branch = (torch.cuda.Stream(device) for _ in range(2))
         self._held: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
 
     def begin(self) -> None:
@@ -53,6 +53,15 @@ class Streams:
 
     def _held_now(self) -> int:
         return sum(x.nbytes for _, inputs in self._held for x in inputs)
+
+    def side_by_side(self, first: Callable[[], T], *others: Callable[[], T]) -> list[T]:
+        here = torch.cuda.current_stream()
+        self._branch.wait_stream(here)
+        with torch.cuda.stream(self._branch):
+            found = [task() for task in others]
+        found.insert(0, first())
+        here.wait_stream(self._branch)
+        return found
 
     def join(self) -> None:
         here = torch.cuda.current_stream()
@@ -75,6 +84,21 @@ def overlapping(streams: Streams | None) -> Iterator[None]:
         _streams = before
 
 
+@contextlib.contextmanager
+def overlapping_in_captures() -> Iterator[None]:
+    """As :func:`overlapping` where a CUDA graph is captured; elsewhere it changes nothing."""
+    streams = None
+    if _streams is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        streams = _streams_of_captures(torch.cuda.current_device())
+    with contextlib.nullcontext() if streams is None else overlapping(streams):
+        yield
+
+
+@functools.cache
+def _streams_of_captures(device: int) -> Streams:
+    return Streams(torch.device("cuda", device))
+
+
 def aside(work: Callable[[], object], *inputs: Tensor) -> None:
     """Runs ``work``, which reads ``inputs`` and gives nothing that is needed before :func:`join`.
 
@@ -84,31 +108,10 @@ def aside(work: Callable[[], object], *inputs: Tensor) -> None:
 
 
 def side_by_side(*tasks: Callable[[], T]) -> list[T]:
-    """The results of ``tasks``, none of which needs another's; also where any CUDA graph is captured."""
-    branch = _branch()
-    if branch is None or len(tasks) == 1:
+    """The results of ``tasks``, none of which needs another's."""
+    if _streams is None or len(tasks) == 1:
         return [task() for task in tasks]
-    here = torch.cuda.current_stream()
-    branch.wait_stream(here)
-    first, *others = tasks
-    with torch.cuda.stream(branch):
-        found = [task() for task in others]
-    found.insert(0, first())
-    here.wait_stream(branch)
-    return found
-
-
-def _branch() -> torch.cuda.Stream | None:
-    if _streams is not None:
-        return _streams.branch
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        return _branch_of_captures(torch.cuda.current_device())
-    return None
-
-
-@functools.cache
-def _branch_of_captures(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return _streams.side_by_side(*tasks)
 
 
 def join() -> None:

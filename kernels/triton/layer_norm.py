@@ -99,7 +99,7 @@ def _store_sum(out_ptr, column, offs_n, mask_n, ADD: tl.constexpr):
 
 def sum_parts(parts: Tensor, *outputs: Tensor, add: bool = False) -> None:
     """Sums (programs, outputs, width) fp32 over the programs into one to three outputs (width,) of any dtype, or adds
-    the sums to them, aside (:mod:`qformer_fast.overlap`).
+    the sums to them; aside (:mod:`qformer_fast.overlap`).
     """
     settings = launch.settings("sum_parts", parts.device)
     programs, count, width = parts.shape
@@ -108,7 +108,7 @@ def sum_parts(parts: Tensor, *outputs: Tensor, add: bool = False) -> None:
     def run() -> None:
         sum_parts_kernel[grid](parts, *outputs, *[None] * (3 - count), programs, width, ADD=add, **settings)
 
-    overlap.aside(run, parts) if add else run()
+    overlap.aside(run, parts)
 
 
 def row_settings(kernel: str, width: int, device: torch.device) -> dict[str, Any]:

@@ -34,9 +34,10 @@ def split_feed_forward_block_fwd(
     eps: float,
     dropout_p: float,
     backend: str,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias), mean and rstd.
+    """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias, and where there is
+    no dropout the rows added by the product), mean and rstd.
 
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
     likewise, none without dropout; ``totals`` are for backward, see :func:`_bwd`. ``backend``
@@ -56,11 +57,16 @@ def split_feed_forward_block_fwd(
             activation = extension.linear_gelu_fwd(rows, up_weight, up_bias, up[part])
         else:
             activation = gelu(torch.mm(rows, up_weight.t(), out=up[part]), up_bias)
-        torch.mm(activation, down_weight.t(), out=x[part])
-        add_norm(x[part], rows, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
+        if seed is None:
+            torch.addmm(rows, activation, down_weight.t(), out=x[part])
+        else:
+            torch.mm(activation, down_weight.t(), out=x[part])
+        residual = None if seed is None else rows
+        add_norm(x[part], residual, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
 
     parts = _parts(query_rows, text_rows, parameters, seeds)
-    overlap.side_by_side(*(functools.partial(run, *part) for part in parts))
+    with overlap.overlapping_in_captures():
+        overlap.side_by_side(*(functools.partial(run, *part) for part in parts))
     return out, up, x, mean, rstd
 
 
@@ -98,7 +104,7 @@ def _bwd(
     totals: list[Tensor],
     dropout_p: float,
     backend: str,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> list[Tensor]:
     """dquery_rows, dtext_rows, then the gradients of ``parameters``, or these are added to ``totals`` if it is not
     empty. With ``overwrite`` up and x are written to, which saves memory of their size.
@@ -112,8 +118,8 @@ def _bwd(
         up_weight, up_bias, down_weight, down_bias, norm_weight, _ = parameters
         up_weight_total, up_bias_total, down_weight_total, *others = totals or [None] * 6
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
-            dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias,
-            norm_totals(others), x[part] if overwrite else None,
+            dout[part], x[part], None if seed is None else rows, norm_weight, mean[part], rstd[part], seed, dropout_p,
+            down_bias, norm_totals(others), x[part] if overwrite else None,
         )  # fmt: skip
         up_rows, activation = up[part], up[part] if overwrite else None
         if _fuses(backend, rows, extension.BWD_ROWS):
@@ -124,19 +130,19 @@ def _bwd(
             dup = dx @ down_weight
             dup_bias, activation = gelu_bwd_in_place(dup, up_rows, up_bias, up_bias_total, activation)
 
-        def of_rows() -> Tensor:
-            # without dropout they are dx, which the weights' gradients read
-            return torch.addmm(dx, dup, up_weight) if dresidual is dx else dresidual.addmm_(dup, up_weight)
-
-        def of_weights() -> tuple[Tensor, Tensor]:
-            return product(dup.t(), rows, up_weight_total), product(dx.t(), activation, down_weight_total)
-
-        drows, (dup_weight, ddown_weight) = overlap.side_by_side(of_rows, of_weights)
-        return [drows, dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
+        ddown_weight = product(dx.t(), activation, down_weight_total)
+        del activation
+        dup_weight = product(dup.t(), rows, up_weight_total)
+        if dresidual is dx:  # without dropout, and what reads these rows may have been left aside
+            overlap.join()
+        dresidual.addmm_(dup, up_weight)
+        return [dresidual, dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight, dnorm_bias]
 
     parts = _parts(query_rows, text_rows, parameters, seeds)
     of_parts = [totals[6 * i : 6 * i + 6] for i in range(len(parts))]
-    found = overlap.side_by_side(*(functools.partial(run, *part, t) for part, t in zip(parts, of_parts, strict=True)))
+    tasks = [functools.partial(run, *part, t) for part, t in zip(parts, of_parts, strict=True)]
+    with overlap.overlapping_in_captures():
+        found = overlap.side_by_side(*tasks)
     given = iter(found)
     drows = [next(given)[0] if rows.shape[0] else torch.empty_like(rows) for rows in (query_rows, text_rows)]
     return drows if totals else [*drows, *(gradient for _, *gradients in found for gradient in gradients)]
@@ -195,7 +201,7 @@ def _kernels(
         totals += [] if gradients is None else gradients[i]
     seeds = [seed for seed in draw_seeds(query_rows, *[dropout_p] * len(given)) if seed is not None]
     rows = query_rows.to(dtype).contiguous(), text_rows.to(dtype).contiguous()
-    return split_feed_forward_block_fwd(*rows, parameters, seeds, totals, eps, dropout_p, backend, overwrite=True)[0]
+    return split_feed_forward_block_fwd(*rows, parameters, seeds, totals, eps, dropout_p, backend, True)[0]
 
 
 def _extension_unsupported(rows: Tensor, *parameters: tuple[Tensor, ...] | None) -> str | None:
