@@ -2,8 +2,9 @@
 
 A provider is timed only if its result and all its gradients are as close to fp64 as eager PyTorch's are. On a GPU a
 CUDA graph of many calls is replayed; the calls take turns with copies of the inputs that together exceed the L2 cache
-twice (256 copies at most: tiny inputs stay warm), and each writes memory of its own. "fwd" is a training forward, which
-keeps what backward needs. On a CPU: wall time, for tests.
+twice (256 copies at most: tiny inputs stay warm), and each writes memory of its own. Short calls and long ones, single
+products too, keep the GPU busy for about as long, since its clock sinks within milliseconds. "fwd" is a training
+forward, which keeps what backward needs. On a CPU: wall time, for tests.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Inputs = dict[str, Tensor]
 MODES = ("fwd", "bwd", "fwd_bwd")
 FACTOR = 2
 COPIES = (2, 256)
-CALLS = 8
+SAMPLE_US = 2000
 SLEEP_CYCLES = 2_000_000
 # a time takes this long, unless that is fewer samples than FEWEST
 SECONDS, FEWEST = 0.5, 10
@@ -243,7 +244,7 @@ def make_arm(
 ) -> Callable[[], list[Callable[[], Any]]]:
     """A function that returns the calls to time; for "bwd" it runs the forwards that they go back through.
 
-    On a GPU at least ``CALLS`` calls, in turn over enough copies of the inputs to be cold.
+    On a GPU there is a call for each of enough copies of the inputs to be cold.
     """
     sets = [_leaves(provider.prepare(case.make(setup.new)))]
     if setup.device == "cuda":
@@ -251,7 +252,6 @@ def make_arm(
         copies = math.ceil(2 * l2 / sum(x.nbytes for x in sets[0].values()))
         copies = min(max(COPIES[0], copies), COPIES[1])
         sets += [_leaves(provider.prepare(case.make(setup.new))) for _ in range(copies - 1)]
-        sets *= math.ceil(CALLS / copies)
     if mode == "fwd":
         calls = [lambda inputs=inputs: provider.run(inputs, dropout_p) for inputs in sets]
         return lambda: calls
@@ -269,24 +269,30 @@ def make_arm(
 
 
 def sampler(arm: Callable, mode: str, capturable: bool, setup: Setup) -> tuple[str, Callable[[], float]]:
-    """How time is taken ("graph", "events" or "wall"), and a function that measures once: microseconds a call."""
+    """How time is taken ("graph", "events" or "wall"), and a function that measures once: microseconds a call.
+
+    A graph repeats the calls to last about ``SAMPLE_US``.
+    """
     for call in arm():
         call()
     if setup.device == "cpu":
         return "wall", lambda: _per_call(arm(), _wall)
     if not capturable:
         return "events", lambda: _per_call(arm(), _between_events)
+    calls = arm()
+    rounds = max(1, round(SAMPLE_US / _between_events(lambda: [call() for call in calls])))
     torch.cuda.synchronize()
     stream, graph, forward = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     if mode != "bwd":
-        calls = arm()
+        calls = arm() * rounds
         with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in calls]
         del kept
         return "graph", lambda: _between_events(graph.replay) / len(calls)
     # the forwards are a graph of their own, replayed before each sample and not timed
+    del calls
     with torch.cuda.graph(forward, stream=stream):
-        calls = arm()
+        calls = [call for _ in range(rounds) for call in arm()]
     with torch.cuda.graph(graph, pool=forward.pool(), stream=stream):
         kept = [call() for call in calls]
     del kept
@@ -394,9 +400,9 @@ def measure_ceilings(setup: Setup) -> dict[str, float]:
     with setup.stream():
         source = torch.ones(size, device=setup.device, dtype=torch.int16)
         target = torch.empty_like(source)
-        copied = _time(lambda: [lambda: target.copy_(source)] * CALLS, "fwd", True, setup)["p50_us"]
+        copied = _time(lambda: [lambda: target.copy_(source)], "fwd", True, setup)["p50_us"]
         a, b = setup.new(width, width), setup.new(width, width)
-        multiplied = _time(lambda: [lambda: a @ b] * CALLS, "fwd", True, setup)["p50_us"]
+        multiplied = _time(lambda: [lambda: a @ b], "fwd", True, setup)["p50_us"]
     return {"gb_s": _digits(2 * source.nbytes / copied / 1e3), "tflop_s": _digits(2 * width**3 / multiplied / 1e6)}
 
 
