@@ -129,7 +129,6 @@ def _bwd(
         else:
             dup = dx @ down_weight
             dup_bias, activation = gelu_bwd_in_place(dup, up_rows, up_bias, up_bias_total, activation)
-
         ddown_weight = product(dx.t(), activation, down_weight_total)
         del activation
         dup_weight = product(dup.t(), rows, up_weight_total)
