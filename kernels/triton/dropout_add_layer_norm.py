@@ -23,7 +23,7 @@ from qformer_fast.reference.philox import threshold_and_scale
 @triton.jit
 def dropout_add_layer_norm_fwd_kernel(
     x_ptr,  # (M, N)
-    residual_ptr,  # (M, N) or None
+    residual_ptr,  # (M, N)
     x_bias_ptr,  # (N,) or None
     weight_ptr,  # (N,)
     bias_ptr,  # (N,)
@@ -47,14 +47,13 @@ def dropout_add_layer_norm_fwd_kernel(
     mask = mask_m[:, None] & mask_n
     offs = offs_m[:, None].to(tl.int64) * N + offs_n
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if x_bias_ptr is not None:
         z += tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if seed_ptr is not None:
         keep = keep_rows(tl.load(seed_ptr), offs_m, threshold, N, BLOCK_N)
         z = tl.where(keep, z * keep_scale, 0.0)
-    if residual_ptr is not None:
-        z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    normed, mean, rstd = standardise(z, mask_n, eps, N)
+    normed, mean, rstd = standardise(z + residual, mask_n, eps, N)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs, normed * weight + bias, mask=mask)
@@ -66,7 +65,7 @@ def dropout_add_layer_norm_fwd_kernel(
 def dropout_add_layer_norm_bwd_kernel(
     dout_ptr,  # (M, N)
     x_ptr,  # (M, N)
-    residual_ptr,  # (M, N) or None
+    residual_ptr,  # (M, N)
     x_bias_ptr,  # (N,) or None
     weight_ptr,  # (N,)
     mean_ptr,  # (M,) fp32
@@ -101,6 +100,7 @@ def dropout_add_layer_norm_bwd_kernel(
         mask = mask_m[:, None] & mask_n
         offs = offs_m[:, None].to(tl.int64) * N + offs_n
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
@@ -109,9 +109,7 @@ def dropout_add_layer_norm_bwd_kernel(
         if seed_ptr is not None:
             keep = keep_rows(seed, offs_m, threshold, N, BLOCK_N)
             z = tl.where(keep, z * keep_scale, 0.0)
-        if residual_ptr is not None:
-            z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        normed = (z - mean[:, None]) * rstd[:, None]
+        normed = (z + residual - mean[:, None]) * rstd[:, None]
         dx = standardise_grad(dout * weight, normed, rstd, N)
         if seed_ptr is not None:
             tl.store(dresidual_ptr + offs, dx, mask=mask)
@@ -131,7 +129,7 @@ def dropout_add_layer_norm_bwd_kernel(
 
 def dropout_add_layer_norm_fwd(
     x: Tensor,
-    residual: Tensor | None,
+    residual: Tensor,
     weight: Tensor,
     bias: Tensor,
     seed: Tensor | None,
@@ -144,8 +142,7 @@ def dropout_add_layer_norm_fwd(
     """layer_norm(dropout(x + x_bias) + residual) * weight + bias; without ``seed`` nothing is dropped.
 
     Args:
-        x (Tensor): (rows, hidden) contiguous, slices of rows included; hidden up to 4096.
-        residual (Tensor, Optional): likewise, or `None` where x holds it already.
+        x, residual (Tensor): (rows, hidden) contiguous, slices of rows included; hidden up to 4096.
         weight, bias (Tensor): (hidden,).
         seed (Tensor, Optional): (1,) int64.
         x_bias (Tensor, Optional): (hidden,), the bias that the product which made x left out.
@@ -173,7 +170,7 @@ def dropout_add_layer_norm_fwd(
 def dropout_add_layer_norm_bwd(
     dout: Tensor,
     x: Tensor,
-    residual: Tensor | None,
+    residual: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,

@@ -36,8 +36,7 @@ def split_feed_forward_block_fwd(
     backend: str,
     overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias, and where there is
-    no dropout the rows added by the product), mean and rstd.
+    """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias), mean and rstd.
 
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
     likewise, none without dropout; ``totals`` are for backward, see :func:`_bwd`. ``backend``
@@ -57,12 +56,8 @@ def split_feed_forward_block_fwd(
             activation = extension.linear_gelu_fwd(rows, up_weight, up_bias, up[part])
         else:
             activation = gelu(torch.mm(rows, up_weight.t(), out=up[part]), up_bias)
-        if seed is None:
-            torch.addmm(rows, activation, down_weight.t(), out=x[part])
-        else:
-            torch.mm(activation, down_weight.t(), out=x[part])
-        residual = None if seed is None else rows
-        add_norm(x[part], residual, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
+        torch.mm(activation, down_weight.t(), out=x[part])
+        add_norm(x[part], rows, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
 
     parts = _parts(query_rows, text_rows, parameters, seeds)
     with overlap.overlapping_in_captures():
@@ -118,8 +113,8 @@ def _bwd(
         up_weight, up_bias, down_weight, down_bias, norm_weight, _ = parameters
         up_weight_total, up_bias_total, down_weight_total, *others = totals or [None] * 6
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
-            dout[part], x[part], None if seed is None else rows, norm_weight, mean[part], rstd[part], seed, dropout_p,
-            down_bias, norm_totals(others), x[part] if overwrite else None,
+            dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias,
+            norm_totals(others), x[part] if overwrite else None,
         )  # fmt: skip
         up_rows, activation = up[part], up[part] if overwrite else None
         if _fuses(backend, rows, extension.BWD_ROWS):

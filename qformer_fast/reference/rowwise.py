@@ -51,7 +51,7 @@ def dropout_add_layer_norm(
 
 def dropout_add_layer_norm_fwd(
     x: Tensor,
-    residual: Tensor | None,
+    residual: Tensor,
     weight: Tensor,
     bias: Tensor,
     seed: Tensor | None,
@@ -72,7 +72,7 @@ def dropout_add_layer_norm_fwd(
 def dropout_add_layer_norm_bwd(
     dout: Tensor,
     x: Tensor,
-    residual: Tensor | None,
+    residual: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -94,13 +94,10 @@ def dropout_add_layer_norm_bwd(
     return dx, dresidual, *added_to(totals, (dweight, dbias, *dx_bias))
 
 
-def _add_dropped(
-    x: Tensor, residual: Tensor | None, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float
-) -> Tensor:
+def _add_dropped(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
     """dropout(x + x_bias) + residual"""
     x = _wide(x) if x_bias is None else _wide(x) + _wide(x_bias)
-    dropped = _dropout(x, seed, dropout_p)
-    return dropped if residual is None else dropped + _wide(residual)
+    return _dropout(x, seed, dropout_p) + _wide(residual)
 
 
 def sum_parts(parts: Tensor, *outputs: Tensor, add: bool = False) -> None:
