@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import attention_keep
-from qformer_fast.kernels.sequences import precision, sequence_rows, visible
+from qformer_fast.kernels.sequences import precision, sequence_rows, visible_range
 from qformer_fast.kernels.streamed_attention import streamed_attention_bwd, streamed_attention_fwd
 from qformer_fast.reference.attention import MAX_TILE
 from qformer_fast.reference.philox import threshold_and_scale
@@ -29,41 +29,41 @@ def _rows_of_tile(
     first_query,
     first_text,
     length,
+    kind,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Each tile row's place in its sequence, head, row of the matrices, and whether there is such a row.
+    """Of each tile row: first and end of the tile's columns that it sees, its head, its row of the matrices, and
+    whether there is such a row.
 
-    HEADS heads of the sequence stand below each other, BLOCK / HEADS rows each.
+    HEADS heads of the sequence stand below each other, BLOCK / HEADS rows each, and their keys beside each other.
     """
     SPAN: tl.constexpr = BLOCK // HEADS
     place = tl.arange(0, BLOCK) % SPAN
-    head = first_head + tl.arange(0, BLOCK) // SPAN
+    nth_head = tl.arange(0, BLOCK) // SPAN
+    first, end = visible_range(place, queries, length, kind)
     row = tl.where(place < queries, first_query + place, first_text + place - queries)
-    return place, head, row, (place < length) & (head < nheads)
+    head = first_head + nth_head
+    return nth_head * SPAN + first, nth_head * SPAN + end, head, row, (place < length) & (head < nheads)
 
 
 @triton.jit
-def _probabilities(
+def _exponentials(
     q,  # (BLOCK, D)
     k,  # (BLOCK, D)
-    place,  # (BLOCK,)
-    head,  # (BLOCK,)
-    length,
-    queries,
-    kind,
+    first,  # (BLOCK,)
+    end,  # (BLOCK,)
     scale_log2,
     PRECISION: tl.constexpr,
 ):
-    """softmax(q k^T scale) under the mask, (BLOCK, BLOCK) fp32, zero between two heads; rows past ``length`` hold
-    finite numbers.
+    """softmax(q k^T scale) over the columns from ``first`` to ``end``, (BLOCK, BLOCK) fp32, but for its divisor,
+    (BLOCK,). Rows that do not exist hold finite numbers.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    seen = visible(place[:, None], place[None, :], queries, kind) | (place[:, None] >= length)
-    seen &= (place[None, :] < length) & (head[:, None] == head[None, :])
-    scores = tl.where(seen, scores, float("-inf"))
-    p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
-    return p / tl.sum(p, axis=1)[:, None]
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    column = tl.arange(0, q.shape[0])[None, :]
+    scores = tl.where((column >= first[:, None]) & (column < end[:, None]), scores, float("-inf"))
+    p = tl.exp2(scores * scale_log2 - (tl.max(scores, axis=1) * scale_log2)[:, None])
+    return p, tl.sum(p, axis=1)
 
 
 @triton.jit
@@ -97,7 +97,9 @@ def _fwd_tile(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    place, head, row, exists = _rows_of_tile(first_head, nheads, queries, first_query, first_text, length, BLOCK, HEADS)
+    first, end, head, row, exists = _rows_of_tile(
+        first_head, nheads, queries, first_query, first_text, length, kind, BLOCK, HEADS
+    )
     offs_d = tl.arange(0, BLOCK_D)
     hidden = nheads * HEADDIM
     mask = exists[:, None] & (offs_d[None, :] < HEADDIM)
@@ -105,11 +107,10 @@ def _fwd_tile(
     q = tl.load(ptrs, mask=mask, other=0.0)
     k = tl.load(ptrs + hidden, mask=mask, other=0.0)
     v = tl.load(ptrs + 2 * hidden, mask=mask, other=0.0)
-    p = _probabilities(q, k, place, head, length, queries, kind, scale_log2, PRECISION)
+    p, total = _exponentials(q, k, first, end, scale_log2, PRECISION)
     if DROPOUT:
-        keep = _keep(seed_ptr, row, head, nheads, width, threshold, BLOCK, HEADS)
-        p = tl.where(keep, p * keep_scale, 0.0)
-    out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        p = tl.where(_keep(seed_ptr, row, head, nheads, width, threshold, BLOCK, HEADS), p, 0.0)
+    out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
     tl.store(out_ptr + (row * hidden + head * HEADDIM)[:, None] + offs_d[None, :], out, mask=mask)
 
 
@@ -182,7 +183,9 @@ def _bwd_tile(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    place, head, row, exists = _rows_of_tile(first_head, nheads, queries, first_query, first_text, length, BLOCK, HEADS)
+    first, end, head, row, exists = _rows_of_tile(
+        first_head, nheads, queries, first_query, first_text, length, kind, BLOCK, HEADS
+    )
     offs_d = tl.arange(0, BLOCK_D)
     hidden = nheads * HEADDIM
     mask = exists[:, None] & (offs_d[None, :] < HEADDIM)
@@ -192,7 +195,8 @@ def _bwd_tile(
     v = tl.load(qkv_ptr + offs_qkv + 2 * hidden, mask=mask, other=0.0)
     offs_out = (row * hidden + head * HEADDIM)[:, None] + offs_d[None, :]
     dout = tl.load(dout_ptr + offs_out, mask=mask, other=0.0)
-    p = _probabilities(q, k, place, head, length, queries, kind, scale * 1.4426950408889634, PRECISION)
+    p, total = _exponentials(q, k, first, end, scale * 1.4426950408889634, PRECISION)
+    p *= (1.0 / total)[:, None]
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dropped = p
     if DROPOUT:

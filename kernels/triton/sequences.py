@@ -20,13 +20,15 @@ def sequence_rows(sequence, num_query_rows, num_queries, text_offsets_ptr):
 
 
 @triton.jit
-def visible(reader, read, queries, kind):
-    """Whether position ``reader`` of [queries | text] sees position ``read``; ``kind`` is a value of layout.Mask."""
-    query_reader = reader < queries
-    query_read = read < queries
-    unimodal = query_reader == query_read
-    causal = query_read | ((reader >= queries) & (read <= reader))
-    return (kind == 2) | ((kind == 0) & unimodal) | ((kind == 1) & causal)
+def visible_range(reader, queries, length, kind):
+    """First and end of the positions that position ``reader`` of [queries | text] sees; ``kind`` is a value of
+    layout.Mask. A reader past the end sees all.
+    """
+    reads_text = reader >= queries
+    first = tl.where((kind == 0) & reads_text & (reader < length), queries, 0)
+    unimodal = tl.where(reads_text, length, queries)
+    causal = tl.where(reads_text, tl.minimum(reader + 1, length), queries)
+    return first, tl.where(kind == 0, unimodal, tl.where(kind == 1, causal, length))
 
 
 def precision(x: Tensor) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qformer_fast.kernels import launch
 from qformer_fast.kernels.philox import attention_keep
-from qformer_fast.kernels.sequences import precision, sequence_rows, visible
+from qformer_fast.kernels.sequences import precision, sequence_rows, visible_range
 from qformer_fast.reference.philox import threshold_and_scale
 
 LOG2E = 1.4426950408889634
@@ -25,7 +25,8 @@ def _rows(position, queries, first_query, first_text):
 def _scores(q, k, offs_m, offs_n, length, queries, kind, scale_log2, PRECISION: tl.constexpr):
     """q k^T scale in units of log 2, -inf where a reader does not see a key: (BLOCK_M, BLOCK_N) fp32."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    seen = visible(offs_m[:, None], offs_n[None, :], queries, kind) & (offs_n[None, :] < length)
+    first, end = visible_range(offs_m, queries, length, kind)
+    seen = (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
     return tl.where(seen, scores, float("-inf"))
 
 
