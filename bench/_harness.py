@@ -279,8 +279,14 @@ def sampler(arm: Callable, mode: str, capturable: bool, setup: Setup) -> tuple[s
         return "wall", lambda: _per_call(arm(), _wall)
     if not capturable:
         return "events", lambda: _per_call(arm(), _between_events)
-    calls = arm()
-    rounds = max(1, round(SAMPLE_US / _between_events(lambda: [call() for call in calls])))
+    calls, sample = _capture(arm, mode, 1)
+    sample()
+    rounds = round(SAMPLE_US / (sample() * calls))
+    return "graph", _capture(arm, mode, rounds)[1] if rounds > 1 else sample
+
+
+def _capture(arm: Callable, mode: str, rounds: int) -> tuple[int, Callable[[], float]]:
+    """How many calls a CUDA graph of ``rounds`` times ``arm``'s has, and a function that measures it once."""
     torch.cuda.synchronize()
     stream, graph, forward = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     if mode != "bwd":
@@ -288,9 +294,8 @@ def sampler(arm: Callable, mode: str, capturable: bool, setup: Setup) -> tuple[s
         with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in calls]
         del kept
-        return "graph", lambda: _between_events(graph.replay) / len(calls)
+        return len(calls), lambda: _between_events(graph.replay) / len(calls)
     # the forwards are a graph of their own, replayed before each sample and not timed
-    del calls
     with torch.cuda.graph(forward, stream=stream):
         calls = [call for _ in range(rounds) for call in arm()]
     with torch.cuda.graph(graph, pool=forward.pool(), stream=stream):
@@ -301,7 +306,7 @@ def sampler(arm: Callable, mode: str, capturable: bool, setup: Setup) -> tuple[s
         forward.replay()
         return _between_events(graph.replay) / len(calls)
 
-    return "graph", sample
+    return len(calls), sample
 
 
 def _per_call(calls: list[Callable], clock: Callable[[Callable], float]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -18,8 +19,10 @@ from torch import Tensor
 T = TypeVar("T")
 HELD_BYTES = 256 * 2**20
 
-# of the process, not of a thread: autograd runs backward in threads of its own
+# of the process: autograd runs backward in threads of its own
 _streams: Streams | None = None
+# of one op's call, and so of a thread
+_of_call = threading.local()
 
 
 class Streams:
@@ -38,6 +41,7 @@ class Streams:
 
     def begin(self) -> None:
         self._home = torch.cuda.current_stream()
+        self._held.clear()
         # what a capture joins must have begun in it
         self._aside.wait_stream(self._home)
 
@@ -70,28 +74,37 @@ class Streams:
             self._held.clear()
 
 
+def _current() -> Streams | None:
+    return getattr(_of_call, "streams", None) or _streams
+
+
 @contextlib.contextmanager
-def overlapping(streams: Streams | None) -> Iterator[None]:
+def overlapping(streams: Streams) -> Iterator[None]:
     """Has the functions below use ``streams``; what runs inside is joined at the end."""
     global _streams
     before, _streams = _streams, streams
     try:
-        if streams is not None:
-            streams.begin()
+        streams.begin()
         yield
-        join()
+        streams.join()
     finally:
         _streams = before
 
 
 @contextlib.contextmanager
 def overlapping_in_captures() -> Iterator[None]:
-    """As :func:`overlapping` where a CUDA graph is captured; elsewhere it changes nothing."""
-    streams = None
-    if _streams is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        streams = _streams_of_captures(torch.cuda.current_device())
-    with contextlib.nullcontext() if streams is None else overlapping(streams):
+    """As :func:`overlapping`, for this thread, where a CUDA graph is captured; elsewhere it changes nothing."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if _current() is not None or not capturing:
         yield
+        return
+    streams = _of_call.streams = _streams_of_captures(torch.cuda.current_device())
+    try:
+        streams.begin()
+        yield
+        streams.join()
+    finally:
+        _of_call.streams = None
 
 
 @functools.cache
@@ -104,17 +117,20 @@ def aside(work: Callable[[], object], *inputs: Tensor) -> None:
 
     One work after the other; nothing may write to the inputs before :func:`join`.
     """
-    work() if _streams is None else _streams.aside(work, *inputs)
+    streams = _current()
+    work() if streams is None else streams.aside(work, *inputs)
 
 
 def side_by_side(*tasks: Callable[[], T]) -> list[T]:
     """The results of ``tasks``, none of which needs another's."""
-    if _streams is None or len(tasks) == 1:
+    streams = _current()
+    if streams is None or len(tasks) == 1:
         return [task() for task in tasks]
-    return _streams.side_by_side(*tasks)
+    return streams.side_by_side(*tasks)
 
 
 def join() -> None:
     """What was left aside is done for whoever comes later on the current stream."""
-    if _streams is not None:
-        _streams.join()
+    streams = _current()
+    if streams is not None:
+        streams.join()

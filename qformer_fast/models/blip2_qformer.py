@@ -176,9 +176,15 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         """``ln_vision`` without its weight and bias, and a column of ones: (images, tokens, encoder_hidden) -> (images,
         tokens, :func:`reference.standardized_width`) for :meth:`image_kv`, without gradient. ``out`` may be of another
         dtype.
+
+        Raises:
+            ValueError: another width than ``config.encoder_hidden_size``, no token.
         """
+        width = self.config.encoder_hidden_size
+        if image_embeds.ndim != 3 or image_embeds.shape[-1] != width or 0 in image_embeds.shape:
+            raise ValueError(f"image_embeds must be (images, tokens, {width}), got {tuple(image_embeds.shape)}")
         if out is None:
-            out = image_embeds.new_empty(*image_embeds.shape[:-1], standardized_width(image_embeds.shape[-1]))
+            out = image_embeds.new_empty(*image_embeds.shape[:-1], standardized_width(width))
         run = kernel_or_formula("standardize_into", image_embeds)
         return run(out, image_embeds.detach().contiguous(), self.ln_vision.eps)
 

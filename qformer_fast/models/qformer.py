@@ -289,10 +289,8 @@ class QFormer(CheckpointMixin, nn.Module):
         if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):
             raise ValueError("image_embeds must be finite, got NaN or Inf")
         weight, bias = (self.kv_weights() if weights is None else weights).parameters
-        folded = {}
-        if norm is not None:
-            folded = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, standardized=standardized)
-        out = ops.image_key_value(image_embeds, weight, bias, **folded)
+        folded = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+        out = ops.image_key_value(image_embeds, weight, bias, **folded, standardized=standardized)
         sizes = (len(self.config.cross_attention_layers), 2, self.config.num_attention_heads, self.config.headdim)
         return ImageKV(out.unflatten(-1, sizes), image_mask)
 

@@ -32,7 +32,8 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
 
 def frees_saved(dout: Tensor) -> bool:
     """Whether backward may write to what forward kept: nothing reads it afterwards, and no compiler traces the call."""
-    return type(dout) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    traced = torch.compiler.is_compiling() or type(dout) is not Tensor
+    return not (traced or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def norm_totals(out_bias_and_norm: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:

@@ -37,6 +37,11 @@ def check_probability(name: str, p: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {p}")
 
 
+def check_scale(name: str, scale: float | None) -> None:
+    if scale is not None and not scale > 0:
+        raise ValueError(f"{name} must be positive, got {scale}")
+
+
 def check_rows(name: str, x: Tensor, rows: int, layout: SequenceLayout) -> None:
     """Raises ValueError unless ``x`` has the ``rows`` that ``layout`` speaks of and lies on its device."""
     if x.shape[0] != rows:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# what seeds_ahead has drawn and no op has taken yet
-_ahead: list[Tensor] = []
+# how many seeds the first op inside seeds_ahead is to draw, and those that no op has taken yet
+_wanted = 0
+_drawn: list[Tensor] = []
 
 
 def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -24,26 +25,28 @@ def draw_seeds(x: Tensor, *dropout_ps: float) -> list[Tensor | None]:
     """A seed as :func:`draw_seed` for each probability, drawn together."""
     if not any(dropout_ps):
         return [None] * len(dropout_ps)
+    global _wanted
     count = len(dropout_ps)
-    if len(_ahead) >= count and _ahead[0].device == x.device:
-        seeds = [_ahead.pop() for _ in range(count)]
-    else:
-        seeds = _draw(count, x.device)
+    if count <= _wanted:
+        _drawn.extend(_draw(_wanted, x.device))
+        _wanted = 0
+    seeds = [_drawn.pop() for _ in range(count)] if count <= len(_drawn) else _draw(count, x.device)
     return [seed if p > 0 else None for seed, p in zip(seeds, dropout_ps, strict=True)]
 
 
 @contextlib.contextmanager
-def seeds_ahead(count: int, device: torch.device) -> Iterator[None]:
-    """Ops inside take their first ``count`` seeds from one draw, for one launch instead of one an op.
+def seeds_ahead(count: int) -> Iterator[None]:
+    """Ops inside, all on one device, take their first ``count`` seeds from one draw: one launch instead of one an op.
 
     Not around a part that is computed again in backward: there it would find other seeds.
     """
-    global _ahead
-    before, _ahead = _ahead, _draw(count, device)
+    global _wanted
+    _wanted = count
     try:
         yield
     finally:
-        _ahead = before
+        _wanted = 0
+        _drawn.clear()
 
 
 def _draw(count: int, device: torch.device) -> list[Tensor]:

@@ -69,8 +69,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-    seed = ctx.saved_tensors[-1]
-    dx, dresidual, *parameters = dropout_add_layer_norm_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.dropout_p)
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets them be read a single time
+    seed = saved[-1]
+    dx, dresidual, *parameters = dropout_add_layer_norm_bwd(dout.contiguous(), *saved, ctx.dropout_p)
     return dx, dx if seed is None else dresidual, *parameters, None, None, None
 
 

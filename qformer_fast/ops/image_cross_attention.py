@@ -15,6 +15,7 @@ from qformer_fast.ops._checks import (
     check_floating,
     check_probability,
     check_rows,
+    check_scale,
     check_shape,
     check_totals,
 )
@@ -161,7 +162,7 @@ def image_cross_attention(
         layout (SequenceLayout): its ``image_index`` says who looks where.
         image_mask (Tensor, Optional): (images, 1 or num_queries, tokens); bool (True = may look) or float (added to the
             scores). A row that may look at nothing gives zeros. Default: `None`, all tokens.
-        softmax_scale (float, Optional): Default: `None`, 1/sqrt(headdim).
+        softmax_scale (float, Optional): positive. Default: `None`, 1/sqrt(headdim).
         dropout_p (float): probability of dropping a softmax weight, in [0, 1). Default: 0.0.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
@@ -179,6 +180,7 @@ def image_cross_attention(
     check_device(q, k=k, v=v, image_mask=image_mask)
     check_rows("q", q, layout.num_query_rows, layout)
     check_probability("dropout_p", dropout_p)
+    check_scale("softmax_scale", softmax_scale)
     if image_mask is not None:
         check_image_mask(image_mask, k, layout)
     run = backends.resolve("image_cross_attention", IMPLEMENTATIONS, backend, q, unsupported(q.shape[2], image_mask))

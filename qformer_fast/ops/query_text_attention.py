@@ -14,6 +14,7 @@ from qformer_fast.ops._checks import (
     check_floating,
     check_probability,
     check_rows,
+    check_scale,
     check_shape,
 )
 from qformer_fast.ops._seeds import draw_seed
@@ -124,7 +125,7 @@ def query_text_attention(
     Args:
         qkv (Tensor): (rows, 3, nheads, headdim); fp32, fp16 or bf16; the packed rows' queries, keys and values.
         layout (SequenceLayout): which rows form which sequence.
-        softmax_scale (float, Optional): Default: `None`, 1/sqrt(headdim).
+        softmax_scale (float, Optional): positive. Default: `None`, 1/sqrt(headdim).
         dropout_p (float): probability of dropping a softmax weight, in [0, 1). Default: 0.0.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
@@ -139,5 +140,6 @@ def query_text_attention(
     check_floating(qkv=qkv)
     check_rows("qkv", qkv, layout.num_rows, layout)
     check_probability("dropout_p", dropout_p)
+    check_scale("softmax_scale", softmax_scale)
     run = backends.resolve("query_text_attention", IMPLEMENTATIONS, backend, qkv, unsupported(qkv.shape[3], layout))
     return run(qkv, layout, softmax_scale=softmax_scale, dropout_p=dropout_p)

@@ -161,7 +161,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout: Tensor):
-    rows_and_saved, others = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets them be read a single time
+    rows_and_saved, others = saved[:6], saved[6:]
     parameters, seeds = list(others[: ctx.num_parameters]), list(others[ctx.num_parameters :])
     overwrite = ctx.overwrite and frees_saved(dout)
     run = _bwd if overwrite or ctx.totals else split_feed_forward_block_bwd

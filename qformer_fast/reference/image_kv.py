@@ -48,6 +48,8 @@ def image_key_value(
         weight = weight * norm_weight
     if not standardized:
         return F.linear(x, weight, bias)
-    weight = weight.to(x.dtype)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # before they are joined
+        weight, bias = (parameter.to(torch.get_autocast_dtype(device)) for parameter in (weight, bias))
     zeros = weight.new_zeros(weight.shape[0], x.shape[-1] - weight.shape[-1] - 1)
-    return F.linear(x, torch.cat([weight, bias.to(x.dtype)[:, None], zeros], dim=1))
+    return F.linear(x, torch.cat([weight, bias[:, None], zeros], dim=1))

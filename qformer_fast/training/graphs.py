@@ -232,7 +232,7 @@ def step_in_parts(
     )
     image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
     seeds = 6 * model.config.num_hidden_layers + 1  # of a sweep: two of each sub-layer, and the embeddings'
-    with seeds_ahead(seeds, made.device):
+    with seeds_ahead(seeds):
         first = model.first_sweep(image_kv, inputs.text, inputs.label_rows, inputs.same_image, weights)
     drawn = model.draw_negatives(first, inputs.same_image)
     inputs.host_rows.copy_(inputs.text.lengths[drawn[1]].sum(), non_blocking=True)
@@ -262,7 +262,7 @@ def step_in_parts(
     fill = 2 * fillers * inputs.text.max_length + negative_rows
     pairs = inputs.text.select(pairs_of(text_index), 2 * inputs.text.num_rows + negative_rows, fill=fill)
     again = dataclasses.replace(first, image_kv=dataclasses.replace(image_kv, accumulate=True))
-    with seeds_ahead(seeds, made.device):
+    with seeds_ahead(seeds):
         loss_itm, logits = model.second_sweep(again, pairs, image_index)
     backward(loss_itm * inputs.scale, accumulate=True)
     backward(made, grad_outputs=image_kv.gradient)

@@ -1,9 +1,11 @@
 """The fused sub-layers against the reference composition, with every gradient."""
 
+import functools
 import importlib
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from qformer_fast import Mask, SequenceLayout, ops, reference
 
@@ -163,6 +165,35 @@ def test_gradients_with_dropout_are_those_of_the_formula(name, layout, assert_cl
     assert_close(actual, high, high, atol=1e-5)
     none = gradients(call, getattr(reference, name), inputs, dout)
     assert (actual["out"] - none["out"]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_feed_forward_backward_writes_over_what_forward_kept(keep, layout, monkeypatch):
+    inputs, call = blocks(layout)["split_feed_forward_block"]
+    inputs = {key: x.requires_grad_() for key, x in inputs.items()}
+    module = importlib.import_module("qformer_fast.ops.split_feed_forward_block")
+    kept, op = [], module.split_feed_forward_block_fwd
+    monkeypatch.setattr(module, "split_feed_forward_block_fwd", lambda *args: kept.append(op(*args)) or kept[0])
+    out = call(ops.split_feed_forward_block, *inputs.values(), dropout_p=0.0, backend="triton")
+    (_, up, x, *_), before = kept[0], [y.clone() for y in kept[0]]
+    torch.autograd.grad(out, list(inputs.values()), torch.randn_like(out), retain_graph=keep)
+    assert torch.equal(up, before[1]) == torch.equal(x, before[2]) == keep
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_under_gradient_checkpointing(name, layout):
+    """What forward kept is made again, with the same dropout, and may be read once."""
+    inputs, call = blocks(layout)[name]
+    inputs = {key: x.requires_grad_() for key, x in inputs.items()}
+    dropout = ["dropout_p"] if "feed" in name else ["attention_dropout_p", "hidden_dropout_p"]
+    options = dict.fromkeys(dropout, 0.25) | {"backend": "triton"}
+    found = []
+    for run in (lambda f, *x: f(*x), functools.partial(checkpoint, use_reentrant=False)):
+        torch.manual_seed(3)
+        out = run(lambda *x: call(getattr(ops, name), *x, **options), *inputs.values())
+        dout = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
+        found.append([out, *torch.autograd.grad(out, list(inputs.values()), dout)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.cuda

@@ -20,7 +20,7 @@ def build(num_queries, query_sequences, lengths):
     )
 
 
-# one tile of 16, 32 and 64 rows; then streamed
+# four, two and one head in a tile of 64 rows; then streamed
 LAYOUTS = {
     "tiny": lambda: build(3, 2, [4, 0, 5]),
     "one-token": lambda: build(0, 0, [1]),

@@ -28,6 +28,8 @@ def test_shapes_dtypes_and_probabilities(layout):
         ops.query_text_attention(qkv.long(), layout)
     with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\), got 1.0"):
         ops.query_text_attention(qkv, layout, dropout_p=1.0)
+    with pytest.raises(ValueError, match=r"softmax_scale must be positive, got -0.5"):
+        ops.query_text_attention(qkv, layout, softmax_scale=-0.5)
     with pytest.raises(ValueError, match=r"v must be \(2, 4, 2, 8\)"):
         ops.image_cross_attention(torch.randn(6, 2, 8), torch.randn(2, 4, 2, 8), torch.randn(2, 5, 2, 8), layout)
     with pytest.raises(ValueError, match="image_mask must"):

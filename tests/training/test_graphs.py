@@ -119,6 +119,9 @@ def test_shapes_that_are_known_are_taken_again():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="model must be on a CUDA device, got cpu"):
         GraphedStage1(build("cpu"))
+    for width in (39, 41, 47):  # 41 to 47 are as wide as 40 when filled up
+        with pytest.raises(ValueError, match=rf"image_embeds must be \(images, tokens, 40\), got \(2, 3, {width}\)"):
+            build("cpu").standardize(torch.randn(2, 3, width))
 
 
 def test_own_leaves_see_every_step_of_the_optimizer():

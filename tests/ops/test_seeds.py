@@ -1,0 +1,41 @@
+"""Dropout's seeds, drawn one by one and ahead."""
+
+from unittest.mock import patch
+
+import torch
+
+from qformer_fast.ops._seeds import draw_seed, draw_seeds, seeds_ahead
+
+X = torch.zeros(1)
+
+
+def test_seeds_ahead_are_one_draw():
+    with patch("torch.randint", wraps=torch.randint) as randint:
+        with seeds_ahead(5):
+            seeds = [draw_seed(X, 0.1), *draw_seeds(X, 0.1, 0.2), *draw_seeds(X, 0.1, 0.1)]
+            assert randint.call_count == 1
+            seeds.append(draw_seed(X, 0.1))
+        assert randint.call_count == 2
+        seeds.append(draw_seed(X, 0.1))
+        assert randint.call_count == 3
+    assert all(seed.shape == (1,) and seed.dtype == torch.int64 for seed in seeds)
+    assert len({int(seed) for seed in seeds}) == 7
+
+
+def test_what_drops_nothing_has_no_seed_and_draws_none():
+    state = torch.get_rng_state()
+    with seeds_ahead(4):
+        assert draw_seeds(X, 0.0, 0.0) == [None, None]
+        assert torch.equal(torch.get_rng_state(), state)
+        first, second = draw_seeds(X, 0.0, 0.5)
+    assert first is None and second is not None
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_seeds_left_over_are_not_taken_later():
+    torch.manual_seed(0)
+    with seeds_ahead(4):
+        draw_seed(X, 0.5)
+    state = torch.get_rng_state()
+    draw_seed(X, 0.5)
+    assert not torch.equal(torch.get_rng_state(), state)
