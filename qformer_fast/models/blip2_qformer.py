@@ -20,6 +20,7 @@ from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
 from qformer_fast.models.padded import padded_layout
 from qformer_fast.models.qformer import DenseLayerNorm, QFormer
+from qformer_fast.ops._checks import check_shape
 from qformer_fast.reference import standardized_width
 
 LABEL_SMOOTHING = 0.1
@@ -178,11 +179,10 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         dtype.
 
         Raises:
-            ValueError: another width than ``config.encoder_hidden_size``, no token.
+            ValueError: another width than ``config.encoder_hidden_size``.
         """
         width = self.config.encoder_hidden_size
-        if image_embeds.ndim != 3 or image_embeds.shape[-1] != width or 0 in image_embeds.shape:
-            raise ValueError(f"image_embeds must be (images, tokens, {width}), got {tuple(image_embeds.shape)}")
+        check_shape("image_embeds", image_embeds, "images", "tokens", width)
         if out is None:
             out = image_embeds.new_empty(*image_embeds.shape[:-1], standardized_width(width))
         run = kernel_or_formula("standardize_into", image_embeds)

@@ -197,7 +197,6 @@ def test_under_gradient_checkpointing(name, layout):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device to capture a graph on")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_captured_in_a_graph(name, layout):
     """Query and text rows go side by side there."""

@@ -211,11 +211,10 @@ def test_image_key_value(normed):
     ones_and_zeros = torch.cat([torch.ones(2, 3, 1), torch.zeros(2, 3, 2)], 2)
     standardized = reference.standardize_into(x.new_empty(2, 3, 8), x.detach(), 1e-5)
     torch.testing.assert_close(standardized, torch.cat([x_hat, ones_and_zeros], 2))
-    if normed:
-        again = ops.image_key_value(standardized, weight, bias, *norm, standardized=True)
-        torch.testing.assert_close(again, y @ weight.T + bias)
-        parameters = (weight, bias, *norm)
-        torch.autograd.gradcheck(lambda *p: ops.image_key_value(standardized, *p, standardized=True), parameters)
+    parameters = (weight, bias, *norm)
+    again = ops.image_key_value(standardized, *parameters, standardized=True)
+    torch.testing.assert_close(again, (y if normed else x_hat) @ weight.T + bias)
+    torch.autograd.gradcheck(lambda *p: ops.image_key_value(standardized, *p, standardized=True), parameters)
 
 
 def test_sample_negatives_has_the_distribution_of_softmax():

@@ -18,9 +18,9 @@ def config(**options):
     return QFormerConfig(**sizes, num_query_tokens=5, encoder_hidden_size=40, **options)
 
 
-def build(device, dropout=0.0):
+def build(device, dropout=0.0, **options):
     torch.manual_seed(0)
-    options = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    options |= dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     return Blip2QFormer(config(**options)).to(device).train()
 
 
@@ -31,8 +31,7 @@ def gradients(model):
 def assert_same(actual, expected, tolerance):
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
-        # temp's is a sum of terms up to 1 / temp^2 = 200 that cancel
-        scale = max(float(x.abs().max()), 1.0 if name == "temp" else 1e-2)
+        scale = max(float(x.abs().max()), 1e-2)
         assert float((actual[name] - x).abs().max()) <= tolerance * scale, name
 
 
@@ -47,7 +46,8 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
     if reason := available()[backend]:
         pytest.skip(reason)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, batch = build(device), len(lengths)
+    # of weights so small that all images look alike temp's gradient would be nothing but rounding
+    model, batch = build(device, initializer_range=0.2), len(lengths)
     ids, mask = (x.to(device) for x in make_captions(lengths, max(lengths)))
     images, same_image = torch.randn(batch, 6, 40, device=device), torch.eye(batch, dtype=torch.bool, device=device)
     own = torch.arange(batch, device=device)
