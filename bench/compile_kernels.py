@@ -114,7 +114,12 @@ def run_ops(sizes: Sizes, dtype: torch.dtype, quick: bool) -> None:
 def run_launchers(dtype: torch.dtype) -> None:
     """What no op of _cases.py launches."""
     x = torch.empty(2, 1408, dtype=dtype)
-    kernels.standardize_into(x.new_empty(2, reference.standardized_width(1408)), x, 1e-5)
+    width = reference.standardized_width(1408)
+    kernels.standardize_into(x.new_empty(2, width), x, 1e-5)
+    weight, bias, norm = torch.empty(16, 1408), torch.empty(16), torch.empty(1408)
+    folded = kernels.fold_norm_fwd(weight, bias, norm, norm, width, dtype)
+    kernels.fold_norm_bwd(folded, weight, bias, norm, norm)
+    kernels.fold_norm_bwd(folded, weight, bias, norm, norm, [weight, bias, norm, norm])
 
 
 def compile_for(target: str, sizes: list[str], quick: bool) -> list[dict[str, Any]]:

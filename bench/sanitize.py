@@ -2,9 +2,14 @@
 
 compute-sanitizer --tool memcheck python bench/sanitize.py
 compute-sanitizer --tool racecheck --print-limit 100000 python bench/sanitize.py
+
+Several processes may share the work: --parts.
 """
 
 from __future__ import annotations
+
+import argparse
+import functools
 
 import torch
 from _cases import CASES, Sizes
@@ -14,10 +19,8 @@ from qformer_fast import Blip2QFormer, QFormerConfig, extension, ops
 from qformer_fast.models.packing import GradientBuffers
 from qformer_fast.training.graphs import StepInputs, step_in_parts
 
-SIZES = (
-    Sizes(3, "cuda", vocab=523, layers=2),
-    Sizes(2, "cuda", vocab=523, layers=2, shortest=40, longest=70, tokens=50),
-)
+SHORT = Sizes(3, "cuda", vocab=523, layers=2)
+LONG = Sizes(2, "cuda", vocab=523, layers=2, shortest=40, longest=70, tokens=50)
 
 
 def new(*shape: int, std: float = 1.0) -> Tensor:
@@ -67,9 +70,9 @@ def run_extension() -> None:
     torch.cuda.synchronize()
 
 
-def reject() -> int:
-    """How many calls with a wrong shape, device or dtype went through."""
-    x, layout = torch.randn(8, 32, device="cuda"), SIZES[0].layouts()["sweep1"]
+def reject() -> None:
+    """Calls with a wrong shape, device or dtype, of which none may go through."""
+    x, layout = torch.randn(8, 32, device="cuda"), SHORT.layouts()["sweep1"]
     labels = torch.zeros(8, dtype=torch.int64, device="cuda")
     calls = (
         lambda: ops.bias_gelu(x, x[0, :31], backend="triton"),
@@ -88,23 +91,28 @@ def reject() -> int:
             continue
         accepted += 1
     torch.cuda.synchronize()
-    return accepted
+    if accepted:
+        raise SystemExit(f"{accepted} wrong calls were accepted")
+
+
+PARTS = {
+    "short": functools.partial(run_everything, SHORT),
+    "long": functools.partial(run_everything, LONG),
+    "step": run_step,
+    "extension": run_extension,
+    "reject": reject,
+}
 
 
 def main() -> None:
-    for sizes in SIZES:
-        run_everything(sizes)
-        print(f"ran captions of {sizes.shortest} to {sizes.longest} tokens", flush=True)
-    run_step()
-    print("ran a step", flush=True)
-    if reason := extension.why_not():
-        print(f"extension not run: {reason}")
-    else:
-        run_extension()
-        print("ran the extension")
-    if accepted := reject():
-        raise SystemExit(f"{accepted} wrong calls were accepted")
-    print("wrong calls rejected")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="all by default")
+    for part in parser.parse_args().parts:
+        if part == "extension" and (reason := extension.why_not()):
+            print(f"extension not run: {reason}")
+            continue
+        PARTS[part]()
+        print(f"ran {part}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from qformer_fast.kernels.contrastive_similarity import (
 )
 from qformer_fast.kernels.dropout_add_layer_norm import dropout_add_layer_norm_bwd, dropout_add_layer_norm_fwd
 from qformer_fast.kernels.embeddings import embeddings_bwd, embeddings_fwd
+from qformer_fast.kernels.fold_norm import fold_norm_bwd, fold_norm_fwd
 from qformer_fast.kernels.image_cross_attention import (
     image_cross_attention_bwd,
     image_cross_attention_bwd_into,
@@ -34,6 +35,8 @@ __all__ = [
     "dropout_add_layer_norm_fwd",
     "embeddings_bwd",
     "embeddings_fwd",
+    "fold_norm_bwd",
+    "fold_norm_fwd",
     "image_cross_attention_bwd",
     "image_cross_attention_bwd_into",
     "image_cross_attention_fwd",

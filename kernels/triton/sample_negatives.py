@@ -22,6 +22,22 @@ def gumbel(words):
 
 
 @triton.jit
+def _noise(seed, row, start, N, BLOCK_N: tl.constexpr):
+    """(BLOCK_N,) of the columns from ``start`` on, -inf past the last."""
+    counters = row * ((N + 3) // 4) + start // 4 + tl.arange(0, BLOCK_N // 4)
+    a, b, c, d = tl.randint4x(seed, counters, ROUNDS)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK_N,)).to(tl.uint32, bitcast=True)
+    return tl.where(start + tl.arange(0, BLOCK_N) < N, gumbel(words), float("-inf"))
+
+
+@triton.jit
+def _keep_larger(best, argbest, scores, start):
+    """The largest so far and its column, after the columns from ``start`` on."""
+    value, index = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    return tl.maximum(best, value), tl.where(value > best, start + index, argbest)
+
+
+@triton.jit
 def sample_negatives_fwd_kernel(
     logits_ptr,  # (M, N) with strides
     excluded_ptr,  # (M, N) bool with strides
@@ -40,28 +56,20 @@ def sample_negatives_fwd_kernel(
     logits_ptr += row.to(tl.int64) * stride_lm
     excluded_ptr += row.to(tl.int64) * stride_em
     best = tl.full((), float("-inf"), tl.float32)
-    loudest = tl.full((), float("-inf"), tl.float32)
-    argbest = tl.full((), -1, tl.int32)
-    argloudest = tl.full((), 0, tl.int32)
+    drawn = tl.full((), -1, tl.int32)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask = offs_n < N
-        counters = row * ((N + 3) // 4) + start // 4 + tl.arange(0, BLOCK_N // 4)
-        a, b, c, d = tl.randint4x(seed, counters, ROUNDS)
-        words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK_N,)).to(tl.uint32, bitcast=True)
-        noise = tl.where(mask, gumbel(words), float("-inf"))
         logits = tl.load(logits_ptr + offs_n.to(tl.int64) * stride_ln, mask=mask, other=0.0).to(tl.float32)
         excluded = tl.load(excluded_ptr + offs_n.to(tl.int64) * stride_en, mask=mask, other=1) != 0
         logits = tl.where(logits == logits, logits, -LARGEST)
         logits = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
-        score = tl.where(excluded, float("-inf"), logits + noise)
-        value, index = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        argbest = tl.where(value > best, start + index, argbest)
-        best = tl.maximum(best, value)
-        value, index = tl.max(noise, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        argloudest = tl.where(value > loudest, start + index, argloudest)
-        loudest = tl.maximum(loudest, value)
-    tl.store(out_ptr + row, tl.where(argbest >= 0, argbest, argloudest).to(tl.int64))
+        scores = tl.where(excluded, float("-inf"), logits + _noise(seed, row, start, N, BLOCK_N))
+        best, drawn = _keep_larger(best, drawn, scores, start)
+    if drawn < 0:
+        for start in range(0, N, BLOCK_N):
+            best, drawn = _keep_larger(best, drawn, _noise(seed, row, start, N, BLOCK_N), start)
+    tl.store(out_ptr + row, drawn.to(tl.int64))
 
 
 def sample_negatives_fwd(logits: Tensor, excluded: Tensor, seed: Tensor) -> Tensor:

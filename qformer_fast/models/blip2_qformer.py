@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,27 @@ class Stage1Output:
 
 @dataclass(frozen=True, eq=False)
 class FirstSweep:
-    """What sweep 1 leaves for the captions' loss and for sweep 2.
+    """What sweep 1 leaves for ITC, for the captions' loss and for sweep 2.
 
     Args:
         image_kv (ImageKV): of the batch's images.
         weights (EncoderWeights): which both sweeps share.
+        query_rows (Tensor): (batch * queries, hidden), which did not see the caption: ITC's image side.
+        first_rows (Tensor): (batch, hidden), the first token of each caption alone: ITC's text side.
         itg_rows (Tensor): (label rows, hidden), of captions that begin with [DEC] and saw their image the tokens that a
             token follows.
-        loss_itc, sim_i2t, sim_t2i (Tensor): as in :class:`Stage1Output`, similarities with gradients.
     """
 
     image_kv: ImageKV
     weights: EncoderWeights
+    query_rows: Tensor
+    first_rows: Tensor
     itg_rows: Tensor
+
+
+class Contrast(NamedTuple):
+    """ITC of a batch; the similarities as in :class:`Stage1Output`, with gradients."""
+
     loss_itc: Tensor
     sim_i2t: Tensor
     sim_t2i: Tensor
@@ -195,7 +203,8 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
 
         Args:
             image_embeds (Tensor): (images, tokens, encoder_hidden), the image encoder's tokens, finite.
-            weights (BlockWeights, Optional): of :meth:`QFormer.kv_weights`. Default: `None`, made here.
+            weights (BlockWeights, Optional): of :meth:`QFormer.kv_weights` with ``ln_vision``. Default: `None`, made
+                here.
             standardized (bool): they went through :meth:`standardize`. Default: False.
         """
         return self.qformer.image_kv(image_embeds, norm=self.ln_vision, weights=weights, standardized=standardized)
@@ -232,21 +241,22 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         same_image = self.same_image(image_ids, batch, device)
         weights = self.qformer.encoder_weights(self.query_tokens)
         label_rows, labels = text.next_tokens()
-        first = self.first_sweep(self.image_kv(image_embeds), text, label_rows, same_image, weights)
+        first = self.first_sweep(self.image_kv(image_embeds), text, label_rows, weights)
+        contrast = self.contrast(first, same_image)
         if negatives is None:
-            negatives = self.draw_negatives(first, same_image)
+            negatives = self.draw_negatives(contrast, same_image)
         image_index, text_index = self._check_negatives(negatives, batch, device)
         negative_rows = self._count_negative_rows(text, image_index, text_index)
         loss_itg = self.caption_loss(first.itg_rows, labels)
         pairs = text.select(pairs_of(text_index), 2 * text.num_rows + negative_rows)
-        loss_itm, itm_logits = self.second_sweep(first, pairs, image_index)
+        loss_itm, itm_logits = self.second_sweep(first, pairs, self.pair_layout(pairs, image_index))
         return Stage1Output(
-            loss=first.loss_itc + loss_itm + loss_itg,
-            loss_itc=first.loss_itc,
+            loss=contrast.loss_itc + loss_itm + loss_itg,
+            loss_itc=contrast.loss_itc,
             loss_itm=loss_itm,
             loss_itg=loss_itg,
-            sim_i2t=first.sim_i2t.detach(),
-            sim_t2i=first.sim_t2i.detach(),
+            sim_i2t=contrast.sim_i2t.detach(),
+            sim_t2i=contrast.sim_t2i.detach(),
             itm_logits=itm_logits.detach(),
             itm_labels=self.match_labels(batch),
             negatives=(image_index, text_index),
@@ -268,18 +278,17 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         return text
 
     def first_sweep(
-        self, image_kv: ImageKV, text: PackedText, label_rows: Tensor, same_image: Tensor, weights: EncoderWeights
+        self, image_kv: ImageKV, text: PackedText, label_rows: Tensor, weights: EncoderWeights
     ) -> FirstSweep:
-        """Each pair as [queries | caption] and each caption alone, and ITC.
+        """Each pair as [queries | caption] and each caption alone.
 
         Args:
             image_kv (ImageKV): of the batch's images.
             text (PackedText): the batch's captions; captions after these are encoded and not read.
             label_rows (Tensor): (n,) int64, which of the text rows predict a token.
-            same_image (Tensor): (batch, batch) bool, True where two pairs show one image.
             weights (EncoderWeights): of ``self.qformer``.
         """
-        batch, device = image_kv.num_images, same_image.device
+        batch, device = image_kv.num_images, label_rows.device
         both = PackedText.concatenate(text.with_first_token(self.dec_token_id, batch), text)
         unimodal = _filled(len(both) - batch, Mask.UNIMODAL, device)
         layout = SequenceLayout(
@@ -299,17 +308,12 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             text_index=torch.cat([label_rows, text.num_rows + text.offsets[:batch]]),
         )
         query_rows, itg_rows, first_rows = rows.split([layout.num_query_rows, len(label_rows), batch])
-        image_features = self._image_features(query_rows)
-        text_features = self._text_features(first_rows)
-        sim_i2t, sim_t2i = self._similarities(image_features, text_features)
-        return FirstSweep(
-            image_kv=image_kv,
-            weights=weights,
-            itg_rows=itg_rows,
-            loss_itc=self._contrastive_loss(sim_i2t, sim_t2i, same_image),
-            sim_i2t=sim_i2t,
-            sim_t2i=sim_t2i,
-        )
+        return FirstSweep(image_kv, weights, query_rows, first_rows, itg_rows)
+
+    def contrast(self, first: FirstSweep, same_image: Tensor) -> Contrast:
+        """ITC; ``same_image`` (batch, batch) bool is True where two pairs show one image."""
+        similarities = self._similarities(self._image_features(first.query_rows), self._text_features(first.first_rows))
+        return Contrast(self._contrastive_loss(*similarities, same_image), *similarities)
 
     def caption_loss(self, itg_rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None) -> Tensor:
         """Next-token loss (Qformer.py:1069-1083) of ``itg_rows`` (n, hidden) with ``labels`` (n,), -100 and padding
@@ -324,14 +328,12 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             gradients=None if gradients is None else [gradients[(parameter,)] for parameter in parameters],
         )
 
-    def second_sweep(self, first: FirstSweep, pairs: PackedText, image_index: Tensor) -> tuple[Tensor, Tensor]:
-        """ITM on captions [own, own, negative] with images [own, negative, own] (blip2_qformer.py:211-238).
-
-        Captions after these are encoded and not read. Returns the loss and the logits (3 * batch, 2).
+    def pair_layout(self, pairs: PackedText, image_index: Tensor) -> SequenceLayout:
+        """Captions [own, own, negative], ``pairs``, with images [own, ``image_index``, own]; captions after these are
+        encoded alone.
         """
-        batch = len(image_index)
-        own = torch.arange(batch, device=image_index.device)
-        layout = SequenceLayout(
+        own = torch.arange(len(image_index), device=image_index.device)
+        return SequenceLayout(
             num_queries=self.query_tokens.shape[1],
             image_index=torch.cat([own, image_index, own]),
             text_offsets=pairs.offsets,
@@ -339,6 +341,9 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_text_rows=pairs.num_rows,
             max_text_length=pairs.max_length,
         )
+
+    def second_sweep(self, first: FirstSweep, pairs: PackedText, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """ITM on :meth:`pair_layout`'s pairs (blip2_qformer.py:211-238): the loss and the logits (3 * batch, 2)."""
         query_rows = self.qformer.encode(
             layout,
             query_embeds=self.query_tokens,
@@ -348,7 +353,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             text_index=pairs.offsets.new_empty(0),
         )
         logits = self._match_logits(query_rows)
-        return F.cross_entropy(logits, self.match_labels(batch)), logits
+        return F.cross_entropy(logits, self.match_labels(first.image_kv.num_images)), logits
 
     def match_labels(self, batch: int) -> Tensor:
         return (torch.arange(3 * batch, device=self.temp.device) < batch).long()
@@ -392,10 +397,10 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         targets = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / same_image.shape[1]
         return (F.cross_entropy(sim_i2t, targets) + F.cross_entropy(sim_t2i, targets)) / 2
 
-    def draw_negatives(self, first: FirstSweep, same_image: Tensor) -> tuple[Tensor, Tensor]:
+    def draw_negatives(self, contrast: Contrast, same_image: Tensor) -> tuple[Tensor, Tensor]:
         """Of each text an image and of each image a text, (batch,) each, likely where ITC finds them alike."""
         with torch.no_grad():
-            return ops.sample_negatives(first.sim_t2i, same_image), ops.sample_negatives(first.sim_i2t, same_image)
+            return tuple(ops.sample_negatives(x, same_image) for x in (contrast.sim_t2i, contrast.sim_i2t))
 
     def _check_negatives(
         self, negatives: tuple[Tensor, Tensor], batch: int, device: torch.device

@@ -274,7 +274,7 @@ class QFormer(CheckpointMixin, nn.Module):
             image_embeds (Tensor): (images, tokens, encoder_hidden).
             norm (nn.LayerNorm, Optional): applied to the tokens first, folded into the weights.
             image_mask (Tensor, Optional): see :class:`ImageKV`.
-            weights (BlockWeights, Optional): of :meth:`kv_weights`. Default: `None`, made here.
+            weights (BlockWeights, Optional): of :meth:`kv_weights` with ``norm``. Default: `None`, made here.
             standardized (bool): they are :meth:`Blip2QFormer.standardize`'s. Default: False.
 
         Raises:
@@ -288,15 +288,20 @@ class QFormer(CheckpointMixin, nn.Module):
             raise ValueError(f"image_embeds must be (images, tokens, {width}), got {tuple(image_embeds.shape)}")
         if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):
             raise ValueError("image_embeds must be finite, got NaN or Inf")
-        weight, bias = (self.kv_weights() if weights is None else weights).parameters
-        folded = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
-        out = ops.image_key_value(image_embeds, weight, bias, **folded, standardized=standardized)
+        if weights is None:
+            weights = self.kv_weights(norm)
+        eps = {} if norm is None else {"eps": norm.eps}
+        out = ops.image_key_value(
+            image_embeds, *weights.parameters, **eps, standardized=standardized, gradients=weights.gradients
+        )
         sizes = (len(self.config.cross_attention_layers), 2, self.config.num_attention_heads, self.config.headdim)
         return ImageKV(out.unflatten(-1, sizes), image_mask)
 
-    def kv_weights(self, gradients: GradientBuffers | None = None) -> BlockWeights:
-        """Weight and bias of all layers' keys and values; ``gradients`` as in :meth:`encoder_weights`."""
-        return BlockWeights.make(self._kv_groups, [torch.cat(group) for group in self._kv_groups], gradients)
+    def kv_weights(self, norm: nn.LayerNorm | None = None, gradients: GradientBuffers | None = None) -> BlockWeights:
+        """Weight and bias of all layers' keys and values, ``norm``'s; ``gradients`` as in :meth:`encoder_weights`."""
+        groups = self._kv_groups + ([] if norm is None else [(norm.weight,), (norm.bias,)])
+        parameters = [torch.cat(group) if len(group) > 1 else group[0] for group in groups]
+        return BlockWeights.make(groups, parameters, gradients)
 
     @property
     def _kv_groups(self) -> list[Group]:

@@ -2,14 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
-from qformer_fast.ops._checks import check_device, check_floating, check_shape
+from qformer_fast.ops._autograd import register_autograd, without_totals
+from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape, check_totals
 
-# a matrix product, the same on every backend
-IMPLEMENTATIONS = dict.fromkeys(("reference", "triton"), reference.image_key_value)
+
+@torch.library.custom_op("qformer_fast::fold_norm_fwd", mutates_args=())
+def fold_norm_fwd(
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    totals: list[Tensor],
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``totals`` are for backward, see :func:`_bwd`."""
+    run = backends.kernel_or_formula("fold_norm_fwd", weight)
+    return run(weight, bias, norm_weight, norm_bias, width, dtype)
+
+
+@fold_norm_fwd.register_fake
+def _(weight, bias, norm_weight, norm_bias, totals, width: int, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty(weight.shape[0], width, dtype=dtype)
+
+
+def _bwd(
+    dout: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, totals: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of the four parameters, or nothing where they are added to ``totals``."""
+    run = backends.kernel_or_formula("fold_norm_bwd", weight)
+    gradients = run(dout, weight, bias, norm_weight, norm_bias, totals)
+    return [] if totals else list(gradients)
+
+
+# with totals, backward calls the function itself: an op may not add to its inputs and return others
+fold_norm_bwd = torch.library.custom_op("qformer_fast::fold_norm_bwd", mutates_args=())(_bwd)
+
+
+@fold_norm_bwd.register_fake
+def _(dout: Tensor, *parameters_and_totals) -> list[Tensor]:
+    return [torch.empty_like(x) for x in parameters_and_totals[:4]]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *parameters, ctx.totals, _, _ = inputs
+    ctx.save_for_backward(*parameters)
+
+
+def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
+    run = _bwd if ctx.totals else fold_norm_bwd
+    gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals) or [None] * 4
+    return *gradients, [None] * len(ctx.totals), None, None
+
+
+register_autograd(fold_norm_fwd, _backward, _setup_context)
+
+
+def _kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    eps: float,
+    standardized: bool,
+    gradients: Sequence[Tensor] | None = None,
+) -> Tensor:
+    if norm_weight is None or not standardized:
+        return reference.image_key_value(x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized)
+    dtype = autocast_dtype(x)
+    folded = fold_norm_fwd(weight.contiguous(), bias, norm_weight, norm_bias, list(gradients or ()), x.shape[-1], dtype)
+    return F.linear(x.to(dtype), folded)
+
+
+IMPLEMENTATIONS = {"reference": without_totals(reference.image_key_value), "triton": _kernels}
 
 
 def image_key_value(
@@ -21,6 +97,7 @@ def image_key_value(
     *,
     eps: float = 1e-5,
     standardized: bool = False,
+    gradients: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """linear(layer_norm(x) * norm_weight + norm_bias, weight, bias), the LayerNorm folded into the weights.
@@ -36,6 +113,9 @@ def image_key_value(
         eps (float): of the LayerNorm. Default: 1e-5, ``nn.LayerNorm``'s as in LAVIS (blip2.py:81).
         standardized (bool): x is :meth:`Blip2QFormer.standardize`'s: (images, tokens, encoder_hidden and a column of
             ones, filled up to a multiple of 8). Default: False.
+        gradients (Sequence, Optional): four tensors like the parameters, fp32 or of their dtype, contiguous, with
+            ``standardized`` and a norm. The kernels add the parameters' gradients to them in backward and give autograd
+            none. Default: `None`.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -56,6 +136,10 @@ def image_key_value(
     for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if value is not None:
             check_shape(name, value, width)
+    if gradients is not None:
+        if norm_weight is None or not standardized:
+            raise ValueError("gradients must be None without standardized rows and a norm")
+        check_totals(gradients, weight, bias, norm_weight, norm_bias)
     return backends.resolve("image_key_value", IMPLEMENTATIONS, backend, x)(
-        x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized
+        x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized, gradients=gradients
     )

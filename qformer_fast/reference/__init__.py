@@ -14,7 +14,13 @@ from qformer_fast.reference.attention import (
     query_text_attention_fwd,
 )
 from qformer_fast.reference.blocks import cross_attention_block, self_attention_block, split_feed_forward_block
-from qformer_fast.reference.image_kv import image_key_value, standardize_into, standardized_width
+from qformer_fast.reference.image_kv import (
+    fold_norm_bwd,
+    fold_norm_fwd,
+    image_key_value,
+    standardize_into,
+    standardized_width,
+)
 from qformer_fast.reference.losses import (
     contrastive_similarity,
     contrastive_similarity_bwd_image,
@@ -58,6 +64,8 @@ __all__ = [
     "embeddings",
     "embeddings_bwd",
     "embeddings_fwd",
+    "fold_norm_bwd",
+    "fold_norm_fwd",
     "image_attention_probs",
     "image_cross_attention",
     "image_cross_attention_bwd",

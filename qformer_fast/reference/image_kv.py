@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from qformer_fast.reference.rowwise import added_to
 
 
 def standardized_width(width: int) -> int:
@@ -19,6 +23,29 @@ def standardize_into(out: Tensor, x: Tensor, eps: float) -> Tensor:
     out[..., width] = 1
     out[..., width + 1 :] = 0
     return out
+
+
+def fold_norm_fwd(
+    weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
+    """[weight diag(norm_weight) | bias + weight norm_bias | 0], (out, width) of ``dtype``: what standardised rows and
+    their column of ones are multiplied with. Shapes: weight (out, in), bias (out,), norm_weight, norm_bias (in,).
+    """
+    zeros = weight.new_zeros(weight.shape[0], width - weight.shape[1] - 1)
+    folded_bias = bias + weight @ norm_bias
+    return torch.cat([weight * norm_weight, folded_bias[:, None], zeros], dim=1).to(dtype)
+
+
+def fold_norm_bwd(
+    dout: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, totals: Sequence[Tensor] = ()
+) -> Sequence[Tensor]:
+    """Of dout = [dW' | dc' | ...]: dW' diag(norm_weight) + dc' norm_bias^T, dc', the column sums of dW' * weight, and
+    weight^T dc'; added to ``totals`` if there are any.
+    """
+    dscaled, dbias = dout[:, : weight.shape[1]].to(weight.dtype), dout[:, weight.shape[1]].to(bias.dtype)
+    dweight = dscaled * norm_weight + dbias[:, None] * norm_bias
+    gradients = dweight, dbias.clone(), (dscaled * weight).sum(0), dbias @ weight
+    return added_to(totals or None, gradients)
 
 
 def image_key_value(
@@ -41,15 +68,14 @@ def image_key_value(
 
     Shapes: x (images, tokens, encoder_hidden), weight (out, encoder_hidden), bias (out,) -> (images, tokens, out).
     """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if standardized:
+        if norm_weight is None:
+            norm_weight, norm_bias = weight.new_ones(weight.shape[1]), weight.new_zeros(weight.shape[1])
+        return F.linear(x, fold_norm_fwd(weight, bias, norm_weight, norm_bias, x.shape[-1], dtype))
     if norm_weight is not None:
-        if not standardized:
-            x = F.layer_norm(x, x.shape[-1:], eps=eps)
+        x = F.layer_norm(x, x.shape[-1:], eps=eps)
         bias = bias + weight @ norm_bias
         weight = weight * norm_weight
-    if not standardized:
-        return F.linear(x, weight, bias)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # before they are joined
-        weight, bias = (parameter.to(torch.get_autocast_dtype(device)) for parameter in (weight, bias))
-    zeros = weight.new_zeros(weight.shape[0], x.shape[-1] - weight.shape[-1] - 1)
-    return F.linear(x, torch.cat([weight, bias[:, None], zeros], dim=1))
+    return F.linear(x, weight, bias)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qformer_fast import overlap
-from qformer_fast.layout import PackedText
-from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output, pairs_of
+from qformer_fast.layout import PackedText, SequenceLayout
+from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output, pairs_of
 from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import GradientBuffers
 from qformer_fast.ops._seeds import seeds_ahead
@@ -126,9 +127,9 @@ class GraphedStage1:
                 self._captures[shape] = self._capture(shape, inputs)
             capture = self._captures[shape]
             capture.load(*inputs)
-            negative_rows = capture.draw(self._zeroing)
+            negative_rows = capture.draw()
             if negative_rows <= room:
-                return capture.finish()
+                return capture.finish(self._zeroing)
             self._negative_rows[text_rows] = _round_up(negative_rows, bucket) + bucket
             torch.cuda.set_rng_state(state, device)
 
@@ -156,7 +157,7 @@ class GraphedStage1:
         model = _with_own_leaves(self.model)
         capture = _Capture(model, self.dtype, shape, self._images[kind], inputs[1], self._gradients)
         capture.load(*inputs)
-        with _no_garbage_collection():
+        with _no_garbage_collection(), _expandable_segments():
             capture.record(self._pool, self._stream, self._beside)
         torch.cuda.set_rng_state(state, self.model.temp.device)
         return capture
@@ -185,6 +186,24 @@ def _with_own_leaves(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
+def _expandable_segments() -> Iterator[None]:
+    """The allocator takes memory as ranges that grow; segments of one size each leave a sixth of a pool unused. Whoever
+    has chosen it in the environment keeps the choice.
+    """
+    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if "expandable_segments" in given:
+        yield
+        return
+    options = [given] if given else []
+    # all options at once, since those that are not named fall back to their defaults
+    torch._C._accelerator_setAllocatorSettings(",".join([*options, "expandable_segments:True"]))
+    try:
+        yield
+    finally:
+        torch._C._accelerator_setAllocatorSettings(",".join([*options, "expandable_segments:False"]))
+
+
+@contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """What is collected may free device memory or destroy graphs, which would end the capture at hand."""
     gc.collect()
@@ -199,7 +218,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepInputs:
-    """What a step reads; ``host_rows`` () int64 on the CPU is written: rows of the negative captions.
+    """What a step reads; ``host_rows`` () int64 on the CPU is written: rows of the negative captions. Then ``drawn`` is
+    recorded.
 
     ``images`` went through :meth:`Blip2QFormer.standardize`.
     """
@@ -211,6 +231,7 @@ class StepInputs:
     same_image: Tensor
     scale: Tensor
     host_rows: Tensor
+    drawn: torch.cuda.Event | None = None
 
 
 def step_in_parts(
@@ -220,12 +241,12 @@ def step_in_parts(
     gradients: GradientBuffers,
     negatives: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Stage1Output | None]:
-    """A step up to the draw of negatives; the captions' loss; sweep 1's backward; sweep 2 and its backward.
+    """Sweep 1 and its losses, the draw of negatives included; sweep 1's backward; sweep 2 and its backward.
 
     Yields after each part, at last the output. ``gradients``, of ``model``'s parameters, are added to. ``negatives``
     may take the place of those drawn, for which there are ``negative_rows``.
     """
-    kv_weights = model.qformer.kv_weights(gradients)
+    kv_weights = model.qformer.kv_weights(model.ln_vision, gradients)
     made, weights = overlap.side_by_side(
         lambda: model.image_kv(inputs.images, kv_weights, standardized=True).buffer,
         lambda: model.qformer.encoder_weights(model.query_tokens, gradients),
@@ -233,9 +254,26 @@ def step_in_parts(
     image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
     seeds = 6 * model.config.num_hidden_layers + 1  # of a sweep: two of each sub-layer, and the embeddings'
     with seeds_ahead(seeds):
-        first = model.first_sweep(image_kv, inputs.text, inputs.label_rows, inputs.same_image, weights)
-    drawn = model.draw_negatives(first, inputs.same_image)
-    inputs.host_rows.copy_(inputs.text.lengths[drawn[1]].sum(), non_blocking=True)
+        first = model.first_sweep(image_kv, inputs.text, inputs.label_rows, weights)
+
+    def contrast_and_pairs() -> tuple[Contrast, tuple[Tensor, Tensor], PackedText, SequenceLayout]:
+        contrast = model.contrast(first, inputs.same_image)
+        drawn = model.draw_negatives(contrast, inputs.same_image)
+        inputs.host_rows.copy_(inputs.text.lengths[drawn[1]].sum(), non_blocking=True)
+        if inputs.drawn is not None:
+            inputs.drawn.record()
+        image_index, text_index = negatives or drawn
+        fillers = len(inputs.text) - len(text_index)
+        fill = 2 * fillers * inputs.text.max_length + negative_rows
+        pairs = inputs.text.select(pairs_of(text_index), 2 * inputs.text.num_rows + negative_rows, fill=fill)
+        layout = model.pair_layout(pairs, image_index)
+        layout.sequences_by_image(image_kv.num_images)
+        return contrast, (image_index, text_index), pairs, layout
+
+    # many small kernels beside few large ones
+    loss_itg, (contrast, taken, pairs, layout) = overlap.side_by_side(
+        lambda: model.caption_loss(first.itg_rows, inputs.labels, gradients), contrast_and_pairs
+    )
     yield None
 
     own = [(parameter, total) for parameter, total in gradients.of_parameters() if parameter.requires_grad]
@@ -245,37 +283,30 @@ def step_in_parts(
         leaves = image_kv.buffer, *totals
         dkv, *found = torch.autograd.grad(loss, leaves, grad_outputs, allow_unused=True)
         overlap.join()
-        pairs = [(total, x) for total, x in zip(totals.values(), found, strict=True) if x is not None]
-        if pairs:
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        sums = [(total, x) for total, x in zip(totals.values(), found, strict=True) if x is not None]
+        if sums:
+            torch._foreach_add_(*map(list, zip(*sums, strict=True)))
         if dkv is not None:
             image_kv.gradient.copy_(image_kv.gradient + dkv if accumulate else dkv)
 
-    loss_itg = model.caption_loss(first.itg_rows, inputs.labels, gradients)
+    backward((contrast.loss_itc + loss_itg) * inputs.scale)
     yield None
 
-    backward((first.loss_itc + loss_itg) * inputs.scale)
-    yield None
-
-    image_index, text_index = negatives or drawn
-    fillers = len(inputs.text) - len(text_index)
-    fill = 2 * fillers * inputs.text.max_length + negative_rows
-    pairs = inputs.text.select(pairs_of(text_index), 2 * inputs.text.num_rows + negative_rows, fill=fill)
     again = dataclasses.replace(first, image_kv=dataclasses.replace(image_kv, accumulate=True))
     with seeds_ahead(seeds):
-        loss_itm, logits = model.second_sweep(again, pairs, image_index)
+        loss_itm, logits = model.second_sweep(again, pairs, layout)
     backward(loss_itm * inputs.scale, accumulate=True)
     backward(made, grad_outputs=image_kv.gradient)
     yield Stage1Output(
-        loss=(first.loss_itc + loss_itm + loss_itg).detach(),
-        loss_itc=first.loss_itc.detach(),
+        loss=(contrast.loss_itc + loss_itm + loss_itg).detach(),
+        loss_itc=contrast.loss_itc.detach(),
         loss_itm=loss_itm.detach(),
         loss_itg=loss_itg.detach(),
-        sim_i2t=first.sim_i2t.detach(),
-        sim_t2i=first.sim_t2i.detach(),
+        sim_i2t=contrast.sim_i2t.detach(),
+        sim_t2i=contrast.sim_t2i.detach(),
         itm_logits=logits.detach(),
         itm_labels=model.match_labels(len(inputs.same_image)),
-        negatives=(image_index, text_index),
+        negatives=taken,
     )
 
 
@@ -300,8 +331,8 @@ class _Capture:
             same_image=torch.empty(batch, batch, dtype=torch.bool, device=device),
             scale=torch.empty((), device=device),
             host_rows=torch.empty((), dtype=torch.int64, pin_memory=True),
+            drawn=torch.cuda.Event(external=True),
         )
-        self.drawn = torch.cuda.Event()
 
     def load(self, images: Tensor, text: PackedText, same_image: Tensor, scale: Tensor | float) -> None:
         filled = text.filled(self.shape.text_rows, self.shape.filler_rows)
@@ -335,7 +366,7 @@ class _Capture:
                     pass
             del scratch
         torch.cuda.current_stream().wait_stream(stream)
-        self.graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
+        self.graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
         parts = step_in_parts(self.model, self.inputs, negative_rows, self.gradients)
         for graph in self.graphs:
             with (
@@ -345,20 +376,21 @@ class _Capture:
             ):
                 self.out = next(parts)
 
-    def draw(self, zeroing: torch.cuda.Stream) -> int:
-        """Runs up to the captions' loss, for which gradients are wanted that ``zeroing`` still fills; returns how many
-        rows the negative captions have.
+    def draw(self) -> int:
+        """Runs what adds to no gradient; returns how many rows the negative captions have, before the captions' loss is
+        done.
         """
+        self.inputs.host_rows.fill_(-1)
         self.graphs[0].replay()
-        self.drawn.record()
+        while (negative_rows := int(self.inputs.host_rows)) < 0:
+            self.inputs.drawn.synchronize()
+        return negative_rows
+
+    def finish(self, zeroing: torch.cuda.Stream) -> Stage1Output:
+        """Runs the rest, for which ``zeroing`` fills the gradients."""
         torch.cuda.current_stream().wait_stream(zeroing)
         self.graphs[1].replay()
-        self.drawn.synchronize()
-        return int(self.inputs.host_rows)
-
-    def finish(self) -> Stage1Output:
         self.graphs[2].replay()
-        self.graphs[3].replay()
         out = dict(vars(self.out))
         negatives = tuple(index.clone() for index in out.pop("negatives"))
         return Stage1Output(**{name: x.clone() for name, x in out.items()}, negatives=negatives)

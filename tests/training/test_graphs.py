@@ -1,9 +1,11 @@
 """Stage 1 as CUDA graphs against the model itself, and the filled-up shapes that they need."""
 
+import contextlib
+
 import pytest
 import torch
 
-from qformer_fast import Blip2QFormer, QFormerConfig
+from qformer_fast import Blip2QFormer, QFormerConfig, overlap
 from qformer_fast.backend import available, use_backend
 from qformer_fast.models.blip2_qformer import pairs_of
 from qformer_fast.models.packing import GradientBuffers
@@ -64,9 +66,9 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
     with use_backend(backend):
         weights = model.qformer.encoder_weights(model.query_tokens)
         label_rows, labels = text.next_tokens()
-        first = model.first_sweep(model.image_kv(images), filled, label_rows, same_image, weights)
-        loss_itm, logits = model.second_sweep(first, pairs, negatives[0])
-        loss = first.loss_itc + loss_itm + model.caption_loss(first.itg_rows, labels)
+        first = model.first_sweep(model.image_kv(images), filled, label_rows, weights)
+        loss_itm, logits = model.second_sweep(first, pairs, model.pair_layout(pairs, negatives[0]))
+        loss = model.contrast(first, same_image).loss_itc + loss_itm + model.caption_loss(first.itg_rows, labels)
         torch.testing.assert_close(loss, expected.loss)
         torch.testing.assert_close(logits, expected.itm_logits)
         loss.backward()
@@ -200,7 +202,7 @@ def test_each_replay_draws_its_own_dropout(batches):
 
 
 @pytest.mark.cuda
-def test_kernels_beside_each_other_change_no_bit(make_captions):
+def test_kernels_beside_each_other_change_no_bit(make_captions, monkeypatch):
     """BLIP-2's width, so that kernels run long enough to meet."""
     ids, mask = make_captions([3 + i % 13 for i in range(32)], 16)
     images = torch.randn(32, 257, 1408, device="cuda")
@@ -210,7 +212,8 @@ def test_kernels_beside_each_other_change_no_bit(make_captions):
         model = Blip2QFormer(QFormerConfig(num_hidden_layers=3)).cuda().train()
         graphed = GraphedStage1(model, dtype=torch.bfloat16)
         if alone:
-            graphed._beside = None
+            monkeypatch.setattr(overlap, "overlapping", lambda streams: contextlib.nullcontext())
+            monkeypatch.setattr(overlap, "overlapping_in_captures", contextlib.nullcontext)
         graphed(images, ids, mask)
         torch.manual_seed(1)
         for _ in range(5):
