@@ -57,11 +57,17 @@ def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> T
 
 
 def linear_gelu_bwd(
-    dout: Tensor, weight: Tensor, up: Tensor, bias: Tensor, total: Tensor | None = None, out: Tensor | None = None
+    dout: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    bias: Tensor,
+    total: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From dout, the gradient of gelu(up + bias) @ weight^T: dup, dbias, and gelu(up + bias) made again.
 
-    dbias is added to ``total`` where it is given; ``out``, which may be up, is written to.
+    dbias is written to ``total`` where it is given, with ``add`` added; ``out``, which may be up, is written to.
 
     dout (rows, outputs), weight (outputs, inputs) and up (rows, inputs) contiguous; bias (inputs,).
     """
@@ -73,5 +79,5 @@ def linear_gelu_bwd(
     sums = up.new_empty(-(-up.shape[0] // ROWS_PER_SUM), 1, up.shape[1], dtype=torch.float32)
     dout, weight, bias = map(_aligned, (dout, weight, bias))
     torch.ops.qformer_fast_cuda.linear_gelu_bwd(dout, weight, up, bias[None], dup, out, sums[:, 0])
-    sum_parts(sums, dbias, add=total is not None)
+    sum_parts(sums, dbias, add=total is not None and add)
     return dup, dbias, out

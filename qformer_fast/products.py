@@ -8,11 +8,11 @@ from torch import Tensor
 from qformer_fast import overlap
 
 
-def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """a b, or ``total``, to which a b is added aside (:mod:`qformer_fast.overlap`)."""
+def product(a: Tensor, b: Tensor, total: Tensor | None = None, *, add: bool = True) -> Tensor:
+    """a b, or ``total``, to which a b is written, with ``add`` added, aside (:mod:`qformer_fast.overlap`)."""
     if total is None:
         return a @ b
-    overlap.aside(lambda: product_into(total, a, b, add=True), a, b)
+    overlap.aside(lambda: product_into(total, a, b, add=add), a, b)
     return total
 
 

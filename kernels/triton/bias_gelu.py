@@ -113,18 +113,23 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 
 def bias_gelu_bwd_in_place(
-    dout: Tensor, x: Tensor, bias: Tensor, total: Tensor | None = None, out: Tensor | None = None
+    dout: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    total: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Overwrites dout with dx; returns dbias, added to ``total`` where it is given, and, for the gradient of the layer
-    after it, the forward's output, in ``out``, which may be x.
+    """Overwrites dout with dx; returns dbias, written to ``total`` where it is given, with ``add`` added, and, for the
+    gradient of the layer after it, the forward's output, in ``out``, which may be x.
     """
     if out is None:
         out = torch.empty_like(x)
-    return _bias_gelu_bwd(dout, dout, x, bias, out, total), out
+    return _bias_gelu_bwd(dout, dout, x, bias, out, total, add), out
 
 
 def _bias_gelu_bwd(
-    dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor, out: Tensor | None, total: Tensor | None
+    dx: Tensor, dout: Tensor, x: Tensor, bias: Tensor, out: Tensor | None, total: Tensor | None, add: bool = False
 ) -> Tensor:
     M, N = x.shape
     settings = dict(launch.settings("bias_gelu_bwd", x.device))
@@ -136,5 +141,5 @@ def _bias_gelu_bwd(
             dout, x, bias, dx, parts, out, M, N, WITH_OUT=out is not None, **settings
         )
     dbias = torch.empty_like(bias) if total is None else total
-    sum_parts(parts, dbias, add=total is not None)
+    sum_parts(parts, dbias, add=total is not None and add)
     return dbias

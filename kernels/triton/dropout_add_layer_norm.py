@@ -179,11 +179,12 @@ def dropout_add_layer_norm_bwd(
     x_bias: Tensor | None = None,
     totals: Sequence[Tensor] | None = None,
     dx: Tensor | None = None,
+    add: bool = True,
 ) -> tuple[Tensor, ...]:
     """dx, dresidual (rows, hidden); dweight, dbias (hidden,) in weight's dtype; with ``x_bias`` also dx_bias.
 
-    Without ``seed`` dresidual is dx, the same tensor. The parameters' gradients are added to ``totals`` where they are
-    given; ``dx``, which may be x, is written to.
+    Without ``seed`` dresidual is dx, the same tensor. The parameters' gradients are written to ``totals`` where they
+    are given, with ``add`` added; ``dx``, which may be x, is written to.
     """
     M, N = x.shape
     settings = row_settings("dropout_add_layer_norm_bwd", N, x.device)
@@ -199,5 +200,5 @@ def dropout_add_layer_norm_bwd(
         )  # fmt: skip
     parameters = (weight, weight) if x_bias is None else (weight, weight, x_bias)
     sums = [torch.empty_like(p) for p in parameters] if totals is None else totals
-    sum_parts(parts, *sums, add=totals is not None)
+    sum_parts(parts, *sums, add=totals is not None and add)
     return dx, dresidual, *sums

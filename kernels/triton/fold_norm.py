@@ -99,12 +99,20 @@ def fold_norm_fwd(
 
 
 def fold_norm_bwd(
-    dout: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, totals: Sequence[Tensor] = ()
+    dout: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    totals: Sequence[Tensor] = (),
+    add: bool = True,
 ) -> Sequence[Tensor]:
-    """dout (out, width) contiguous -> gradients of the four parameters, added to ``totals`` if there are any."""
+    """dout (out, width) contiguous -> gradients of the four parameters, written to ``totals`` if there are any, with
+    ``add`` added.
+    """
     M, N = weight.shape
-    add = len(totals) > 0
-    gradients = totals if add else [torch.empty_like(x) for x in (weight, bias, norm_weight, norm_bias)]
+    add = add and len(totals) > 0
+    gradients = totals or [torch.empty_like(x) for x in (weight, bias, norm_weight, norm_bias)]
     settings = dict(launch.settings("fold_norm_bwd", weight.device))
     columns = triton.cdiv(N, settings["BLOCK_N"])
     row_programs = launch.row_programs(M, settings, weight.device, columns)

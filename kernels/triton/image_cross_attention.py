@@ -154,133 +154,6 @@ def image_cross_attention_fwd_kernel(
 
 
 @triton.jit
-def _bwd_tile(
-    dout_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    image_order_ptr,
-    image_mask_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    parts_ptr,
-    seed_ptr,
-    image,
-    head,
-    begin,
-    first,
-    end,
-    num_queries,
-    chunks,
-    tokens,
-    nheads,
-    stride_kn,
-    stride_dn,
-    mask_readers,
-    scale,
-    threshold,
-    keep_scale,
-    HEADDIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT_FIRST: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Units ``first`` and on of those from ``begin`` to ``end``; k, v, dk, dv and parts are this image's and head's."""
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEADDIM
-    scale_log2 = scale * 1.4426950408889634
-    slots = tokens - SPLIT_FIRST
-    adds = first > begin
-    if ACCUMULATE:
-        adds = first >= begin
-    rows, reader, exists = _readers(first, end, num_queries, chunks, image_order_ptr, BLOCK_M, BLOCK_Q)
-    mask_m = exists[:, None] & mask_d[None, :]
-    offs_q = (rows[:, None] * nheads + head) * HEADDIM + offs_d[None, :]
-    q = tl.load(q_ptr + offs_q, mask=mask_m, other=0.0)
-    dout = tl.load(dout_ptr + offs_q, mask=mask_m, other=0.0)
-    out = tl.load(out_ptr + offs_q, mask=mask_m, other=0.0)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
-    lse = tl.load(lse_ptr + rows * nheads + head, mask=exists, other=float("inf"))
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if SPLIT_FIRST:
-        first_k = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        first_v = tl.load(v_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        first_p = tl.exp2(tl.sum(q.to(tl.float32) * first_k[None, :], axis=1) * scale_log2 - lse)
-        first_dp = tl.sum(dout.to(tl.float32) * first_v[None, :], axis=1)
-        weight = first_p
-        if DROPOUT:
-            first_keep = _keep_first(seed_ptr, rows, head, nheads, tokens, threshold)
-            weight = tl.where(first_keep, first_p * keep_scale, 0.0)
-            first_dp = tl.where(first_keep, first_dp * keep_scale, 0.0)
-        first_ds = first_p * (first_dp - delta) * scale
-        dq = first_ds[:, None] * first_k[None, :]
-        first_dk = tl.sum(first_ds[:, None] * q.to(tl.float32), axis=0)
-        first_dv = tl.sum(weight[:, None] * dout.to(tl.float32), axis=0)
-        first_dk += tl.load(dk_ptr + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
-        first_dv += tl.load(dv_ptr + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
-        tl.store(dk_ptr + offs_d, first_dk, mask=mask_d)
-        tl.store(dv_ptr + offs_d, first_dv, mask=mask_d)
-    for start in range(0, slots, BLOCK_N):
-        slot = start + tl.arange(0, BLOCK_N)
-        if SPLIT_FIRST:
-            token = slot + 1
-            mask_n = (slot[:, None] < slots) & mask_d[None, :]
-        else:
-            token = tl.where(slot == tokens - 1, 0, slot + 1)
-            mask_n = (slot[:, None] < tokens) & mask_d[None, :]
-        offs_k = token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
-        k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
-        v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
-        offs_dk = token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
-        if ACCUMULATE:
-            earlier_dk = tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0)
-            earlier_dv = tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        p = tl.exp2(scores - lse[:, None])
-        if not SPLIT_FIRST:
-            p = tl.where(slot[None, :] < tokens, p, 0.0)
-        if HAS_MASK:
-            offs_mask = (image * mask_readers + tl.minimum(reader, mask_readers - 1)) * tokens
-            seen = tl.load(
-                image_mask_ptr + offs_mask[:, None] + token[None, :],
-                mask=exists[:, None] & (slot[None, :] < tokens),
-                other=0,
-            )
-            p = tl.where(seen != 0, p, 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        dropped = p
-        if DROPOUT:
-            keep = attention_keep(seed_ptr, rows, head, nheads, tokens, start, threshold, BLOCK_N)
-            dropped = tl.where(keep, p * keep_scale, 0.0)
-            dp = tl.where(keep, dp, 0.0)
-        dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)
-        ds = (p * (dp * (keep_scale * scale) - (delta * scale)[:, None])).to(q.dtype)
-        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-        dq += tl.dot(ds, k, input_precision=PRECISION)
-        if ACCUMULATE:
-            dk += earlier_dk.to(tl.float32)
-            dv += earlier_dv.to(tl.float32)
-        elif adds:
-            dk += tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
-            dv += tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
-        tl.store(dk_ptr + offs_dk, dk, mask=mask_n)
-        tl.store(dv_ptr + offs_dk, dv, mask=mask_n)
-    tl.store(dq_ptr + offs_q, dq, mask=mask_m)
-    if parts_ptr is not None:
-        earlier = tl.load(parts_ptr + offs_d, mask=mask_d & (first > begin), other=0.0)
-        tl.store(parts_ptr + offs_d, earlier + tl.sum(dq, axis=0), mask=mask_d)
-
-
-@triton.jit
 def image_cross_attention_bwd_kernel(
     dout_ptr,  # (query rows, nheads, HEADDIM)
     q_ptr,
@@ -321,31 +194,102 @@ def image_cross_attention_bwd_kernel(
 ):
     """One program = one head of one image: dq of its readers in registers over all tokens, dk and dv block by block.
 
-    An image with more readers than a tile holds takes several rounds, which add to its dk and dv in memory. Half a tile
-    is enough for half of the readers.
+    An image with more readers than a tile holds takes several rounds, which add to its dk and dv in memory.
     """
     image = (tl.program_id(0) // nheads).to(tl.int64)
     head = tl.program_id(0) % nheads
     begin = tl.load(image_offsets_ptr + image).to(tl.int32) * chunks
     end = tl.load(image_offsets_ptr + image + 1).to(tl.int32) * chunks
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEADDIM
     k_ptr += image * stride_kb + head * HEADDIM
     v_ptr += image * stride_kb + head * HEADDIM
     dk_ptr += image * stride_db + head * HEADDIM
     dv_ptr += image * stride_db + head * HEADDIM
-    if parts_ptr is not None:
-        parts_ptr += (image * nheads + head) * HEADDIM
-    UNITS: tl.constexpr = BLOCK_M // BLOCK_Q
-    few = (end - begin <= UNITS // 2) & (UNITS > 1)
-    for half in tl.static_range(min(UNITS, 2)):
-        if few == (half == 1):
-            # at least one round, so that an image that no one looks at gets zeros
-            for first in range(begin, tl.maximum(end, begin + 1), UNITS):
-                _bwd_tile(
-                    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, image_order_ptr, image_mask_ptr, dq_ptr, dk_ptr,
-                    dv_ptr, parts_ptr, seed_ptr, image, head, begin, first, end, num_queries, chunks, tokens, nheads,
-                    stride_kn, stride_dn, mask_readers, scale, threshold, keep_scale, HEADDIM, BLOCK_D,
-                    BLOCK_M // (1 + half), BLOCK_Q, BLOCK_N, SPLIT_FIRST, HAS_MASK, DROPOUT, ACCUMULATE, PRECISION,
-                )  # fmt: skip
+    scale_log2 = scale * 1.4426950408889634
+    slots = tokens - SPLIT_FIRST
+    # at least one round, so that an image that no one looks at gets zeros
+    for first in range(begin, tl.maximum(end, begin + 1), BLOCK_M // BLOCK_Q):
+        adds = first > begin
+        if ACCUMULATE:
+            adds = first >= begin
+        rows, reader, exists = _readers(first, end, num_queries, chunks, image_order_ptr, BLOCK_M, BLOCK_Q)
+        mask_m = exists[:, None] & mask_d[None, :]
+        offs_q = (rows[:, None] * nheads + head) * HEADDIM + offs_d[None, :]
+        q = tl.load(q_ptr + offs_q, mask=mask_m, other=0.0)
+        dout = tl.load(dout_ptr + offs_q, mask=mask_m, other=0.0)
+        out = tl.load(out_ptr + offs_q, mask=mask_m, other=0.0)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+        lse = tl.load(lse_ptr + rows * nheads + head, mask=exists, other=float("inf"))
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        if SPLIT_FIRST:
+            first_k = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            first_v = tl.load(v_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            first_p = tl.exp2(tl.sum(q.to(tl.float32) * first_k[None, :], axis=1) * scale_log2 - lse)
+            first_dp = tl.sum(dout.to(tl.float32) * first_v[None, :], axis=1)
+            weight = first_p
+            if DROPOUT:
+                first_keep = _keep_first(seed_ptr, rows, head, nheads, tokens, threshold)
+                weight = tl.where(first_keep, first_p * keep_scale, 0.0)
+                first_dp = tl.where(first_keep, first_dp * keep_scale, 0.0)
+            first_ds = first_p * (first_dp - delta) * scale
+            dq = first_ds[:, None] * first_k[None, :]
+            first_dk = tl.sum(first_ds[:, None] * q.to(tl.float32), axis=0)
+            first_dv = tl.sum(weight[:, None] * dout.to(tl.float32), axis=0)
+            first_dk += tl.load(dk_ptr + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
+            first_dv += tl.load(dv_ptr + offs_d, mask=mask_d & adds, other=0.0).to(tl.float32)
+            tl.store(dk_ptr + offs_d, first_dk, mask=mask_d)
+            tl.store(dv_ptr + offs_d, first_dv, mask=mask_d)
+        for start in range(0, slots, BLOCK_N):
+            slot = start + tl.arange(0, BLOCK_N)
+            if SPLIT_FIRST:
+                token = slot + 1
+                mask_n = (slot[:, None] < slots) & mask_d[None, :]
+            else:
+                token = tl.where(slot == tokens - 1, 0, slot + 1)
+                mask_n = (slot[:, None] < tokens) & mask_d[None, :]
+            offs_k = token[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
+            k = tl.load(k_ptr + offs_k, mask=mask_n, other=0.0)
+            v = tl.load(v_ptr + offs_k, mask=mask_n, other=0.0)
+            offs_dk = token[:, None].to(tl.int64) * stride_dn + offs_d[None, :]
+            if ACCUMULATE:
+                earlier_dk = tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0)
+                earlier_dv = tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            p = tl.exp2(scores - lse[:, None])
+            if not SPLIT_FIRST:
+                p = tl.where(slot[None, :] < tokens, p, 0.0)
+            if HAS_MASK:
+                offs_mask = (image * mask_readers + tl.minimum(reader, mask_readers - 1)) * tokens
+                seen = tl.load(
+                    image_mask_ptr + offs_mask[:, None] + token[None, :],
+                    mask=exists[:, None] & (slot[None, :] < tokens),
+                    other=0,
+                )
+                p = tl.where(seen != 0, p, 0.0)
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            dropped = p
+            if DROPOUT:
+                keep = attention_keep(seed_ptr, rows, head, nheads, tokens, start, threshold, BLOCK_N)
+                dropped = tl.where(keep, p * keep_scale, 0.0)
+                dp = tl.where(keep, dp, 0.0)
+            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION)
+            ds = (p * (dp * (keep_scale * scale) - (delta * scale)[:, None])).to(q.dtype)
+            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+            dq += tl.dot(ds, k, input_precision=PRECISION)
+            if ACCUMULATE:
+                dk += earlier_dk.to(tl.float32)
+                dv += earlier_dv.to(tl.float32)
+            elif adds:
+                dk += tl.load(dk_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
+                dv += tl.load(dv_ptr + offs_dk, mask=mask_n, other=0.0).to(tl.float32)
+            tl.store(dk_ptr + offs_dk, dk, mask=mask_n)
+            tl.store(dv_ptr + offs_dk, dv, mask=mask_n)
+        tl.store(dq_ptr + offs_q, dq, mask=mask_m)
+        if parts_ptr is not None:
+            offs_parts = (image * nheads + head) * HEADDIM + offs_d
+            earlier = tl.load(parts_ptr + offs_parts, mask=mask_d & (first > begin), other=0.0)
+            tl.store(parts_ptr + offs_parts, earlier + tl.sum(dq, axis=0), mask=mask_d)
 
 
 def _tile(kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool, few: bool) -> dict:

@@ -50,18 +50,22 @@ class BlockWeights(NamedTuple):
     Args:
         parameters (list): of tensors.
         gradients (list, Optional): tensors like them that the op adds their gradients to. Default: `None`.
+        add_gradients (bool): False: it writes them instead. Default: True.
     """
 
     parameters: list[Tensor]
     gradients: list[Tensor] | None = None
+    add_gradients: bool = True
 
     @classmethod
-    def make(cls, groups: list[Group], parameters: list[Tensor], gradients: GradientBuffers | None) -> BlockWeights:
+    def make(
+        cls, groups: list[Group], parameters: list[Tensor], gradients: GradientBuffers | None, add_gradients: bool
+    ) -> BlockWeights:
         """With ``gradients`` the parameters become leaves of autograd."""
         if gradients is None:
             return cls(parameters)
         leaves = [x if isinstance(x, nn.Parameter) else x.detach().requires_grad_() for x in parameters]
-        return cls(leaves, [gradients[group] for group in groups])
+        return cls(leaves, [gradients[group] for group in groups], add_gradients)
 
     def leaves(self) -> list[tuple[Tensor, Tensor]]:
         """Every parameter that requires grad, beside its gradient."""
@@ -87,6 +91,13 @@ class EncoderWeights(NamedTuple):
 
     layers: list[LayerWeights]
     embedding_gradients: list[Tensor] | None
+
+    def adding(self) -> EncoderWeights:
+        """The same for a later encoding: ops add to the gradients that an earlier one wrote."""
+        layers = [
+            LayerWeights(*(block and block._replace(add_gradients=True) for block in layer)) for layer in self.layers
+        ]
+        return self._replace(layers=layers)
 
     def leaves(self) -> list[tuple[Tensor, Tensor]]:
         """As :meth:`BlockWeights.leaves`, of all layers."""

@@ -94,6 +94,7 @@ class SelfAttention(nn.Module):
             attention_dropout_p=self.config.attention_probs_dropout_prob if self.training else 0.0,
             hidden_dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
             gradients=weights.gradients,
+            add_gradients=weights.add_gradients,
         )
 
     def project(self, rows: Tensor, weights: BlockWeights, *, keys_values_only: bool = False) -> tuple[Tensor, ...]:
@@ -128,6 +129,7 @@ class CrossAttention(nn.Module):
             attention_dropout_p=self.config.attention_probs_dropout_prob if self.training else 0.0,
             hidden_dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
             gradients=weights.gradients,
+            add_gradients=weights.add_gradients,
             kv_gradients=image_kv.gradients,
             accumulate=image_kv.accumulate,
         )
@@ -194,6 +196,7 @@ class QFormerLayer(nn.Module):
             eps=self.config.layer_norm_eps,
             dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
             gradients=None if both[0].gradients is None else [weights.gradients for weights in both],
+            add_gradients=both[0].add_gradients,
         )
 
     def decode(self, rows: Tensor, prefix: Tensor, cache: Cache, index: int, weights: LayerWeights) -> Tensor:
@@ -292,16 +295,27 @@ class QFormer(CheckpointMixin, nn.Module):
             weights = self.kv_weights(norm)
         eps = {} if norm is None else {"eps": norm.eps}
         out = ops.image_key_value(
-            image_embeds, *weights.parameters, **eps, standardized=standardized, gradients=weights.gradients
+            image_embeds,
+            *weights.parameters,
+            **eps,
+            standardized=standardized,
+            gradients=weights.gradients,
+            add_gradients=weights.add_gradients,
         )
         sizes = (len(self.config.cross_attention_layers), 2, self.config.num_attention_heads, self.config.headdim)
         return ImageKV(out.unflatten(-1, sizes), image_mask)
 
-    def kv_weights(self, norm: nn.LayerNorm | None = None, gradients: GradientBuffers | None = None) -> BlockWeights:
-        """Weight and bias of all layers' keys and values, ``norm``'s; ``gradients`` as in :meth:`encoder_weights`."""
+    def kv_weights(
+        self,
+        norm: nn.LayerNorm | None = None,
+        gradients: GradientBuffers | None = None,
+        *,
+        add_gradients: bool = True,
+    ) -> BlockWeights:
+        """Weight and bias of all layers' keys and values, and ``norm``'s; gradients as in :meth:`encoder_weights`."""
         groups = self._kv_groups + ([] if norm is None else [(norm.weight,), (norm.bias,)])
         parameters = [torch.cat(group) if len(group) > 1 else group[0] for group in groups]
-        return BlockWeights.make(groups, parameters, gradients)
+        return BlockWeights.make(groups, parameters, gradients, add_gradients)
 
     @property
     def _kv_groups(self) -> list[Group]:
@@ -380,7 +394,9 @@ class QFormer(CheckpointMixin, nn.Module):
         blocks = [self._kv_groups, *(groups for layer in self.encoder.layer for groups in layer.groups.values())]
         return [group for groups in blocks for group in groups]
 
-    def encoder_weights(self, rows: Tensor, gradients: GradientBuffers | None = None) -> EncoderWeights:
+    def encoder_weights(
+        self, rows: Tensor, gradients: GradientBuffers | None = None, *, add_gradients: bool = True
+    ) -> EncoderWeights:
         """The parameters as the ops take them for ``rows``: stacked, and cast to autocast's dtype where it is on.
 
         Made once for all encodings of a step, which then share the casts of weights and of their gradients.
@@ -389,6 +405,7 @@ class QFormer(CheckpointMixin, nn.Module):
             rows (Tensor): of the dtype and on the device that the encoder is to run with.
             gradients (GradientBuffers, Optional): the kernels add gradients to these; then the weights are leaves of
                 autograd, with the gradients of ops that run without kernels. Default: `None`, autograd's.
+            add_gradients (bool): False: the layers' gradients are written instead. Default: True.
         """
         layers = [layer.groups for layer in self.encoder.layer]
         groups = [group for blocks in layers for block in blocks.values() for group in block]
@@ -399,7 +416,7 @@ class QFormer(CheckpointMixin, nn.Module):
         stacks = iter([made.get(id(group), group[0]) for group in groups])
 
         def block(of_block: list[Group]) -> BlockWeights:
-            return BlockWeights.make(of_block, [next(stacks) for _ in of_block], gradients)
+            return BlockWeights.make(of_block, [next(stacks) for _ in of_block], gradients, add_gradients)
 
         embeddings = None
         if gradients is not None and self.config.use_qformer_text_input:

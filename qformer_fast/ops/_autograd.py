@@ -46,7 +46,9 @@ def without_totals(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The reference as an op's implementation: autograd takes its gradients, wherever kernels would add them."""
 
     @functools.wraps(reference)
-    def run(*args: Any, gradients=None, kv_gradients=None, accumulate=False, **options: Any) -> Tensor:
+    def run(
+        *args: Any, gradients=None, add_gradients=True, kv_gradients=None, accumulate=False, **options: Any
+    ) -> Tensor:
         return reference(*args, **options)
 
     return run

@@ -43,6 +43,7 @@ def cross_attention_block_fwd(
     attention_seed: Tensor | None,
     hidden_seed: Tensor | None,
     totals: list[Tensor],
+    add: bool,
     kv_totals: list[Tensor],
     num_queries: int,
     eps: float,
@@ -52,7 +53,7 @@ def cross_attention_block_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and for backward: q, context, lse, x (the output projection without its bias), mean and rstd.
 
-    ``totals``, ``kv_totals`` and ``accumulate`` are for backward, see :func:`_bwd`.
+    ``totals``, ``add``, ``kv_totals`` and ``accumulate`` are for backward, see :func:`_bwd`.
     """
     attend = backends.kernel_or_formula("image_cross_attention_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
@@ -94,6 +95,7 @@ def _bwd(
     attention_seed: Tensor | None,
     hidden_seed: Tensor | None,
     totals: list[Tensor],
+    add: bool,
     kv_totals: list[Tensor],
     num_queries: int,
     attention_dropout_p: float,
@@ -101,17 +103,18 @@ def _bwd(
     accumulate: bool,
 ) -> list[Tensor]:
     """drows; dk, dv, written to ``kv_totals`` if it is not empty, or with ``accumulate`` added to them; dq_weight,
-    dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias, added to ``totals`` if it is not empty. What went to the
-    totals is not returned.
+    dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias, written to ``totals`` if it is not empty, or with ``add``
+    added to them. What went to the totals is not returned.
     """
     attend_bwd = backends.kernel_or_formula("image_cross_attention_bwd_into", query_rows)
     sum_parts = backends.kernel_or_formula("sum_parts", query_rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
     q_weight_total, q_bias_total, out_weight_total, *others = totals or [None] * 6
     dx, drows, dnorm_weight, dnorm_bias, dout_bias = add_norm_bwd(
-        dout, x, query_rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias, norm_totals(others)
-    )
-    dout_weight = product(dx.t(), context.flatten(1), out_weight_total)
+        dout, x, query_rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias, norm_totals(others),
+        add=add,
+    )  # fmt: skip
+    dout_weight = product(dx.t(), context.flatten(1), out_weight_total, add=add)
     dcontext = (dx @ out_weight).view(context.shape)
     layout = image_order, image_offsets, image_mask, attention_seed, num_queries
     dk, dv = kv_totals or (k.new_empty(k.shape) for _ in range(2))
@@ -122,8 +125,8 @@ def _bwd(
         overlap.join()
     drows = drows.addmm_(dq, q_weight)
     dq_bias = dq_parts.new_empty(q_weight.shape[0]) if q_bias_total is None else q_bias_total
-    sum_parts(dq_parts.view(k.shape[0], 1, -1), dq_bias, add=q_bias_total is not None)
-    dq_weight = product(dq.t(), query_rows, q_weight_total)
+    sum_parts(dq_parts.view(k.shape[0], 1, -1), dq_bias, add=q_bias_total is not None and add)
+    dq_weight = product(dq.t(), query_rows, q_weight_total, add=add)
     gradients = [] if totals else [dq_weight, dq_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias]
     return [drows, *([] if kv_totals else [dk, dv]), *gradients]
 
@@ -143,19 +146,19 @@ def _setup_context(ctx, inputs, output) -> None:
     query_rows, k, v, q_weight, q_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:14]
     _, *saved = output
     ctx.save_for_backward(query_rows, k, v, *saved, q_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.totals, ctx.kv_totals, num_queries, _, *others = inputs[14:]
+    ctx.totals, ctx.add, ctx.kv_totals, num_queries, _, *others = inputs[14:]
     ctx.sizes = num_queries, *others
     ctx.bias_dtype = q_bias.dtype
 
 
 def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
     run = _bwd if ctx.totals or ctx.kv_totals else cross_attention_block_bwd
-    drows, *gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.kv_totals, *ctx.sizes)
+    drows, *gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.add, ctx.kv_totals, *ctx.sizes)
     kv = [None, None] if ctx.kv_totals else [gradients.pop(0), gradients.pop(0)]
     dweight, dbias, *others = gradients or [None] * 6
     if dbias is not None:
         dbias = dbias.to(ctx.bias_dtype)
-    nothing = *[None] * 5, [None] * len(ctx.totals), [None] * len(ctx.kv_totals), *[None] * 5
+    nothing = *[None] * 5, [None] * len(ctx.totals), None, [None] * len(ctx.kv_totals), *[None] * 5
     return drows, *kv, dweight, dbias, *others, *nothing
 
 
@@ -179,6 +182,7 @@ def _kernels(
     attention_dropout_p: float,
     hidden_dropout_p: float,
     gradients: Sequence[Tensor] | None = None,
+    add_gradients: bool = True,
     kv_gradients: tuple[Tensor, Tensor] | None = None,
     accumulate: bool = False,
 ) -> Tensor:
@@ -196,6 +200,7 @@ def _kernels(
         None if image_mask is None else image_mask.contiguous(),
         *draw_seeds(query_rows, attention_dropout_p, hidden_dropout_p),
         list(gradients or ()),
+        add_gradients,
         list(kv_gradients or ()),
         layout.num_queries,
         eps,
@@ -225,6 +230,7 @@ def cross_attention_block(
     attention_dropout_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
     gradients: Sequence[Tensor] | None = None,
+    add_gradients: bool = True,
     kv_gradients: tuple[Tensor, Tensor] | None = None,
     accumulate: bool = False,
     backend: str | None = None,
@@ -246,6 +252,7 @@ def cross_attention_block(
         attention_dropout_p, hidden_dropout_p (float): probabilities in [0, 1). Default: 0.0.
         gradients (Sequence, Optional): six tensors like the parameters, fp32 or of their dtype, contiguous. The kernels
             add the parameters' gradients to them in backward and give autograd none. Default: `None`.
+        add_gradients (bool): False: write to ``gradients`` instead. Default: True.
         kv_gradients (tuple, Optional): two like k and v, which may be strided as they; the kernels write the gradients
             of k and v to them in backward and give autograd none. Default: `None`.
         accumulate (bool): add to ``kv_gradients`` instead. Default: False.
@@ -302,6 +309,7 @@ def cross_attention_block(
         attention_dropout_p=attention_dropout_p,
         hidden_dropout_p=hidden_dropout_p,
         gradients=gradients,
+        add_gradients=add_gradients,
         kv_gradients=kv_gradients,
         accumulate=accumulate,
     )

@@ -22,25 +22,26 @@ def fold_norm_fwd(
     norm_weight: Tensor,
     norm_bias: Tensor,
     totals: list[Tensor],
+    add: bool,
     width: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``totals`` are for backward, see :func:`_bwd`."""
+    """``totals`` and ``add`` are for backward, see :func:`_bwd`."""
     run = backends.kernel_or_formula("fold_norm_fwd", weight)
     return run(weight, bias, norm_weight, norm_bias, width, dtype)
 
 
 @fold_norm_fwd.register_fake
-def _(weight, bias, norm_weight, norm_bias, totals, width: int, dtype: torch.dtype) -> Tensor:
+def _(weight, bias, norm_weight, norm_bias, totals, add, width: int, dtype: torch.dtype) -> Tensor:
     return weight.new_empty(weight.shape[0], width, dtype=dtype)
 
 
 def _bwd(
-    dout: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, totals: list[Tensor]
+    dout: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, totals: list[Tensor], add: bool
 ) -> list[Tensor]:
-    """Gradients of the four parameters, or nothing where they are added to ``totals``."""
+    """Gradients of the four parameters, or these are written to ``totals`` if it is not empty, with ``add`` added."""
     run = backends.kernel_or_formula("fold_norm_bwd", weight)
-    gradients = run(dout, weight, bias, norm_weight, norm_bias, totals)
+    gradients = run(dout, weight, bias, norm_weight, norm_bias, totals, add)
     return [] if totals else list(gradients)
 
 
@@ -54,14 +55,14 @@ def _(dout: Tensor, *parameters_and_totals) -> list[Tensor]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *parameters, ctx.totals, _, _ = inputs
+    *parameters, ctx.totals, ctx.add, _, _ = inputs
     ctx.save_for_backward(*parameters)
 
 
 def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
     run = _bwd if ctx.totals else fold_norm_bwd
-    gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals) or [None] * 4
-    return *gradients, [None] * len(ctx.totals), None, None
+    gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.add) or [None] * 4
+    return *gradients, [None] * len(ctx.totals), *[None] * 3
 
 
 register_autograd(fold_norm_fwd, _backward, _setup_context)
@@ -77,11 +78,14 @@ def _kernels(
     eps: float,
     standardized: bool,
     gradients: Sequence[Tensor] | None = None,
+    add_gradients: bool = True,
 ) -> Tensor:
     if norm_weight is None or not standardized:
         return reference.image_key_value(x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized)
     dtype = autocast_dtype(x)
-    folded = fold_norm_fwd(weight.contiguous(), bias, norm_weight, norm_bias, list(gradients or ()), x.shape[-1], dtype)
+    folded = fold_norm_fwd(
+        weight.contiguous(), bias, norm_weight, norm_bias, list(gradients or ()), add_gradients, x.shape[-1], dtype
+    )
     return F.linear(x.to(dtype), folded)
 
 
@@ -98,6 +102,7 @@ def image_key_value(
     eps: float = 1e-5,
     standardized: bool = False,
     gradients: Sequence[Tensor] | None = None,
+    add_gradients: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """linear(layer_norm(x) * norm_weight + norm_bias, weight, bias), the LayerNorm folded into the weights.
@@ -116,6 +121,7 @@ def image_key_value(
         gradients (Sequence, Optional): four tensors like the parameters, fp32 or of their dtype, contiguous, with
             ``standardized`` and a norm. The kernels add the parameters' gradients to them in backward and give autograd
             none. Default: `None`.
+        add_gradients (bool): False: write to ``gradients`` instead. Default: True.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -141,5 +147,13 @@ def image_key_value(
             raise ValueError("gradients must be None without standardized rows and a norm")
         check_totals(gradients, weight, bias, norm_weight, norm_bias)
     return backends.resolve("image_key_value", IMPLEMENTATIONS, backend, x)(
-        x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized, gradients=gradients
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        eps=eps,
+        standardized=standardized,
+        gradients=gradients,
+        add_gradients=add_gradients,
     )

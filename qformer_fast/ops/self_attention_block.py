@@ -40,6 +40,7 @@ def self_attention_block_fwd(
     attention_seed: Tensor | None,
     hidden_seed: Tensor | None,
     totals: list[Tensor],
+    add: bool,
     num_query_sequences: int,
     num_queries: int,
     max_text_length: int,
@@ -50,7 +51,7 @@ def self_attention_block_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and for backward: qkv, context, lse, x (the output projection without its bias), mean and rstd.
 
-    ``totals`` are for backward, see :func:`_bwd`.
+    ``totals`` and ``add`` are for backward, see :func:`_bwd`.
     """
     attend = backends.kernel_or_formula("query_text_attention_fwd", rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", rows)
@@ -64,7 +65,7 @@ def self_attention_block_fwd(
 
 @self_attention_block_fwd.register_fake
 def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
-    num_queries, max_text_length, nheads = others[12:15]
+    num_queries, max_text_length, nheads = others[13:16]
     count, hidden = rows.shape
     streamed = num_queries + max_text_length > reference.MAX_TILE
     qkv, context = (rows.new_empty(count, *heads, nheads, hidden // nheads) for heads in ((3,), ()))
@@ -92,23 +93,24 @@ def _bwd(
     attention_seed: Tensor | None,
     hidden_seed: Tensor | None,
     totals: list[Tensor],
+    add: bool,
     num_query_sequences: int,
     num_queries: int,
     max_text_length: int,
     attention_dropout_p: float,
     hidden_dropout_p: float,
 ) -> list[Tensor]:
-    """drows, and dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias, or these six are added to
-    ``totals`` if it is not empty.
+    """drows, and dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias, or these six are written to
+    ``totals`` if it is not empty, with ``add`` added.
     """
     attend_bwd = backends.kernel_or_formula("query_text_attention_bwd", rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", rows)
     sum_parts = backends.kernel_or_formula("sum_parts", rows)
     qkv_weight_total, qkv_bias_total, out_weight_total, *others = totals or [None] * 6
     dx, drows, dnorm_weight, dnorm_bias, dout_bias = add_norm_bwd(
-        dout, x, rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias, norm_totals(others)
+        dout, x, rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias, norm_totals(others), add=add
     )
-    dout_weight = product(dx.t(), context.view(rows.shape), out_weight_total)
+    dout_weight = product(dx.t(), context.view(rows.shape), out_weight_total, add=add)
     dcontext = (dx @ out_weight).view(context.shape)
     sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
     dqkv, dbias_parts = attend_bwd(dcontext, qkv, context, lse, text_offsets, masks, attention_seed, *sizes)
@@ -117,8 +119,8 @@ def _bwd(
         overlap.join()
     drows = drows.addmm_(dqkv, qkv_weight)
     dqkv_bias = _new_qkv_bias(qkv_weight, rows) if qkv_bias_total is None else qkv_bias_total
-    sum_parts(dbias_parts.flatten(2), *dqkv_bias.view(3, -1), add=qkv_bias_total is not None)
-    dqkv_weight = product(dqkv.t(), rows, qkv_weight_total)
+    sum_parts(dbias_parts.flatten(2), *dqkv_bias.view(3, -1), add=qkv_bias_total is not None and add)
+    dqkv_weight = product(dqkv.t(), rows, qkv_weight_total, add=add)
     gradients = dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm_weight, dnorm_bias
     return [drows] if totals else [drows, *gradients]
 
@@ -141,18 +143,18 @@ def _setup_context(ctx, inputs, output) -> None:
     rows, qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:11]
     _, *saved = output
     ctx.save_for_backward(rows, *saved, qkv_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.totals, *sizes = inputs[11:]
+    ctx.totals, ctx.add, *sizes = inputs[11:]
     ctx.sizes = *sizes[:3], *sizes[5:]
     ctx.bias_dtype = qkv_bias.dtype
 
 
 def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
     run = _bwd if ctx.totals else self_attention_block_bwd
-    gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, *ctx.sizes)
+    gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.add, *ctx.sizes)
     drows, dweight, dbias, *others = gradients + [None] * (7 - len(gradients))
     if dbias is not None:
         dbias = dbias.to(ctx.bias_dtype)
-    return drows, dweight, dbias, *others, *[None] * 4, [None] * len(ctx.totals), *[None] * 7
+    return drows, dweight, dbias, *others, *[None] * 4, [None] * len(ctx.totals), *[None] * 8
 
 
 register_autograd(self_attention_block_fwd, _backward, _setup_context)
@@ -173,6 +175,7 @@ def _kernels(
     attention_dropout_p: float,
     hidden_dropout_p: float,
     gradients: Sequence[Tensor] | None = None,
+    add_gradients: bool = True,
 ) -> Tensor:
     dtype = autocast_dtype(rows)
     return self_attention_block_fwd(
@@ -187,6 +190,7 @@ def _kernels(
         layout.masks,
         *draw_seeds(rows, attention_dropout_p, hidden_dropout_p),
         list(gradients or ()),
+        add_gradients,
         layout.num_query_sequences,
         layout.num_queries,
         layout.max_text_length,
@@ -215,6 +219,7 @@ def self_attention_block(
     attention_dropout_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
     gradients: Sequence[Tensor] | None = None,
+    add_gradients: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """layer_norm(rows + dropout(out(attention(qkv(rows)))))
@@ -234,6 +239,7 @@ def self_attention_block(
         attention_dropout_p, hidden_dropout_p (float): probabilities in [0, 1). Default: 0.0.
         gradients (Sequence, Optional): six tensors like the parameters, fp32 or of their dtype, contiguous. The kernels
             add the parameters' gradients to them in backward and give autograd none. Default: `None`.
+        add_gradients (bool): False: write to ``gradients`` instead. Default: True.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -279,4 +285,5 @@ def self_attention_block(
         attention_dropout_p=attention_dropout_p,
         hidden_dropout_p=hidden_dropout_p,
         gradients=gradients,
+        add_gradients=add_gradients,
     )

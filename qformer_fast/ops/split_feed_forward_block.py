@@ -31,6 +31,7 @@ def split_feed_forward_block_fwd(
     parameters: list[Tensor],
     seeds: list[Tensor],
     totals: list[Tensor],
+    add: bool,
     eps: float,
     dropout_p: float,
     backend: str,
@@ -39,9 +40,9 @@ def split_feed_forward_block_fwd(
     """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias), mean and rstd.
 
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
-    likewise, none without dropout; ``totals`` are for backward, see :func:`_bwd`. ``backend``
-    "cuda" has GELU made in the extension's products, where that is faster. With ``overwrite``, where the caller reads
-    the output alone, backward writes to up and x if autograd frees them.
+    likewise, none without dropout; ``totals`` and ``add`` are for backward, see :func:`_bwd`. ``backend`` "cuda" has
+    GELU made in the extension's products, where that is faster. With ``overwrite``, where the caller reads the output
+    alone, backward writes to up and x if autograd frees them.
     """
     gelu = backends.kernel_or_formula("bias_gelu_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
@@ -97,12 +98,13 @@ def _bwd(
     parameters: list[Tensor],
     seeds: list[Tensor],
     totals: list[Tensor],
+    add: bool,
     dropout_p: float,
     backend: str,
     overwrite: bool,
 ) -> list[Tensor]:
-    """dquery_rows, dtext_rows, then the gradients of ``parameters``, or these are added to ``totals`` if it is not
-    empty. With ``overwrite`` up and x are written to, which saves memory of their size.
+    """dquery_rows, dtext_rows, then the gradients of ``parameters``, or these are written to ``totals`` if it is not
+    empty, with ``add`` added. With ``overwrite`` up and x are written to, which saves memory of their size.
     """
     gelu_bwd_in_place = backends.kernel_or_formula("bias_gelu_bwd_in_place", query_rows)
     add_norm_bwd = backends.kernel_or_formula("dropout_add_layer_norm_bwd", query_rows)
@@ -114,19 +116,19 @@ def _bwd(
         up_weight_total, up_bias_total, down_weight_total, *others = totals or [None] * 6
         dx, dresidual, dnorm_weight, dnorm_bias, ddown_bias = add_norm_bwd(
             dout[part], x[part], rows, norm_weight, mean[part], rstd[part], seed, dropout_p, down_bias,
-            norm_totals(others), x[part] if overwrite else None,
+            norm_totals(others), x[part] if overwrite else None, add,
         )  # fmt: skip
         up_rows, activation = up[part], up[part] if overwrite else None
         if _fuses(backend, rows, extension.BWD_ROWS):
             dup, dup_bias, activation = extension.linear_gelu_bwd(
-                dx, down_weight, up_rows, up_bias, up_bias_total, activation
+                dx, down_weight, up_rows, up_bias, up_bias_total, activation, add
             )
         else:
             dup = dx @ down_weight
-            dup_bias, activation = gelu_bwd_in_place(dup, up_rows, up_bias, up_bias_total, activation)
-        ddown_weight = product(dx.t(), activation, down_weight_total)
+            dup_bias, activation = gelu_bwd_in_place(dup, up_rows, up_bias, up_bias_total, activation, add)
+        ddown_weight = product(dx.t(), activation, down_weight_total, add=add)
         del activation
-        dup_weight = product(dup.t(), rows, up_weight_total)
+        dup_weight = product(dup.t(), rows, up_weight_total, add=add)
         if dresidual is dx:  # without dropout, and what reads these rows may have been left aside
             overlap.join()
         dresidual.addmm_(dup, up_weight)
@@ -154,7 +156,7 @@ def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, *_) -> list[Te
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query_rows, text_rows, parameters, seeds, ctx.totals, _, ctx.dropout_p, ctx.backend, ctx.overwrite = inputs
+    query_rows, text_rows, parameters, seeds, ctx.totals, ctx.add, _, *ctx.options, ctx.overwrite = inputs
     _, *saved = output
     ctx.num_parameters = len(parameters)
     ctx.save_for_backward(query_rows, text_rows, *saved, *parameters, *seeds)
@@ -167,10 +169,10 @@ def _backward(ctx, dout: Tensor):
     overwrite = ctx.overwrite and frees_saved(dout)
     run = _bwd if overwrite or ctx.totals else split_feed_forward_block_bwd
     dquery_rows, dtext_rows, *gradients = run(
-        dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.totals, ctx.dropout_p, ctx.backend, overwrite
+        dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.totals, ctx.add, *ctx.options, overwrite
     )
     gradients = gradients or [None] * len(parameters)
-    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), [None] * len(ctx.totals), *[None] * 4
+    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), [None] * len(ctx.totals), *[None] * 5
 
 
 register_autograd(split_feed_forward_block_fwd, _backward, _setup_context)
@@ -185,6 +187,7 @@ def _kernels(
     eps: float,
     dropout_p: float,
     gradients: Sequence[Sequence[Tensor] | None] | None = None,
+    add_gradients: bool = True,
     backend: str = "triton",
 ) -> Tensor:
     dtype = autocast_dtype(query_rows)
@@ -196,7 +199,9 @@ def _kernels(
         totals += [] if gradients is None else gradients[i]
     seeds = [seed for seed in draw_seeds(query_rows, *[dropout_p] * len(given)) if seed is not None]
     rows = query_rows.to(dtype).contiguous(), text_rows.to(dtype).contiguous()
-    return split_feed_forward_block_fwd(*rows, parameters, seeds, totals, eps, dropout_p, backend, True)[0]
+    return split_feed_forward_block_fwd(*rows, parameters, seeds, totals, add_gradients, eps, dropout_p, backend, True)[
+        0
+    ]
 
 
 def _extension_unsupported(rows: Tensor, *parameters: tuple[Tensor, ...] | None) -> str | None:
@@ -224,6 +229,7 @@ def split_feed_forward_block(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     gradients: Sequence[Sequence[Tensor] | None] | None = None,
+    add_gradients: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """layer_norm(rows + dropout(down(gelu(up(rows))))) with parameters of their own, query rows before text rows.
@@ -241,7 +247,8 @@ def split_feed_forward_block(
         dropout_p (float): probability in [0, 1). Default: 0.0.
         gradients (Sequence, Optional): for the queries' and for the text's parameters six tensors like them, fp32 or of
             their dtype, contiguous. The kernels add the parameters' gradients to them in backward and give autograd
-            none. Default: `None`.
+            none; those of no rows stay as they are. Default: `None`.
+        add_gradients (bool): False: write to ``gradients`` instead. Default: True.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
@@ -274,5 +281,12 @@ def split_feed_forward_block(
         "split_feed_forward_block", IMPLEMENTATIONS, backend, query_rows, extension_unsupported=reason
     )
     return run(
-        query_rows, text_rows, query_parameters, text_parameters, eps=eps, dropout_p=dropout_p, gradients=gradients
+        query_rows,
+        text_rows,
+        query_parameters,
+        text_parameters,
+        eps=eps,
+        dropout_p=dropout_p,
+        gradients=gradients,
+        add_gradients=add_gradients,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qformer_fast.reference.rowwise import added_to
+from qformer_fast.reference.rowwise import put_into
 
 
 def standardized_width(width: int) -> int:
@@ -37,15 +37,21 @@ def fold_norm_fwd(
 
 
 def fold_norm_bwd(
-    dout: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, totals: Sequence[Tensor] = ()
+    dout: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    totals: Sequence[Tensor] = (),
+    add: bool = True,
 ) -> Sequence[Tensor]:
     """Of dout = [dW' | dc' | ...]: dW' diag(norm_weight) + dc' norm_bias^T, dc', the column sums of dW' * weight, and
-    weight^T dc'; added to ``totals`` if there are any.
+    weight^T dc'; written to ``totals`` if there are any, with ``add`` added.
     """
     dscaled, dbias = dout[:, : weight.shape[1]].to(weight.dtype), dout[:, weight.shape[1]].to(bias.dtype)
     dweight = dscaled * norm_weight + dbias[:, None] * norm_bias
     gradients = dweight, dbias.clone(), (dscaled * weight).sum(0), dbias @ weight
-    return added_to(totals or None, gradients)
+    return put_into(totals or None, gradients, add)
 
 
 def image_key_value(

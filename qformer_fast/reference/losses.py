@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qformer_fast.reference.philox import random_words
-from qformer_fast.reference.rowwise import added_to
+from qformer_fast.reference.rowwise import put_into
 
 # what sample_negatives' kernel takes larger logits for, and its negative for NaN
 LARGEST = 1e38
@@ -101,7 +101,7 @@ def linear_cross_entropy_bwd(
     """The loss is the losses' sum / divisor, so its gradients are those of the sum times dout / divisor."""
     scale = dout / divisor
     gradients = (dweight * scale).to(weight_dtype), (dbias * scale).to(bias_dtype)
-    return (dx * scale).to(dx.dtype), *added_to(totals, gradients)
+    return (dx * scale).to(dx.dtype), *put_into(totals, gradients)
 
 
 def linear_cross_entropy_rows_bwd(

@@ -31,15 +31,21 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 
 def bias_gelu_bwd_in_place(
-    dout: Tensor, x: Tensor, bias: Tensor, total: Tensor | None = None, out: Tensor | None = None
+    dout: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    total: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Overwrites dout with dx; returns dbias, added to ``total`` where it is given, and the forward's output, in
-    ``out``, which may be x.
+    """Overwrites dout with dx; returns dbias, written to ``total`` where it is given, with ``add`` added, and the
+    forward's output, in ``out``, which may be x.
     """
     dx, dbias = bias_gelu_bwd(dout, x, bias)
     dout.copy_(dx)
     activation = bias_gelu_fwd(x, bias)
-    return dbias if total is None else total.add_(dbias), activation if out is None else out.copy_(activation)
+    (dbias,) = put_into(None if total is None else [total], [dbias], add)
+    return dbias, activation if out is None else out.copy_(activation)
 
 
 def dropout_add_layer_norm(
@@ -81,6 +87,7 @@ def dropout_add_layer_norm_bwd(
     x_bias: Tensor | None = None,
     totals: Sequence[Tensor] | None = None,
     dx: Tensor | None = None,
+    add: bool = True,
 ) -> tuple[Tensor, ...]:
     """With n = (z - mean) rstd and dn = dout weight: dz = rstd (dn - mean(dn) - n mean(dn n)), which is dresidual, and
     dx is dz under dropout's mask; over rows dweight sums dout n, dbias dout and, with ``x_bias``, dx_bias dx.
@@ -91,7 +98,7 @@ def dropout_add_layer_norm_bwd(
     dx_bias = () if x_bias is None else (dropped.sum(0).to(x_bias.dtype),)
     dresidual = dresidual.to(x.dtype)
     dx = dropped.to(x.dtype) if dx is None else dx.copy_(dropped)
-    return dx, dresidual, *added_to(totals, (dweight, dbias, *dx_bias))
+    return dx, dresidual, *put_into(totals, (dweight, dbias, *dx_bias), add)
 
 
 def _add_dropped(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
@@ -106,11 +113,12 @@ def sum_parts(parts: Tensor, *outputs: Tensor, add: bool = False) -> None:
         out.copy_(part.sum(0) + out if add else part.sum(0))
 
 
-def added_to(totals: Sequence[Tensor] | None, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients, or ``totals`` after those with elements were added to them."""
+def put_into(totals: Sequence[Tensor] | None, gradients: Sequence[Tensor], add: bool = True) -> Sequence[Tensor]:
+    """The gradients, or ``totals`` after those with elements were written to them, with ``add`` added."""
     if totals is None:
         return gradients
-    return [total.add_(x) if x.numel() else total for total, x in zip(totals, gradients, strict=True)]
+    pairs = zip(totals, gradients, strict=True)
+    return [total if not x.numel() else total.add_(x) if add else total.copy_(x) for total, x in pairs]
 
 
 def embeddings(
@@ -172,7 +180,7 @@ def embeddings_bwd(
     if padding_idx is not None:
         dword[padding_idx] = 0
     gradients = dword.to(word_weight.dtype), dposition.to(position_weight.dtype), dweight, dbias
-    return tuple(added_to(totals, gradients))
+    return tuple(put_into(totals, gradients))
 
 
 def _wide(x: Tensor) -> Tensor:

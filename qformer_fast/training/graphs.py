@@ -17,7 +17,7 @@ from qformer_fast import overlap
 from qformer_fast.layout import PackedText, SequenceLayout
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output, pairs_of
 from qformer_fast.models.image_kv import ImageKV
-from qformer_fast.models.packing import GradientBuffers
+from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers
 from qformer_fast.ops._seeds import seeds_ahead
 from qformer_fast.reference import standardized_width
 
@@ -33,6 +33,7 @@ class _Shape(NamedTuple):
     negative_rows: int  # room for the negative captions
     max_length: int
     training: bool
+    adds: bool  # to gradients that are there
 
 
 class GraphedStage1:
@@ -40,10 +41,11 @@ class GraphedStage1:
 
     Graphs want fixed shapes, so text rows are filled up to multiples of ``bucket`` with captions that no loss reads.
     How many rows the negative captions have is known only when they are drawn: the step waits for that number while
-    the captions' loss runs. Each new shape costs a capture; the graphs share one memory pool. Where
-    a batch draws longer negatives than there is room for, the step is captured and run again with more room, from the
-    same random state. So that captures end soon, a batch also takes a shape one bucket larger than its own, and what is
-    larger than all before gets one bucket more.
+    the captions' loss and, where no gradients are there yet, sweep 1's backward run. Each new shape costs a capture,
+    and another one where gradients accumulate; the graphs share one memory pool. Where a batch draws longer negatives
+    than there is room for, the step is captured and run again with more room, from the same random state. So that
+    captures end soon, a batch also takes a shape one bucket larger than its own, and what is larger than all before
+    gets one bucket more.
 
     A replay draws its own dropout and negatives from the device's default generator, as the model would.
 
@@ -71,6 +73,7 @@ class GraphedStage1:
         self.bucket = bucket
         self._gradients = GradientBuffers(model.groups)
         self._attached = [(p, gradient) for p, gradient in self._gradients.of_parameters() if p.requires_grad]
+        self._written = {id(p) for group in [*model.qformer.groups, model.ln_vision.parameters()] for p in group}
         self._captures: dict[_Shape, _Capture] = {}
         self._images: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._text_rows: dict[tuple[torch.Size, int], set[int]] = {}  # by image shape and max_length
@@ -118,34 +121,41 @@ class GraphedStage1:
         text_rows = room_for(text.num_rows, bucket, known)
         known.add(text_rows)
         inputs = (image_embeds, text, same_image, scale)
-        self._attach_gradients()
+        adds, zeros = self._attach_gradients()
         while True:
             room = self._negative_rows.setdefault(text_rows, text_rows + bucket)
-            shape = _Shape(image_embeds.shape, text_rows, 2 * bucket, room, max_length, model.training)
+            shape = _Shape(image_embeds.shape, text_rows, 2 * bucket, room, max_length, model.training, adds)
             state = torch.cuda.get_rng_state(device)
             if shape not in self._captures:
                 self._captures[shape] = self._capture(shape, inputs)
             capture = self._captures[shape]
             capture.load(*inputs)
-            negative_rows = capture.draw()
+            self._zeroing.wait_stream(torch.cuda.current_stream())
+            if zeros:
+                with torch.cuda.stream(self._zeroing):
+                    torch._foreach_zero_(zeros)
+            negative_rows = capture.draw(self._zeroing)
             if negative_rows <= room:
-                return capture.finish(self._zeroing)
+                return capture.finish()
             self._negative_rows[text_rows] = _round_up(negative_rows, bucket) + bucket
             torch.cuda.set_rng_state(state, device)
 
-    def _attach_gradients(self) -> None:
-        """Has every ``grad`` be the tensor that the graphs add to, whatever zero_grad or a user put in its place."""
-        fresh = []
-        for parameter, gradient in self._attached:
-            if parameter.grad is None:
-                fresh.append(gradient)
-            elif parameter.grad is not gradient:
+    def _attach_gradients(self) -> tuple[bool, list[Tensor]]:
+        """Has every ``grad`` be the tensor that the graphs add to, whatever zero_grad or a user put in its place.
+
+        Returns:
+            tuple: whether there are gradients to add to, and the tensors that must be zero for the graphs.
+        """
+        new = [parameter.grad is None for parameter, _ in self._attached]
+        adds = not all(new)
+        zeros = []
+        for is_new, (parameter, gradient) in zip(new, self._attached, strict=True):
+            if is_new and (adds or id(parameter) not in self._written):
+                zeros.append(gradient)
+            elif not is_new and parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
-        self._zeroing.wait_stream(torch.cuda.current_stream())
-        if fresh:
-            with torch.cuda.stream(self._zeroing):
-                torch._foreach_zero_(fresh)
+        return adds, zeros
 
     def _capture(self, shape: _Shape, inputs: tuple) -> _Capture:
         state = torch.cuda.get_rng_state(self.model.temp.device)
@@ -240,16 +250,19 @@ def step_in_parts(
     negative_rows: int,
     gradients: GradientBuffers,
     negatives: tuple[Tensor, Tensor] | None = None,
+    *,
+    add: bool = True,
 ) -> Iterator[Stage1Output | None]:
     """Sweep 1 and its losses, the draw of negatives included; sweep 1's backward; sweep 2 and its backward.
 
-    Yields after each part, at last the output. ``gradients``, of ``model``'s parameters, are added to. ``negatives``
-    may take the place of those drawn, for which there are ``negative_rows``.
+    Yields after each part, at last the output. ``gradients``, of ``model``'s parameters, are added to; without ``add``
+    those of ``ln_vision`` and of ``qformer.groups`` are written. ``negatives`` may take the place of those drawn, for
+    which there are ``negative_rows``.
     """
-    kv_weights = model.qformer.kv_weights(model.ln_vision, gradients)
+    kv_weights = model.qformer.kv_weights(model.ln_vision, gradients, add_gradients=add)
     made, weights = overlap.side_by_side(
         lambda: model.image_kv(inputs.images, kv_weights, standardized=True).buffer,
-        lambda: model.qformer.encoder_weights(model.query_tokens, gradients),
+        lambda: model.qformer.encoder_weights(model.query_tokens, gradients, add_gradients=add),
     )
     image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
     seeds = 6 * model.config.num_hidden_layers + 1  # of a sweep: two of each sub-layer, and the embeddings'
@@ -279,24 +292,33 @@ def step_in_parts(
     own = [(parameter, total) for parameter, total in gradients.of_parameters() if parameter.requires_grad]
     totals = dict(own + weights.leaves() + kv_weights.leaves())
 
-    def backward(loss: Tensor, *, grad_outputs: Tensor | None = None, accumulate: bool = False) -> None:
+    def backward(
+        loss: Tensor, written: BlockWeights | EncoderWeights | None, grad_outputs: Tensor | None = None
+    ) -> None:
+        """Of the parameters that autograd has gradients for, those in ``written`` are not there yet."""
         leaves = image_kv.buffer, *totals
         dkv, *found = torch.autograd.grad(loss, leaves, grad_outputs, allow_unused=True)
         overlap.join()
-        sums = [(total, x) for total, x in zip(totals.values(), found, strict=True) if x is not None]
-        if sums:
-            torch._foreach_add_(*map(list, zip(*sums, strict=True)))
+        new = set() if add or written is None else {id(total) for _, total in written.leaves()}
+        pairs = [(total, x) for total, x in zip(totals.values(), found, strict=True) if x is not None]
+        for put, chosen in (
+            (torch._foreach_copy_, [pair for pair in pairs if id(pair[0]) in new]),
+            (torch._foreach_add_, [pair for pair in pairs if id(pair[0]) not in new]),
+        ):
+            if chosen:
+                put(*map(list, zip(*chosen, strict=True)))
         if dkv is not None:
-            image_kv.gradient.copy_(image_kv.gradient + dkv if accumulate else dkv)
+            image_kv.gradient.copy_(dkv if written is weights else image_kv.gradient + dkv)
 
-    backward((contrast.loss_itc + loss_itg) * inputs.scale)
+    backward((contrast.loss_itc + loss_itg) * inputs.scale, weights)
     yield None
 
-    again = dataclasses.replace(first, image_kv=dataclasses.replace(image_kv, accumulate=True))
+    accumulating = dataclasses.replace(image_kv, accumulate=True)
+    again = dataclasses.replace(first, image_kv=accumulating, weights=weights.adding())
     with seeds_ahead(seeds):
         loss_itm, logits = model.second_sweep(again, pairs, layout)
-    backward(loss_itm * inputs.scale, accumulate=True)
-    backward(made, grad_outputs=image_kv.gradient)
+    backward(loss_itm * inputs.scale, None)
+    backward(made, kv_weights, image_kv.gradient)
     yield Stage1Output(
         loss=(contrast.loss_itc + loss_itm + loss_itg).detach(),
         loss_itc=contrast.loss_itc.detach(),
@@ -367,7 +389,7 @@ class _Capture:
             del scratch
         torch.cuda.current_stream().wait_stream(stream)
         self.graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
-        parts = step_in_parts(self.model, self.inputs, negative_rows, self.gradients)
+        parts = step_in_parts(self.model, self.inputs, negative_rows, self.gradients, add=self.shape.adds)
         for graph in self.graphs:
             with (
                 torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
@@ -376,20 +398,23 @@ class _Capture:
             ):
                 self.out = next(parts)
 
-    def draw(self) -> int:
-        """Runs what adds to no gradient; returns how many rows the negative captions have, before the captions' loss is
-        done.
+    def draw(self, zeroing: torch.cuda.Stream) -> int:
+        """Runs what may be run again, ``zeroing`` having filled gradients; returns how many rows the negative captions
+        have, before it is done.
         """
         self.inputs.host_rows.fill_(-1)
         self.graphs[0].replay()
+        torch.cuda.current_stream().wait_stream(zeroing)
+        if not self.shape.adds:
+            self.graphs[1].replay()
         while (negative_rows := int(self.inputs.host_rows)) < 0:
             self.inputs.drawn.synchronize()
         return negative_rows
 
-    def finish(self, zeroing: torch.cuda.Stream) -> Stage1Output:
-        """Runs the rest, for which ``zeroing`` fills the gradients."""
-        torch.cuda.current_stream().wait_stream(zeroing)
-        self.graphs[1].replay()
+    def finish(self) -> Stage1Output:
+        """Runs the rest."""
+        if self.shape.adds:
+            self.graphs[1].replay()
         self.graphs[2].replay()
         out = dict(vars(self.out))
         negatives = tuple(index.clone() for index in out.pop("negatives"))

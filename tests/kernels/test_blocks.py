@@ -213,9 +213,10 @@ def test_captured_in_a_graph(name, layout):
     assert all(torch.equal(found[key], x) for key, x in expected.items())
 
 
+@pytest.mark.parametrize("first", ["added", "written"])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_gradients_are_added_to_what_is_given(name, p, layout, assert_close):
+def test_gradients_are_added_to_what_is_given(name, p, first, layout):
     """bf16 weights whose gradients are fp32; keys' and values' are written to, then added to, slices of a buffer."""
     inputs, call = blocks(layout)[name]
     inputs = {key: x if x.ndim == 1 else x.bfloat16() for key, x in inputs.items()}
@@ -231,6 +232,10 @@ def test_gradients_are_added_to_what_is_given(name, p, layout, assert_close):
     parameters = [key for key in inputs if key.endswith(("weight", "bias"))]
     start = {key: torch.randn(inputs[key].shape, device=DEVICE) for key in parameters}
     totals = {key: x.clone() for key, x in start.items()}
+    if first == "written":
+        start = {key: torch.zeros_like(x) for key, x in start.items()}
+        for x in totals.values():
+            x.fill_(torch.nan)
     given = list(totals.values())
     more = {"gradients": [given[:6], given[6:]] if "feed" in name else given}
     if "cross" in name:
@@ -238,6 +243,7 @@ def test_gradients_are_added_to_what_is_given(name, p, layout, assert_close):
         more |= {"kv_gradients": (buffer[:, :, 1], buffer[:, :, 3])}
     leaves = {key: x.detach().requires_grad_() for key, x in inputs.items()}
     for time in (1, 2):
+        more["add_gradients"] = first == "added" or time == 2
         if "cross" in name:
             more["accumulate"] = time == 2
         out = call(run, *leaves.values(), **more)

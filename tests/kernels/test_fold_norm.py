@@ -44,8 +44,11 @@ def test_gradients_add_to_what_is_there(rows):
     gradients = kernels.fold_norm_bwd(dout, *given)
     totals = [torch.ones_like(x, dtype=torch.float32) for x in given]
     kernels.fold_norm_bwd(dout, *given, totals)
-    for total, gradient in zip(totals, gradients, strict=True):
+    written = [torch.full_like(x, torch.nan) for x in totals]
+    kernels.fold_norm_bwd(dout, *given, written, add=False)
+    for total, gradient, alone in zip(totals, gradients, written, strict=True):
         torch.testing.assert_close(total - 1, gradient.float(), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(alone, gradient.float(), rtol=2e-3, atol=2e-3)
 
 
 def test_same_result_twice():
@@ -81,12 +84,12 @@ def test_gradients_without_a_norm_are_refused():
 def test_formula():
     given = [p.requires_grad_() for p in parameters(4, 6, torch.float64)]
     op = torch.ops.qformer_fast.fold_norm_fwd
-    assert torch.autograd.gradcheck(lambda *p: op(*p, [], 8, torch.float64), given)
+    assert torch.autograd.gradcheck(lambda *p: op(*p, [], True, 8, torch.float64), given)
 
 
 def test_opcheck():
     given = [p.requires_grad_() for p in parameters(5, 33, torch.float32)]
-    torch.library.opcheck(torch.ops.qformer_fast.fold_norm_fwd.default, (*given, [], 40, torch.float32))
+    torch.library.opcheck(torch.ops.qformer_fast.fold_norm_fwd.default, (*given, [], True, 40, torch.float32))
 
 
 def test_compiles_without_a_graph_break():

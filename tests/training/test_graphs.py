@@ -77,8 +77,8 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("frozen", ["", "key", "word_embeddings"])
-def test_the_graphs_step_adds_the_models_gradients(frozen, backend, make_captions):
-    """The step as it is captured, run without a capture, twice on one set of gradients."""
+def test_the_graphs_step_gives_the_models_gradients(frozen, backend, make_captions):
+    """The step as it is captured, run without a capture: once on new gradients, then adding to them."""
     if reason := available()[backend]:
         pytest.skip(reason)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,9 +96,11 @@ def test_the_graphs_step_adds_the_models_gradients(frozen, backend, make_caption
     scale, host_rows = torch.tensor(0.25, device=device), torch.zeros((), dtype=torch.int64)
     inputs = StepInputs(model.standardize(images), text.filled(64, 32), rows, labels, same_image, scale, host_rows)
     found = GradientBuffers(model.groups)
-    for _ in range(2):
+    for group in (*model.qformer.groups, (model.ln_vision.weight,), (model.ln_vision.bias,)):
+        found[group].fill_(torch.nan)
+    for add in (False, True):
         with use_backend(backend):
-            *_, out = step_in_parts(model, inputs, 64, found, negatives)
+            *_, out = step_in_parts(model, inputs, 64, found, negatives, add=add)
         assert 0 < int(host_rows) <= 12 * batch
         for name in LOSSES:
             torch.testing.assert_close(getattr(out, name), getattr(expected, name).detach())
@@ -173,7 +175,7 @@ def test_losses_and_gradients_are_the_models(bucket, dtype, tolerance, batches):
 
 @pytest.mark.cuda
 def test_accumulation_scale_and_zero_grad(batches):
-    model = build("cuda")
+    model = build("cuda", initializer_range=0.2)
     graphed = GraphedStage1(model, bucket=64)
     first, second = (graphed(*batch, scale=scale) for batch, scale in ((batches[0], 0.5), (batches[1], 2.0)))
     actual = gradients(model)
