@@ -21,6 +21,15 @@ from qformer_fast.reference.philox import threshold_and_scale
 
 
 @triton.jit
+def _in_two(first_ptr, rest_ptr, offs, offs_m, first_rows, N: tl.constexpr):
+    """Pointers to rows ``offs_m`` of a matrix whose rows from ``first_rows`` on lie elsewhere, if rest is given."""
+    ptrs = first_ptr + offs
+    if rest_ptr is not None:
+        ptrs = tl.where(offs_m[:, None] < first_rows, ptrs, rest_ptr + offs - tl.cast(first_rows, tl.int64) * N)
+    return ptrs
+
+
+@triton.jit
 def dropout_add_layer_norm_fwd_kernel(
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N)
@@ -28,10 +37,12 @@ def dropout_add_layer_norm_fwd_kernel(
     weight_ptr,  # (N,)
     bias_ptr,  # (N,)
     seed_ptr,  # (1,) int64 or None
-    out_ptr,  # (M, N)
+    out_ptr,  # (M, N), or (first_rows, N) with a rest
+    rest_ptr,  # (M - first_rows, N), the rows after those of out, or None
     mean_ptr,  # (M,) fp32
     rstd_ptr,  # (M,) fp32
     M,
+    first_rows,
     eps,
     threshold,
     keep_scale,
@@ -56,14 +67,15 @@ def dropout_add_layer_norm_fwd_kernel(
     normed, mean, rstd = standardise(z + residual, mask_n, eps, N)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs, normed * weight + bias, mask=mask)
+    tl.store(_in_two(out_ptr, rest_ptr, offs, offs_m, first_rows, N), normed * weight + bias, mask=mask)
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
 @triton.jit
 def dropout_add_layer_norm_bwd_kernel(
-    dout_ptr,  # (M, N)
+    dout_ptr,  # (M, N), or (first_rows, N) with a rest
+    drest_ptr,  # (M - first_rows, N), the rows after those of dout, or None
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N)
     x_bias_ptr,  # (N,) or None
@@ -75,6 +87,7 @@ def dropout_add_layer_norm_bwd_kernel(
     dresidual_ptr,  # (M, N), with a seed; else dx is written alone
     parts_ptr,  # (programs, 2 or 3, N) fp32: dweight, dbias, and dx_bias with x_bias
     M,
+    first_rows,
     threshold,
     keep_scale,
     N: tl.constexpr,
@@ -101,7 +114,8 @@ def dropout_add_layer_norm_bwd_kernel(
         offs = offs_m[:, None].to(tl.int64) * N + offs_n
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dout_ptrs = _in_two(dout_ptr, drest_ptr, offs, offs_m, first_rows, N)
+        dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
         if x_bias_ptr is not None:
@@ -138,6 +152,7 @@ def dropout_add_layer_norm_fwd(
     x_bias: Tensor | None = None,
     out: Tensor | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """layer_norm(dropout(x + x_bias) + residual) * weight + bias; without ``seed`` nothing is dropped.
 
@@ -148,6 +163,7 @@ def dropout_add_layer_norm_fwd(
         x_bias (Tensor, Optional): (hidden,), the bias that the product which made x left out.
         out (Tensor, Optional): (rows, hidden) contiguous, to write into.
         statistics (tuple, Optional): mean and rstd to write into.
+        rest (Tensor, Optional): contiguous, to write those rows into that ``out`` has no place for.
 
     Returns:
         tuple: out (rows, hidden) in x's dtype; mean and rstd (rows,) fp32.
@@ -161,8 +177,8 @@ def dropout_add_layer_norm_fwd(
     if M:
         settings = row_settings("dropout_add_layer_norm_fwd", N, x.device)
         dropout_add_layer_norm_fwd_kernel[(triton.cdiv(M, settings["BLOCK_M"]),)](
-            x, residual, x_bias, weight, bias, seed, out, mean, rstd,
-            M, eps, *threshold_and_scale(dropout_p), **settings,
+            x, residual, x_bias, weight, bias, seed, out, rest, mean, rstd,
+            M, out.shape[0], eps, *threshold_and_scale(dropout_p), **settings,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -180,11 +196,12 @@ def dropout_add_layer_norm_bwd(
     totals: Sequence[Tensor] | None = None,
     dx: Tensor | None = None,
     add: bool = True,
+    drest: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """dx, dresidual (rows, hidden); dweight, dbias (hidden,) in weight's dtype; with ``x_bias`` also dx_bias.
 
     Without ``seed`` dresidual is dx, the same tensor. The parameters' gradients are written to ``totals`` where they
-    are given, with ``add`` added; ``dx``, which may be x, is written to.
+    are given, with ``add`` added; ``dx``, which may be x, is written to. ``drest``, if given, are dout's last rows.
     """
     M, N = x.shape
     settings = row_settings("dropout_add_layer_norm_bwd", N, x.device)
@@ -195,8 +212,8 @@ def dropout_add_layer_norm_bwd(
     parts = torch.empty(programs, 2 if x_bias is None else 3, N, device=x.device, dtype=torch.float32)
     if M:
         dropout_add_layer_norm_bwd_kernel[(programs,)](
-            dout, x, residual, x_bias, weight, mean, rstd, seed, dx, dresidual, parts,
-            M, *threshold_and_scale(dropout_p), **settings,
+            dout, drest, x, residual, x_bias, weight, mean, rstd, seed, dx, dresidual, parts,
+            M, dout.shape[0], *threshold_and_scale(dropout_p), **settings,
         )  # fmt: skip
     parameters = (weight, weight) if x_bias is None else (weight, weight, x_bias)
     sums = [torch.empty_like(p) for p in parameters] if totals is None else totals

@@ -84,7 +84,7 @@ class SelfAttention(nn.Module):
         layers = self.attention.query, self.attention.key, self.attention.value
         return [tuple(x.weight for x in layers), tuple(x.bias for x in layers), *self.output.groups]
 
-    def forward(self, rows: Tensor, layout: SequenceLayout, weights: BlockWeights) -> Tensor:
+    def forward(self, rows: Tensor, layout: SequenceLayout, weights: BlockWeights) -> tuple[Tensor, Tensor]:
         return ops.self_attention_block(
             rows,
             layout,
@@ -95,6 +95,7 @@ class SelfAttention(nn.Module):
             hidden_dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
             gradients=weights.gradients,
             add_gradients=weights.add_gradients,
+            split=True,
         )
 
     def project(self, rows: Tensor, weights: BlockWeights, *, keys_values_only: bool = False) -> tuple[Tensor, ...]:
@@ -160,8 +161,7 @@ class QFormerLayer(nn.Module):
         recompute_feed_forward: bool = False,
         text_index: Tensor | None = None,
     ) -> Tensor:
-        rows = self.attention(rows, layout, weights.self_attention)
-        query_rows, text_rows = rows.split([layout.num_query_rows, layout.num_text_rows])
+        query_rows, text_rows = self.attention(rows, layout, weights.self_attention)
         if image_kv is not None:
             query_rows = self.crossattention(query_rows, image_kv, layout, weights.cross_attention)
         if text_index is not None:

@@ -1,4 +1,4 @@
-"""Autograd of the custom ops: the first output is the op's result, all others are kept for backward."""
+"""Autograd of the custom ops: the first outputs are the op's results, all others are kept for backward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 
-def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[[Any, tuple, Any], None]) -> None:
-    """``backward(ctx, dout)`` gets the gradient of the result alone.
+def register_autograd(
+    op: Any, backward: Callable[..., Any], setup_context: Callable[[Any, tuple, Any], None], results: int = 1
+) -> None:
+    """``backward(ctx, dout)`` gets the gradients of the ``results`` alone, None for one that nobody uses.
 
     Autograd would otherwise fill a tensor with zeros for every other output, at each call.
     """
@@ -19,13 +21,13 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
     def setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*output[results:])
         setup_context(ctx, inputs, output)
 
-    def run(ctx, dout: Tensor | None, *_) -> Any:
-        if dout is None:
+    def run(ctx, *douts: Tensor | None) -> Any:
+        if all(dout is None for dout in douts[:results]):
             return tuple([None] * len(x) if isinstance(x, list | tuple) else None for x in ctx.needs_input_grad)
-        return backward(ctx, dout)
+        return backward(ctx, *douts[:results])
 
     op.register_autograd(run, setup_context=setup)
 

@@ -48,8 +48,10 @@ def self_attention_block_fwd(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, and for backward: qkv, context, lse, x (the output projection without its bias), mean and rstd.
+    first_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output's ``first_rows`` and its other rows, and for backward: qkv, context, lse, x (the output projection
+    without its bias), mean and rstd.
 
     ``totals`` and ``add`` are for backward, see :func:`_bwd`.
     """
@@ -59,24 +61,30 @@ def self_attention_block_fwd(
     sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
     context, lse = attend(qkv, text_offsets, masks, attention_seed, *sizes)
     x = context.view(rows.shape) @ out_weight.t()
-    out, mean, rstd = add_norm(x, rows, norm_weight, norm_bias, hidden_seed, eps, hidden_dropout_p, out_bias)
-    return out, qkv, context, lse, x, mean, rstd
+    out, rest = rows.new_empty(first_rows, rows.shape[1]), rows.new_empty(rows.shape[0] - first_rows, rows.shape[1])
+    _, mean, rstd = add_norm(
+        x, rows, norm_weight, norm_bias, hidden_seed, eps, hidden_dropout_p, out_bias, out, rest=rest
+    )
+    return out, rest, qkv, context, lse, x, mean, rstd
 
 
 @self_attention_block_fwd.register_fake
 def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
     num_queries, max_text_length, nheads = others[13:16]
+    first_rows = others[19]
     count, hidden = rows.shape
     streamed = num_queries + max_text_length > reference.MAX_TILE
     qkv, context = (rows.new_empty(count, *heads, nheads, hidden // nheads) for heads in ((3,), ()))
     lse, mean, rstd = (
         rows.new_empty(n, dtype=torch.float32) for n in ((count if streamed else 0, nheads), count, count)
     )
-    return rows.new_empty(rows.shape), qkv, context, lse, rows.new_empty(rows.shape), mean, rstd
+    out, rest = rows.new_empty(first_rows, hidden), rows.new_empty(count - first_rows, hidden)
+    return out, rest, qkv, context, lse, rows.new_empty(rows.shape), mean, rstd
 
 
 def _bwd(
     dout: Tensor,
+    drest: Tensor,
     rows: Tensor,
     qkv: Tensor,
     context: Tensor,
@@ -108,8 +116,9 @@ def _bwd(
     sum_parts = backends.kernel_or_formula("sum_parts", rows)
     qkv_weight_total, qkv_bias_total, out_weight_total, *others = totals or [None] * 6
     dx, drows, dnorm_weight, dnorm_bias, dout_bias = add_norm_bwd(
-        dout, x, rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias, norm_totals(others), add=add
-    )
+        dout, x, rows, norm_weight, mean, rstd, hidden_seed, hidden_dropout_p, out_bias, norm_totals(others),
+        add=add, drest=drest,
+    )  # fmt: skip
     dout_weight = product(dx.t(), context.view(rows.shape), out_weight_total, add=add)
     dcontext = (dx @ out_weight).view(context.shape)
     sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
@@ -134,30 +143,37 @@ def _new_qkv_bias(qkv_weight: Tensor, rows: Tensor) -> Tensor:
 
 
 @self_attention_block_bwd.register_fake
-def _(dout, rows, qkv, context, lse, x, mean, rstd, qkv_weight, out_weight, out_bias, norm_weight, *_):
+def _(dout, drest, rows, qkv, context, lse, x, mean, rstd, qkv_weight, out_weight, out_bias, norm_weight, *_):
     like = qkv_weight, _new_qkv_bias(qkv_weight, rows), out_weight, out_bias, norm_weight, norm_weight
     return [x.new_empty(x.shape) for x in (rows, *like)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     rows, qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:11]
-    _, *saved = output
+    _, _, *saved = output
     ctx.save_for_backward(rows, *saved, qkv_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.totals, ctx.add, *sizes = inputs[11:]
+    ctx.totals, ctx.add, *sizes, ctx.first_rows = inputs[11:]
     ctx.sizes = *sizes[:3], *sizes[5:]
     ctx.bias_dtype = qkv_bias.dtype
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
+def _backward(ctx, dout: Tensor | None, drest: Tensor | None) -> tuple[Any, ...]:
     run = _bwd if ctx.totals else self_attention_block_bwd
-    gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.add, *ctx.sizes)
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets them be read a single time
+    count, hidden = saved[0].shape
+    counts = ctx.first_rows, count - ctx.first_rows
+    douts = [
+        saved[0].new_zeros(n, hidden) if x is None else x.contiguous()
+        for n, x in zip(counts, (dout, drest), strict=True)
+    ]
+    gradients = run(*douts, *saved, ctx.totals, ctx.add, *ctx.sizes)
     drows, dweight, dbias, *others = gradients + [None] * (7 - len(gradients))
     if dbias is not None:
         dbias = dbias.to(ctx.bias_dtype)
-    return drows, dweight, dbias, *others, *[None] * 4, [None] * len(ctx.totals), *[None] * 8
+    return drows, dweight, dbias, *others, *[None] * 4, [None] * len(ctx.totals), *[None] * 9
 
 
-register_autograd(self_attention_block_fwd, _backward, _setup_context)
+register_autograd(self_attention_block_fwd, _backward, _setup_context, results=2)
 
 
 def _kernels(
@@ -176,9 +192,10 @@ def _kernels(
     hidden_dropout_p: float,
     gradients: Sequence[Tensor] | None = None,
     add_gradients: bool = True,
-) -> Tensor:
+    split: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     dtype = autocast_dtype(rows)
-    return self_attention_block_fwd(
+    out, rest, *_ = self_attention_block_fwd(
         rows.to(dtype).contiguous(),
         qkv_weight.to(dtype),
         qkv_bias,
@@ -198,7 +215,9 @@ def _kernels(
         eps,
         attention_dropout_p,
         hidden_dropout_p,
-    )[0]
+        layout.num_query_rows if split else layout.num_rows,
+    )
+    return (out, rest) if split else out
 
 
 IMPLEMENTATIONS = {"reference": without_totals(reference.self_attention_block), "triton": _kernels}
@@ -220,8 +239,9 @@ def self_attention_block(
     hidden_dropout_p: float = 0.0,
     gradients: Sequence[Tensor] | None = None,
     add_gradients: bool = True,
+    split: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """layer_norm(rows + dropout(out(attention(qkv(rows)))))
 
     Replaces LAVIS ``BertAttention`` without an image (Qformer.py:295-350). On the kernels it is one autograd node,
@@ -240,10 +260,11 @@ def self_attention_block(
         gradients (Sequence, Optional): six tensors like the parameters, fp32 or of their dtype, contiguous. The kernels
             add the parameters' gradients to them in backward and give autograd none. Default: `None`.
         add_gradients (bool): False: write to ``gradients`` instead. Default: True.
+        split (bool): return query rows and text rows apart. Default: False.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
-        Tensor: (rows, hidden).
+        Tensor or tuple: (rows, hidden), or with ``split`` (query rows, hidden) and (text rows, hidden).
 
     Raises:
         ValueError: shapes, rows or probabilities that do not fit. TypeError: integer input. RuntimeError: the backend
@@ -286,4 +307,5 @@ def self_attention_block(
         hidden_dropout_p=hidden_dropout_p,
         gradients=gradients,
         add_gradients=add_gradients,
+        split=split,
     )

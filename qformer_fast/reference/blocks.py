@@ -25,14 +25,16 @@ def self_attention_block(
     eps: float,
     attention_dropout_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
-) -> Tensor:
+    split: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """layer_norm(rows + dropout(out(attention(qkv(rows))))); shapes as
     :func:`qformer_fast.ops.self_attention_block`.
     """
     qkv = F.linear(rows, qkv_weight, qkv_bias).unflatten(-1, (3, nheads, -1))
     context = query_text_attention(qkv, layout, dropout_p=attention_dropout_p).flatten(1)
     out = F.linear(context, out_weight, out_bias)
-    return dropout_add_layer_norm(out, rows, norm_weight, norm_bias, eps=eps, dropout_p=hidden_dropout_p)
+    out = dropout_add_layer_norm(out, rows, norm_weight, norm_bias, eps=eps, dropout_p=hidden_dropout_p)
+    return out.split([layout.num_query_rows, layout.num_text_rows]) if split else out
 
 
 def cross_attention_block(

@@ -66,12 +66,16 @@ def dropout_add_layer_norm_fwd(
     x_bias: Tensor | None = None,
     out: Tensor | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, and of each row the mean and 1 / sqrt(variance + eps); arguments as the kernels' forward."""
     normed, mean, rstd = _standardise(_add_dropped(x, residual, x_bias, seed, dropout_p), eps)
     result = (normed * _wide(weight) + _wide(bias)).to(x.dtype)
     if statistics is not None:
         mean, rstd = (place.copy_(x) for place, x in zip(statistics, (mean, rstd), strict=True))
+    if rest is not None:
+        result, last = result.split([out.shape[0], rest.shape[0]])
+        rest.copy_(last)
     return result if out is None else out.copy_(result), mean, rstd
 
 
@@ -88,10 +92,13 @@ def dropout_add_layer_norm_bwd(
     totals: Sequence[Tensor] | None = None,
     dx: Tensor | None = None,
     add: bool = True,
+    drest: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """With n = (z - mean) rstd and dn = dout weight: dz = rstd (dn - mean(dn) - n mean(dn n)), which is dresidual, and
     dx is dz under dropout's mask; over rows dweight sums dout n, dbias dout and, with ``x_bias``, dx_bias dx.
     """
+    if drest is not None:
+        dout = torch.cat([dout, drest])
     normed = (_add_dropped(x, residual, x_bias, seed, dropout_p) - mean[:, None]) * rstd[:, None]
     dresidual, dweight, dbias = _standardise_bwd(_wide(dout), normed, rstd, weight)
     dropped = _dropout(dresidual, seed, dropout_p)

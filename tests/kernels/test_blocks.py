@@ -260,6 +260,28 @@ def test_gradients_are_added_to_what_is_given(name, p, first, layout):
         torch.testing.assert_close(leaves[key].grad, 2 * expected[key])
 
 
+@pytest.mark.parametrize("used", ["both", "queries", "text"])
+def test_self_attention_gives_query_and_text_rows_apart(used, layout):
+    """As a cut through the rows together, also where only one part is read."""
+    inputs, call = blocks(layout)["self_attention_block"]
+    counts = layout.num_query_rows, layout.num_text_rows
+    weights = [torch.randn(n, HIDDEN, device=DEVICE) for n in counts]
+    read = {"both": (0, 1), "queries": (0,), "text": (1,)}[used]
+
+    def run(split):
+        leaves = {key: x.detach().requires_grad_() for key, x in inputs.items()}
+        torch.manual_seed(5)
+        options = {"attention_dropout_p": 0.25, "hidden_dropout_p": 0.25, "backend": "triton"}
+        out = call(ops.self_attention_block, *leaves.values(), **options, **({"split": True} if split else {}))
+        parts = out if split else out.split(counts)
+        assert [len(part) for part in parts] == list(counts)
+        found = torch.autograd.grad(sum((parts[i] * weights[i]).sum() for i in read), list(leaves.values()))
+        return [*parts, *found]
+
+    for actual, expected in zip(run(True), run(False), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradients_that_do_not_fit_are_named(name, layout):
     inputs, call = blocks(layout)[name]
