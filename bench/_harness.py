@@ -119,6 +119,11 @@ class Setup:
         torch.cuda.synchronize()
 
 
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def bytes_floor(case: Case, inputs: Inputs, out: Tensor, mode: str, dropout_p: float) -> int:
     """The fewest bytes that any implementation moves: each input read once, each output written once.
 

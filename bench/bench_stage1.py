@@ -19,7 +19,7 @@ import _original
 import torch
 from _breakdown import measure_breakdown
 from _floor import stage1_products, time_floor
-from _harness import Setup
+from _harness import Setup, synchronize
 from _machine import write_result
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +35,10 @@ ROWS = ("packed", "graphs", "reference", "original")
 COMPILED_ROWS = ("reference_compiled", "original_compiled")
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 PADDED_LENGTH = 32
+# steps of a sample, between which the device has no rest
+IN_A_ROW = {"cpu": 1, "cuda": 4}
+# seconds before a single step, after which a GPU runs at its highest clocks
+REST = 0.1
 # losses of one batch in one precision, different orders of summation: fp32 path error, and bf16's 8 bits under autocast
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}
 
@@ -121,9 +125,9 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     """Of every row the seconds of forward and backward, taken in turn; then forward's alone, and of a whole step with
     AdamW; FLOPs; on a GPU also the peak of memory, and for our own rows what the time goes to.
 
-    On a GPU a time is the mean of steps in a row, which no host sync of ours parts, as in training.
+    On a GPU a time is the mean of steps in a row, which no host sync of ours parts, as in training; ``rested`` is one
+    step's after a rest.
     """
-    in_a_row = 4 if device == "cuda" else 1
 
     def forward_backward(module: torch.nn.Module, forward: Callable) -> None:
         module.zero_grad(set_to_none=True)
@@ -136,13 +140,17 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
         with autocast():
             forward()
 
-    def seconds(run: Callable, module: torch.nn.Module, forward: Callable) -> float:
-        _synchronize(device)
+    def seconds(run: Callable, module: torch.nn.Module, forward: Callable, steps: int = IN_A_ROW[device]) -> float:
+        synchronize(device)
         begin = time.perf_counter()
-        for _ in range(in_a_row):
+        for _ in range(steps):
             run(module, forward)
-        _synchronize(device)
-        return (time.perf_counter() - begin) / in_a_row
+        synchronize(device)
+        return (time.perf_counter() - begin) / steps
+
+    def seconds_after_rest(*row: Any) -> float:
+        time.sleep(REST)
+        return seconds(forward_backward, *row, steps=1)
 
     # peak_gib: what a step takes, its module's parameters and, held between steps, the graphs' gradients and pool
     results: dict[str, dict[str, Any]] = {}
@@ -171,6 +179,7 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
         if name != "graphs":
             result["forward"] = round(seconds(forward_only, module, forward), 4)
         if device == "cuda" and name in ("packed", "graphs"):
+            result["rested"] = round(statistics.median(seconds_after_rest(module, forward) for _ in range(9)), 4)
             result["breakdown"] = measure_breakdown(functools.partial(forward_backward, module, forward))
         # last of all, as it changes the weights
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=device == "cuda")
@@ -198,11 +207,6 @@ def _gflop(run: Callable[[], None]) -> float | None:
 def _graph_pools() -> int:
     """Bytes that CUDA graphs hold, which no statistic of live tensors counts."""
     return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -249,7 +253,7 @@ def main() -> None:
         text_rows = int(batch[2].sum())  # of negatives too, on average
         sizes = dict(batch=options.batch, tokens=options.tokens, text_rows=text_rows, negative_rows=text_rows)
         dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        floor = time_floor(stage1_products(config, **sizes), Setup("cuda", dtype, repeats=10))
+        floor = time_floor(stage1_products(config, **sizes), Setup("cuda", dtype, repeats=10), IN_A_ROW["cuda"])
     ours = results["packed"]
     columns = "row", "median s", "min s", "forward s", "step s", "peak GiB", "GFLOP", "time/packed", "FLOP/packed"
     print(f"{columns[0]:<20}" + "".join(f"{column:>12}" for column in columns[1:]))
@@ -266,14 +270,15 @@ def main() -> None:
         for family, (ms, launches) in row.get("breakdown", {}).get("families", {}).items():
             print(f"    {family:<36} {ms:>8.3f} ms {launches:>6} launches")
         if "breakdown" in row:
+            print(f"    {row['rested']} s for one step after a rest")
             print("    busy {busy_ms} of {span_ms} ms a step, idle {idle_share:.1%}".format(**row["breakdown"]))
     if results.get("original", {}).get("flop_ratio"):
         speed, flops = results["original"]["time_ratio"], 1 / results["original"]["flop_ratio"]
         print(f"the packed path is {speed:.2f}x as fast as the original's code, with {flops:.0%} of its FLOPs")
     if floor is not None:
-        ratios = {name: round(row["median"] * 1e3 / floor["ms"], 2) for name, row in results.items()}
-        floor["ratio"] = ratios
-        print(f"the matrix products alone take {floor['ms']} ms; times that: {ratios}")
+        for ratio, key, how in (("ratio", "ms", "each alone"), ("in_a_row_ratio", "in_a_row_ms", "in a row")):
+            floor[ratio] = {name: round(row["median"] * 1e3 / floor[key], 2) for name, row in results.items()}
+            print(f"the matrix products, {how}, take {floor[key]} ms; times that: {floor[ratio]}")
     if options.output:
         settings = {name: value for name, value in vars(options).items() if name != "output"}
         result = {"bench": "stage1", "settings": settings, "losses": losses, "rows": results, "floor": floor}

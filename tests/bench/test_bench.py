@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from _breakdown import family, summarize  # noqa: E402
 from _cases import CASES, Sizes  # noqa: E402
-from _floor import flops, stage1_products, time_floor  # noqa: E402
+from _floor import flops, stage1_products, time_floor, time_together  # noqa: E402
 from _harness import Provider, Setup, bytes_floor, measure  # noqa: E402
 from _providers import providers, reference_provider  # noqa: E402
 from report import best_other, groups, report, slower  # noqa: E402
@@ -63,8 +63,11 @@ def test_the_floor_of_stage_1_is_what_the_packed_path_multiplies():
     single = sum(counted[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
     products = stage1_products(config, batch=3, tokens=6, text_rows=9, negative_rows=3 + 4 + 3, embed_dim=16)
     assert flops(products) == single
-    found = time_floor(Counter({("dweight", (5, 3, 4)): 2, ("out", (5, 3, 4)): 1}), SETUP)
-    assert found["gflop"] == 0.0 and found["ms"] >= 0
+    few = Counter({("dweight", (5, 3, 4)): 2, ("out", (5, 3, 4)): 1})
+    assert time_floor(few, SETUP, 3).keys() == {"ms", "in_a_row_ms", "gflop"}
+    with FlopCounterMode(display=False) as counter:
+        time_together(few, SETUP, 3)
+    assert counter.get_total_flops() == SETUP.repeats * 3 * flops(few)
 
 
 class HalfGradient(torch.autograd.Function):
