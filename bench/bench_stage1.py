@@ -1,14 +1,16 @@
 """Forward + backward of stage 1: the packed two-sweep path, on a GPU also as CUDA graphs, the original-order reference
 and the original's own code.
 
-All rows come from one run: the same weights, the same batch, taken in turn. Before anything is timed the three losses
-of all rows must agree. FLOPs are counted, not estimated: those of the matrix products that each row really ran.
+All rows of a batch size come from one run: the same weights, the same batch, taken in turn. Before anything is timed
+the three losses of all rows must agree. FLOPs are counted, not estimated: those of the matrix products that each row
+really ran.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -37,8 +39,6 @@ LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 PADDED_LENGTH = 32
 # steps of a sample, between which the device has no rest
 IN_A_ROW = {"cpu": 1, "cuda": 4}
-# seconds before a single step, after which a GPU runs at its highest clocks
-REST = 0.1
 # losses of one batch in one precision, different orders of summation: fp32 path error, and bf16's 8 bits under autocast
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}
 
@@ -125,8 +125,8 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     """Of every row the seconds of forward and backward, taken in turn; then forward's alone, and of a whole step with
     AdamW; FLOPs; on a GPU also the peak of memory, and for our own rows what the time goes to.
 
-    On a GPU a time is the mean of steps in a row, which no host sync of ours parts, as in training; ``rested`` is one
-    step's after a rest.
+    On a GPU a time is the mean of steps in a row, which no host sync of ours parts, as in training. A row for which
+    memory does not suffice has an ``error`` instead, and is taken out of ``rows``.
     """
 
     def forward_backward(module: torch.nn.Module, forward: Callable) -> None:
@@ -140,23 +140,24 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
         with autocast():
             forward()
 
-    def seconds(run: Callable, module: torch.nn.Module, forward: Callable, steps: int = IN_A_ROW[device]) -> float:
+    def seconds(run: Callable, module: torch.nn.Module, forward: Callable) -> float:
         synchronize(device)
         begin = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(IN_A_ROW[device]):
             run(module, forward)
         synchronize(device)
-        return (time.perf_counter() - begin) / steps
-
-    def seconds_after_rest(*row: Any) -> float:
-        time.sleep(REST)
-        return seconds(forward_backward, *row, steps=1)
+        return (time.perf_counter() - begin) / IN_A_ROW[device]
 
     # peak_gib: what a step takes, its module's parameters and, held between steps, the graphs' gradients and pool
     results: dict[str, dict[str, Any]] = {}
-    for name, row in rows.items():
+    for name, row in list(rows.items()):
         results[name] = {"seconds": []}
-        seconds(forward_backward, *row)
+        if not _fits(functools.partial(seconds, forward_backward, *row)):
+            results[name] = {"error": "out of memory"}
+            row[0].zero_grad(set_to_none=True)
+            del rows[name], row
+            torch.cuda.empty_cache()
+            continue
         if device == "cuda":
             row[0].zero_grad(set_to_none=True)
             before = torch.cuda.memory_allocated()
@@ -179,7 +180,6 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
         if name != "graphs":
             result["forward"] = round(seconds(forward_only, module, forward), 4)
         if device == "cuda" and name in ("packed", "graphs"):
-            result["rested"] = round(statistics.median(seconds_after_rest(module, forward) for _ in range(9)), 4)
             result["breakdown"] = measure_breakdown(functools.partial(forward_backward, module, forward))
         # last of all, as it changes the weights
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=device == "cuda")
@@ -194,14 +194,19 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     return results
 
 
+def _fits(run: Callable[[], Any]) -> bool:
+    try:
+        run()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    return True
+
+
 def _gflop(run: Callable[[], None]) -> float | None:
     """Of the products of ``run``, or None where the reference backend, which the counter sees into, lacks memory."""
-    try:
-        with use_backend("reference"), FlopCounterMode(display=False) as flops:
-            run()
-    except torch.cuda.OutOfMemoryError:
-        return None
-    return round(flops.get_total_flops() / 1e9, 1)
+    with use_backend("reference"), FlopCounterMode(display=False) as flops:
+        fits = _fits(run)
+    return round(flops.get_total_flops() / 1e9, 1) if fits else None
 
 
 def _graph_pools() -> int:
@@ -209,9 +214,72 @@ def _graph_pools() -> int:
     return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
 
 
+def bench_batch(options: argparse.Namespace, size: int) -> dict[str, Any]:
+    """Losses, rows and, on a GPU, the floor of ``size`` pairs."""
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+
+    torch.manual_seed(0)
+    config = QFormerConfig(
+        num_hidden_layers=options.layers,
+        hidden_dropout_prob=options.dropout,
+        attention_probs_dropout_prob=options.dropout,
+    )
+    model = Blip2QFormer(config).to(options.device).train()
+    model.gradient_checkpointing_enable(options.checkpointing)
+    batch = make_batch(size, options.tokens, *options.lengths, options.device)
+    dtype = torch.bfloat16 if options.precision == "bf16" else None
+    rows = build_rows(model, batch, dtype, options.rows)
+    losses = check_agreement(model, rows, size, autocast, AGREEMENT[options.precision])
+    results = measure(rows, autocast, options.repeats, options.device)
+    ours = results["packed"]
+    for row in results.values():
+        if "error" in row:
+            continue
+        row["median"] = round(statistics.median(row["seconds"]), 4)
+        ratios = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=True)]
+        row["time_ratio"] = round(statistics.median(ratios), 3)
+        known = row["gflop"] is not None and ours["gflop"] is not None
+        row["flop_ratio"] = round(row["gflop"] / ours["gflop"], 3) if known else None
+    if options.device == "cpu":
+        return {"losses": losses, "rows": results, "floor": None}
+    text_rows = int(batch[2].sum())  # of negatives too, on average
+    sizes = dict(batch=size, tokens=options.tokens, text_rows=text_rows, negative_rows=text_rows)
+    setup = Setup("cuda", dtype or torch.float32, repeats=10)
+    floor = time_floor(stage1_products(config, **sizes), setup, IN_A_ROW["cuda"])
+    for ratio, key in (("ratio", "ms"), ("in_a_row_ratio", "in_a_row_ms")):
+        timed = {name: row["median"] for name, row in results.items() if "error" not in row}
+        floor[ratio] = {name: round(median * 1e3 / floor[key], 2) for name, median in timed.items()}
+    return {"losses": losses, "rows": results, "floor": floor}
+
+
+def print_batch(size: int, found: dict[str, Any]) -> None:
+    columns = "median s", "min s", "forward s", "step s", "peak GiB", "GFLOP", "time/packed", "FLOP/packed"
+    print(f"{f'batch {size}':<20}" + "".join(f"{column:>12}" for column in columns))
+    for name, row in found["rows"].items():
+        if "error" in row:
+            print(f"{name:<20} {row['error']}")
+            continue
+        values = row["median"], min(row["seconds"]), row.get("forward"), row["step"], row.get("peak_gib")
+        values += row["gflop"], row["time_ratio"], row["flop_ratio"]
+        print(f"{name:<20}" + "".join(f"{'' if value is None else value:>12}" for value in values))
+        for family, (ms, launches) in row.get("breakdown", {}).get("families", {}).items():
+            print(f"    {family:<36} {ms:>8.3f} ms {launches:>6} launches")
+        if "breakdown" in row:
+            print("    busy {busy_ms} of {span_ms} ms a step, idle {idle_share:.1%}".format(**row["breakdown"]))
+    original = found["rows"].get("original", {})
+    if original.get("flop_ratio"):
+        speed, flops = original["time_ratio"], 1 / original["flop_ratio"]
+        print(f"the packed path is {speed:.2f}x as fast as the original's code, with {flops:.0%} of its FLOPs")
+    if floor := found["floor"]:
+        print(f"the matrix products, each alone, take {floor['ms']} ms; times that: {floor['ratio']}")
+        print(f"the matrix products, in a row, take {floor['in_a_row_ms']} ms; times that: {floor['in_a_row_ratio']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=16, help="pairs")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16], help="pairs")
     parser.add_argument("--tokens", type=int, default=257, help="image tokens")
     parser.add_argument("--lengths", type=int, nargs=2, default=(6, 18), help="shortest and longest caption, in tokens")
     parser.add_argument("--layers", type=int, default=12)
@@ -227,62 +295,20 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=sorted(AGREEMENT), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, help="a JSON file for the result")
+    parser.add_argument("--output", type=Path, help="a JSON file, written anew after every batch size")
     options = parser.parse_args()
     if reason := _original.why_missing():
         parser.exit(1, reason + "\n")
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
-
-    torch.manual_seed(0)
-    config = QFormerConfig(
-        num_hidden_layers=options.layers,
-        hidden_dropout_prob=options.dropout,
-        attention_probs_dropout_prob=options.dropout,
-    )
-    model = Blip2QFormer(config).to(options.device).train()
-    model.gradient_checkpointing_enable(options.checkpointing)
-    batch = make_batch(options.batch, options.tokens, *options.lengths, options.device)
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    result: dict[str, Any] = {"bench": "stage1", "settings": settings, "batches": {}}
     with _original.process_group():
-        rows = build_rows(model, batch, torch.bfloat16 if options.precision == "bf16" else None, options.rows)
-        losses = check_agreement(model, rows, options.batch, autocast, AGREEMENT[options.precision])
-        results = measure(rows, autocast, options.repeats, options.device)
-    floor = None
-    if options.device == "cuda":
-        text_rows = int(batch[2].sum())  # of negatives too, on average
-        sizes = dict(batch=options.batch, tokens=options.tokens, text_rows=text_rows, negative_rows=text_rows)
-        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        floor = time_floor(stage1_products(config, **sizes), Setup("cuda", dtype, repeats=10), IN_A_ROW["cuda"])
-    ours = results["packed"]
-    columns = "row", "median s", "min s", "forward s", "step s", "peak GiB", "GFLOP", "time/packed", "FLOP/packed"
-    print(f"{columns[0]:<20}" + "".join(f"{column:>12}" for column in columns[1:]))
-    for row in results.values():
-        row["median"] = round(statistics.median(row["seconds"]), 4)
-        ratios = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=True)]
-        row["time_ratio"] = round(statistics.median(ratios), 3)
-        known = row["gflop"] is not None and ours["gflop"] is not None
-        row["flop_ratio"] = round(row["gflop"] / ours["gflop"], 3) if known else None
-    for name, row in results.items():
-        values = row["median"], min(row["seconds"]), row.get("forward"), row["step"], row.get("peak_gib")
-        values += row["gflop"], row["time_ratio"], row["flop_ratio"]
-        print(f"{name:<20}" + "".join(f"{'' if value is None else value:>12}" for value in values))
-        for family, (ms, launches) in row.get("breakdown", {}).get("families", {}).items():
-            print(f"    {family:<36} {ms:>8.3f} ms {launches:>6} launches")
-        if "breakdown" in row:
-            print(f"    {row['rested']} s for one step after a rest")
-            print("    busy {busy_ms} of {span_ms} ms a step, idle {idle_share:.1%}".format(**row["breakdown"]))
-    if results.get("original", {}).get("flop_ratio"):
-        speed, flops = results["original"]["time_ratio"], 1 / results["original"]["flop_ratio"]
-        print(f"the packed path is {speed:.2f}x as fast as the original's code, with {flops:.0%} of its FLOPs")
-    if floor is not None:
-        for ratio, key, how in (("ratio", "ms", "each alone"), ("in_a_row_ratio", "in_a_row_ms", "in a row")):
-            floor[ratio] = {name: round(row["median"] * 1e3 / floor[key], 2) for name, row in results.items()}
-            print(f"the matrix products, {how}, take {floor[key]} ms; times that: {floor[ratio]}")
-    if options.output:
-        settings = {name: value for name, value in vars(options).items() if name != "output"}
-        result = {"bench": "stage1", "settings": settings, "losses": losses, "rows": results, "floor": floor}
-        write_result(options.output, result)
+        for size in options.batch:
+            found = result["batches"][str(size)] = bench_batch(options, size)
+            print_batch(size, found)
+            gc.collect()
+            torch.cuda.empty_cache()
+            if options.output:
+                write_result(options.output, result)
 
 
 if __name__ == "__main__":
