@@ -18,6 +18,7 @@ FAMILIES = (
     ("attention of PyTorch", r"flash|fmha|attention|softmax"),
     ("LayerNorm with dropout and residual", r"^dropout_add_layer_norm"),
     ("sums of parts", r"^sum_parts"),
+    ("LayerNorm of images and its folding", r"^fold_norm|^standardize"),
     ("LM head's loss", r"^linear_cross_entropy|^reduce_losses|^column_sums"),
     ("embeddings", r"^embeddings|^sort_keys|^sum_runs|^join_runs|radix|Radix"),
     ("contrast and negatives", r"^contrastive_similarity|^sample_negatives"),

@@ -81,28 +81,32 @@ def build_rows(
 
 
 def check_agreement(model, rows, batch: int, autocast, tolerance: float) -> dict[str, list[float]]:
-    """The three losses of every row with dropout off and fixed negatives.
+    """The three losses of every row with dropout off and fixed negatives; a row that lacks memory is taken out.
 
     Raises:
         AssertionError: they differ; nothing is timed then.
     """
     negatives = ((torch.arange(batch) + 1) % batch, (torch.arange(batch) + 2) % batch)
     losses = {}
-    for name, (module, forward) in rows.items():
-        module.eval()
+
+    def check(name: str, forward: Callable) -> None:
+        if name == "graphs":
+            _check_graphs(rows, autocast, tolerance)
+            return
         with torch.no_grad(), autocast():
             if name.startswith("original"):
                 with _original.fixed_negatives(*negatives):
                     out = forward()
                 out.loss_itg = out.loss_lm
-            elif name == "graphs":
-                continue
             else:
                 out = forward(negatives=negatives)
         losses[name] = [float(getattr(out, loss)) for loss in LOSSES]
+
+    for name, (module, forward) in list(rows.items()):
+        module.eval()
+        if not _fits(functools.partial(check, name, forward)):
+            _drop(rows, name)
         module.train()
-    if "graphs" in rows:
-        _check_graphs(model, rows, autocast, tolerance)
     truth = "reference" if "reference" in losses else "packed"
     for name, values in losses.items():
         worst = max(abs(a - b) for a, b in zip(values, losses[truth], strict=True))
@@ -110,13 +114,11 @@ def check_agreement(model, rows, batch: int, autocast, tolerance: float) -> dict
     return losses
 
 
-def _check_graphs(model, rows, autocast, tolerance: float) -> None:
+def _check_graphs(rows, autocast, tolerance: float) -> None:
     """Graphs draw their own negatives: the packed path gets the same ones."""
-    model.eval()
     out = rows["graphs"][1]()
     with torch.no_grad(), autocast():
         expected = rows["packed"][1](negatives=out.negatives)
-    model.train()
     worst = max(abs(float(getattr(out, loss)) - float(getattr(expected, loss))) for loss in LOSSES)
     assert worst <= tolerance, f"losses of graphs differ from the packed path's by {worst}"
 
@@ -125,8 +127,8 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     """Of every row the seconds of forward and backward, taken in turn; then forward's alone, and of a whole step with
     AdamW; FLOPs; on a GPU also the peak of memory, and for our own rows what the time goes to.
 
-    On a GPU a time is the mean of steps in a row, which no host sync of ours parts, as in training. A row for which
-    memory does not suffice has an ``error`` instead, and is taken out of ``rows``.
+    On a GPU a time is the mean of steps in a row, which no host sync of ours parts, as in training. A row that lacks
+    memory is taken out of ``rows``.
     """
 
     def forward_backward(module: torch.nn.Module, forward: Callable) -> None:
@@ -151,13 +153,11 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     # peak_gib: what a step takes, its module's parameters and, held between steps, the graphs' gradients and pool
     results: dict[str, dict[str, Any]] = {}
     for name, row in list(rows.items()):
-        results[name] = {"seconds": []}
         if not _fits(functools.partial(seconds, forward_backward, *row)):
-            results[name] = {"error": "out of memory"}
-            row[0].zero_grad(set_to_none=True)
-            del rows[name], row
-            torch.cuda.empty_cache()
+            del row
+            _drop(rows, name)
             continue
+        results[name] = {"seconds": []}
         if device == "cuda":
             row[0].zero_grad(set_to_none=True)
             before = torch.cuda.memory_allocated()
@@ -188,7 +188,8 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             forward_backward(module, forward)
             optimizer.step()
 
-        _, result["step"] = (round(seconds(whole_step, module, forward), 4) for _ in range(2))
+        if _fits(functools.partial(seconds, whole_step, module, forward)):
+            result["step"] = round(seconds(whole_step, module, forward), 4)
         del optimizer, whole_step
         module.zero_grad(set_to_none=True)
     return results
@@ -200,6 +201,14 @@ def _fits(run: Callable[[], Any]) -> bool:
     except torch.cuda.OutOfMemoryError:
         return False
     return True
+
+
+def _drop(rows: dict[str, tuple[torch.nn.Module, Callable]], name: str) -> None:
+    module, _ = rows.pop(name)
+    module.zero_grad(set_to_none=True)
+    del module
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _gflop(run: Callable[[], None]) -> float | None:
@@ -231,25 +240,27 @@ def bench_batch(options: argparse.Namespace, size: int) -> dict[str, Any]:
     batch = make_batch(size, options.tokens, *options.lengths, options.device)
     dtype = torch.bfloat16 if options.precision == "bf16" else None
     rows = build_rows(model, batch, dtype, options.rows)
+    asked = list(rows)
     losses = check_agreement(model, rows, size, autocast, AGREEMENT[options.precision])
     results = measure(rows, autocast, options.repeats, options.device)
-    ours = results["packed"]
+    ours = results.get("packed")
     for row in results.values():
-        if "error" in row:
-            continue
         row["median"] = round(statistics.median(row["seconds"]), 4)
+        if ours is None:
+            continue
         ratios = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=True)]
         row["time_ratio"] = round(statistics.median(ratios), 3)
         known = row["gflop"] is not None and ours["gflop"] is not None
         row["flop_ratio"] = round(row["gflop"] / ours["gflop"], 3) if known else None
+    results |= {name: {"error": "out of memory"} for name in asked if name not in results}
     if options.device == "cpu":
         return {"losses": losses, "rows": results, "floor": None}
     text_rows = int(batch[2].sum())  # of negatives too, on average
     sizes = dict(batch=size, tokens=options.tokens, text_rows=text_rows, negative_rows=text_rows)
     setup = Setup("cuda", dtype or torch.float32, repeats=10)
     floor = time_floor(stage1_products(config, **sizes), setup, IN_A_ROW["cuda"])
+    timed = {name: row["median"] for name, row in results.items() if "error" not in row}
     for ratio, key in (("ratio", "ms"), ("in_a_row_ratio", "in_a_row_ms")):
-        timed = {name: row["median"] for name, row in results.items() if "error" not in row}
         floor[ratio] = {name: round(median * 1e3 / floor[key], 2) for name, median in timed.items()}
     return {"losses": losses, "rows": results, "floor": floor}
 
@@ -261,8 +272,8 @@ def print_batch(size: int, found: dict[str, Any]) -> None:
         if "error" in row:
             print(f"{name:<20} {row['error']}")
             continue
-        values = row["median"], min(row["seconds"]), row.get("forward"), row["step"], row.get("peak_gib")
-        values += row["gflop"], row["time_ratio"], row["flop_ratio"]
+        values = [row["median"], min(row["seconds"])]
+        values += [row.get(key) for key in ("forward", "step", "peak_gib", "gflop", "time_ratio", "flop_ratio")]
         print(f"{name:<20}" + "".join(f"{'' if value is None else value:>12}" for value in values))
         for family, (ms, launches) in row.get("breakdown", {}).get("families", {}).items():
             print(f"    {family:<36} {ms:>8.3f} ms {launches:>6} launches")

@@ -40,7 +40,7 @@ def run_everything(sizes: Sizes) -> None:
 
 
 def run_step() -> None:
-    """The step that CUDA graphs are captured of, whose kernels add to gradients that are there already."""
+    """The step that CUDA graphs are captured of, whose kernels write gradients or add to those that are there."""
     model = Blip2QFormer(QFormerConfig(num_hidden_layers=2, vocab_size=523), dec_token_id=522).cuda()
     images, ids = torch.randn(4, 257, 1408, device="cuda"), torch.randint(200, 500, (4, 9))
     text = model.pack_captions(ids, None, 4).to("cuda")
@@ -55,8 +55,9 @@ def run_step() -> None:
         host_rows=torch.empty((), dtype=torch.int64, pin_memory=True),
     )
     with torch.autocast("cuda", torch.bfloat16):
-        for _ in step_in_parts(model, inputs, 64, GradientBuffers(model.groups)):
-            pass
+        for add in (False, True):
+            for _ in step_in_parts(model, inputs, 64, GradientBuffers(model.groups), add=add):
+                pass
     torch.cuda.synchronize()
 
 
@@ -66,7 +67,9 @@ def run_extension() -> None:
         up = x.new_empty(rows, intermediate)
         extension.linear_gelu_fwd(x, new(intermediate, hidden).detach(), bias, up)
         extension.linear_gelu_bwd(x, new(hidden, intermediate).detach(), up, bias)
-        extension.linear_gelu_bwd(x, new(hidden, intermediate).detach(), up, bias, out=up)
+        total = torch.zeros(intermediate, device="cuda")
+        for add in (False, True):
+            extension.linear_gelu_bwd(x, new(hidden, intermediate).detach(), up, bias, total, up, add)
     torch.cuda.synchronize()
 
 

@@ -21,11 +21,11 @@ from qformer_fast.reference.philox import threshold_and_scale
 
 
 @triton.jit
-def _in_two(first_ptr, rest_ptr, offs, offs_m, first_rows, N: tl.constexpr):
-    """Pointers to rows ``offs_m`` of a matrix whose rows from ``first_rows`` on lie elsewhere, if rest is given."""
+def _in_two(first_ptr, rest_ptr, offs, offs_m, num_first_rows, N: tl.constexpr):
+    """Pointers to rows ``offs_m`` of a matrix whose rows from ``num_first_rows`` on lie elsewhere, if rest is given."""
     ptrs = first_ptr + offs
     if rest_ptr is not None:
-        ptrs = tl.where(offs_m[:, None] < first_rows, ptrs, rest_ptr + offs - tl.cast(first_rows, tl.int64) * N)
+        ptrs = tl.where(offs_m[:, None] < num_first_rows, ptrs, rest_ptr + offs - tl.cast(num_first_rows, tl.int64) * N)
     return ptrs
 
 
@@ -37,12 +37,12 @@ def dropout_add_layer_norm_fwd_kernel(
     weight_ptr,  # (N,)
     bias_ptr,  # (N,)
     seed_ptr,  # (1,) int64 or None
-    out_ptr,  # (M, N), or (first_rows, N) with a rest
-    rest_ptr,  # (M - first_rows, N), the rows after those of out, or None
+    out_ptr,  # (M, N), or (num_first_rows, N) with a rest
+    rest_ptr,  # (M - num_first_rows, N), the rows after those of out, or None
     mean_ptr,  # (M,) fp32
     rstd_ptr,  # (M,) fp32
     M,
-    first_rows,
+    num_first_rows,
     eps,
     threshold,
     keep_scale,
@@ -67,15 +67,15 @@ def dropout_add_layer_norm_fwd_kernel(
     normed, mean, rstd = standardise(z + residual, mask_n, eps, N)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(_in_two(out_ptr, rest_ptr, offs, offs_m, first_rows, N), normed * weight + bias, mask=mask)
+    tl.store(_in_two(out_ptr, rest_ptr, offs, offs_m, num_first_rows, N), normed * weight + bias, mask=mask)
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
 @triton.jit
 def dropout_add_layer_norm_bwd_kernel(
-    dout_ptr,  # (M, N), or (first_rows, N) with a rest
-    drest_ptr,  # (M - first_rows, N), the rows after those of dout, or None
+    dout_ptr,  # (M, N), or (num_first_rows, N) with a rest
+    drest_ptr,  # (M - num_first_rows, N), the rows after those of dout, or None
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N)
     x_bias_ptr,  # (N,) or None
@@ -87,7 +87,7 @@ def dropout_add_layer_norm_bwd_kernel(
     dresidual_ptr,  # (M, N), with a seed; else dx is written alone
     parts_ptr,  # (programs, 2 or 3, N) fp32: dweight, dbias, and dx_bias with x_bias
     M,
-    first_rows,
+    num_first_rows,
     threshold,
     keep_scale,
     N: tl.constexpr,
@@ -114,7 +114,7 @@ def dropout_add_layer_norm_bwd_kernel(
         offs = offs_m[:, None].to(tl.int64) * N + offs_n
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        dout_ptrs = _in_two(dout_ptr, drest_ptr, offs, offs_m, first_rows, N)
+        dout_ptrs = _in_two(dout_ptr, drest_ptr, offs, offs_m, num_first_rows, N)
         dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
@@ -161,9 +161,9 @@ def dropout_add_layer_norm_fwd(
         weight, bias (Tensor): (hidden,).
         seed (Tensor, Optional): (1,) int64.
         x_bias (Tensor, Optional): (hidden,), the bias that the product which made x left out.
-        out (Tensor, Optional): (rows, hidden) contiguous, to write into.
+        out (Tensor, Optional): (rows, hidden) contiguous, to write into; with ``rest`` (first rows, hidden).
         statistics (tuple, Optional): mean and rstd to write into.
-        rest (Tensor, Optional): contiguous, to write those rows into that ``out`` has no place for.
+        rest (Tensor, Optional): (other rows, hidden) contiguous, to write the rows after those of ``out`` into.
 
     Returns:
         tuple: out (rows, hidden) in x's dtype; mean and rstd (rows,) fp32.

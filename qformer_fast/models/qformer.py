@@ -281,8 +281,8 @@ class QFormer(CheckpointMixin, nn.Module):
             standardized (bool): they are :meth:`Blip2QFormer.standardize`'s. Default: False.
 
         Raises:
-            ValueError: another width than ``config.encoder_hidden_size``, no token, or, where a look costs no host
-                sync, NaN or Inf.
+            ValueError: another width than ``config.encoder_hidden_size``, no token, weights made for another ``norm``,
+                or, where a look costs no host sync, NaN or Inf.
         """
         width = self.config.encoder_hidden_size
         if standardized:
@@ -293,6 +293,9 @@ class QFormer(CheckpointMixin, nn.Module):
             raise ValueError("image_embeds must be finite, got NaN or Inf")
         if weights is None:
             weights = self.kv_weights(norm)
+        expected = 2 if norm is None else 4
+        if len(weights.parameters) != expected:
+            raise ValueError(f"weights must be {expected} tensors, of kv_weights(norm), got {len(weights.parameters)}")
         eps = {} if norm is None else {"eps": norm.eps}
         out = ops.image_key_value(
             image_embeds,
@@ -308,8 +311,8 @@ class QFormer(CheckpointMixin, nn.Module):
     def kv_weights(
         self,
         norm: nn.LayerNorm | None = None,
-        gradients: GradientBuffers | None = None,
         *,
+        gradients: GradientBuffers | None = None,
         add_gradients: bool = True,
     ) -> BlockWeights:
         """Weight and bias of all layers' keys and values, and ``norm``'s; gradients as in :meth:`encoder_weights`."""

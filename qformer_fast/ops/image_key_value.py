@@ -83,9 +83,8 @@ def _kernels(
     if norm_weight is None or not standardized:
         return reference.image_key_value(x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized)
     dtype = autocast_dtype(x)
-    folded = fold_norm_fwd(
-        weight.contiguous(), bias, norm_weight, norm_bias, list(gradients or ()), add_gradients, x.shape[-1], dtype
-    )
+    parameters = (p.contiguous() for p in (weight, bias, norm_weight, norm_bias))
+    folded = fold_norm_fwd(*parameters, list(gradients or ()), add_gradients, x.shape[-1], dtype)
     return F.linear(x.to(dtype), folded)
 
 
@@ -128,8 +127,8 @@ def image_key_value(
         Tensor: (images, tokens, out).
 
     Raises:
-        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for
-            can't run, with the reason.
+        ValueError: shapes or devices that do not fit, ``gradients`` without ``standardized`` rows and a norm.
+            TypeError: integer input. RuntimeError: the backend asked for can't run, with the reason.
     """
     check_shape("weight", weight, "out", "encoder_hidden")
     width = weight.shape[1]

@@ -48,9 +48,9 @@ def self_attention_block_fwd(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-    first_rows: int,
+    num_first_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output's ``first_rows`` and its other rows, and for backward: qkv, context, lse, x (the output projection
+    """The output's ``num_first_rows`` and its other rows, and for backward: qkv, context, lse, x (the output projection
     without its bias), mean and rstd.
 
     ``totals`` and ``add`` are for backward, see :func:`_bwd`.
@@ -61,7 +61,10 @@ def self_attention_block_fwd(
     sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
     context, lse = attend(qkv, text_offsets, masks, attention_seed, *sizes)
     x = context.view(rows.shape) @ out_weight.t()
-    out, rest = rows.new_empty(first_rows, rows.shape[1]), rows.new_empty(rows.shape[0] - first_rows, rows.shape[1])
+    out, rest = (
+        rows.new_empty(num_first_rows, rows.shape[1]),
+        rows.new_empty(rows.shape[0] - num_first_rows, rows.shape[1]),
+    )
     _, mean, rstd = add_norm(
         x, rows, norm_weight, norm_bias, hidden_seed, eps, hidden_dropout_p, out_bias, out, rest=rest
     )
@@ -71,14 +74,14 @@ def self_attention_block_fwd(
 @self_attention_block_fwd.register_fake
 def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
     num_queries, max_text_length, nheads = others[13:16]
-    first_rows = others[19]
+    num_first_rows = others[19]
     count, hidden = rows.shape
     streamed = num_queries + max_text_length > reference.MAX_TILE
     qkv, context = (rows.new_empty(count, *heads, nheads, hidden // nheads) for heads in ((3,), ()))
     lse, mean, rstd = (
         rows.new_empty(n, dtype=torch.float32) for n in ((count if streamed else 0, nheads), count, count)
     )
-    out, rest = rows.new_empty(first_rows, hidden), rows.new_empty(count - first_rows, hidden)
+    out, rest = rows.new_empty(num_first_rows, hidden), rows.new_empty(count - num_first_rows, hidden)
     return out, rest, qkv, context, lse, rows.new_empty(rows.shape), mean, rstd
 
 
@@ -152,7 +155,7 @@ def _setup_context(ctx, inputs, output) -> None:
     rows, qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:11]
     _, _, *saved = output
     ctx.save_for_backward(rows, *saved, qkv_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.totals, ctx.add, *sizes, ctx.first_rows = inputs[11:]
+    ctx.totals, ctx.add, *sizes, ctx.num_first_rows = inputs[11:]
     ctx.sizes = *sizes[:3], *sizes[5:]
     ctx.bias_dtype = qkv_bias.dtype
 
@@ -161,7 +164,7 @@ def _backward(ctx, dout: Tensor | None, drest: Tensor | None) -> tuple[Any, ...]
     run = _bwd if ctx.totals else self_attention_block_bwd
     saved = ctx.saved_tensors  # once: gradient checkpointing lets them be read a single time
     count, hidden = saved[0].shape
-    counts = ctx.first_rows, count - ctx.first_rows
+    counts = ctx.num_first_rows, count - ctx.num_first_rows
     douts = [
         saved[0].new_zeros(n, hidden) if x is None else x.contiguous()
         for n, x in zip(counts, (dout, drest), strict=True)

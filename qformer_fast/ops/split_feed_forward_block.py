@@ -199,9 +199,9 @@ def _kernels(
         totals += [] if gradients is None else gradients[i]
     seeds = [seed for seed in draw_seeds(query_rows, *[dropout_p] * len(given)) if seed is not None]
     rows = query_rows.to(dtype).contiguous(), text_rows.to(dtype).contiguous()
-    return split_feed_forward_block_fwd(*rows, parameters, seeds, totals, add_gradients, eps, dropout_p, backend, True)[
-        0
-    ]
+    options = add_gradients, eps, dropout_p, backend, True
+    out, *_ = split_feed_forward_block_fwd(*rows, parameters, seeds, totals, *options)
+    return out
 
 
 def _extension_unsupported(rows: Tensor, *parameters: tuple[Tensor, ...] | None) -> str | None:

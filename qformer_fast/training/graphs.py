@@ -17,7 +17,7 @@ from qformer_fast import overlap
 from qformer_fast.layout import PackedText, SequenceLayout
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output, pairs_of
 from qformer_fast.models.image_kv import ImageKV
-from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers
+from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
 from qformer_fast.ops._seeds import seeds_ahead
 from qformer_fast.reference import standardized_width
 
@@ -47,7 +47,8 @@ class GraphedStage1:
     captures end soon, a batch also takes a shape one bucket larger than its own, and what is larger than all before
     gets one bucket more.
 
-    A replay draws its own dropout and negatives from the device's default generator, as the model would.
+    A replay draws its own dropout and negatives from the device's default generator, as the model would. During a
+    capture the allocator's ``expandable_segments`` is on for the whole process, unless the environment says otherwise.
 
     Args:
         model (Blip2QFormer): on a CUDA device. Its parameters stay where they are; moving or replacing them afterwards
@@ -73,7 +74,6 @@ class GraphedStage1:
         self.bucket = bucket
         self._gradients = GradientBuffers(model.groups)
         self._attached = [(p, gradient) for p, gradient in self._gradients.of_parameters() if p.requires_grad]
-        self._written = {id(p) for group in [*model.qformer.groups, model.ln_vision.parameters()] for p in group}
         self._captures: dict[_Shape, _Capture] = {}
         self._images: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._text_rows: dict[tuple[torch.Size, int], set[int]] = {}  # by image shape and max_length
@@ -121,7 +121,7 @@ class GraphedStage1:
         text_rows = room_for(text.num_rows, bucket, known)
         known.add(text_rows)
         inputs = (image_embeds, text, same_image, scale)
-        adds, zeros = self._attach_gradients()
+        adds, zeros = self._prepare_gradients()
         while True:
             room = self._negative_rows.setdefault(text_rows, text_rows + bucket)
             shape = _Shape(image_embeds.shape, text_rows, 2 * bucket, room, max_length, model.training, adds)
@@ -136,25 +136,26 @@ class GraphedStage1:
                     torch._foreach_zero_(zeros)
             negative_rows = capture.draw(self._zeroing)
             if negative_rows <= room:
+                for parameter, gradient in self._attached:
+                    parameter.grad = gradient
                 return capture.finish()
             self._negative_rows[text_rows] = _round_up(negative_rows, bucket) + bucket
             torch.cuda.set_rng_state(state, device)
 
-    def _attach_gradients(self) -> tuple[bool, list[Tensor]]:
-        """Has every ``grad`` be the tensor that the graphs add to, whatever zero_grad or a user put in its place.
+    def _prepare_gradients(self) -> tuple[bool, list[Tensor]]:
+        """Copies to the graphs' gradients what a user put in their place.
 
         Returns:
             tuple: whether there are gradients to add to, and the tensors that must be zero for the graphs.
         """
-        new = [parameter.grad is None for parameter, _ in self._attached]
-        adds = not all(new)
+        adds = any(parameter.grad is not None for parameter, _ in self._attached)
+        written = set() if adds else {id(p) for group in written_groups(self.model) for p in group}
         zeros = []
-        for is_new, (parameter, gradient) in zip(new, self._attached, strict=True):
-            if is_new and (adds or id(parameter) not in self._written):
-                zeros.append(gradient)
-            elif not is_new and parameter.grad is not gradient:
+        for parameter, gradient in self._attached:
+            if parameter.grad is None:
+                zeros += [] if id(parameter) in written else [gradient]
+            elif parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
-            parameter.grad = gradient
         return adds, zeros
 
     def _capture(self, shape: _Shape, inputs: tuple) -> _Capture:
@@ -195,16 +196,22 @@ def _with_own_leaves(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _allocator_settings() -> str:
+    """As they were last set, where this PyTorch says it."""
+    return getattr(torch._C, "_accelerator_getAllocatorSettings", str)()
+
+
 @contextlib.contextmanager
 def _expandable_segments() -> Iterator[None]:
     """The allocator takes memory as ranges that grow; segments of one size each leave a sixth of a pool unused. Whoever
-    has chosen it in the environment keeps the choice.
+    has chosen in the environment, or has turned it on, keeps the choice.
     """
-    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    if "expandable_segments" in given:
+    environment = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    given = _allocator_settings() or environment
+    if "expandable_segments" in environment or "expandable_segments:True" in given:
         yield
         return
-    options = [given] if given else []
+    options = [option for option in given.split(",") if option and not option.startswith("expandable_segments")]
     # all options at once, since those that are not named fall back to their defaults
     torch._C._accelerator_setAllocatorSettings(",".join([*options, "expandable_segments:True"]))
     try:
@@ -244,6 +251,11 @@ class StepInputs:
     drawn: torch.cuda.Event | None = None
 
 
+def written_groups(model: Blip2QFormer) -> list[Group]:
+    """Of whose gradients :func:`step_in_parts` writes, without ``add``, each once before it adds to it."""
+    return [*model.qformer.groups, tuple(model.ln_vision.parameters())]
+
+
 def step_in_parts(
     model: Blip2QFormer,
     inputs: StepInputs,
@@ -256,10 +268,10 @@ def step_in_parts(
     """Sweep 1 and its losses, the draw of negatives included; sweep 1's backward; sweep 2 and its backward.
 
     Yields after each part, at last the output. ``gradients``, of ``model``'s parameters, are added to; without ``add``
-    those of ``ln_vision`` and of ``qformer.groups`` are written. ``negatives`` may take the place of those drawn, for
-    which there are ``negative_rows``.
+    those of :func:`written_groups` are written. ``negatives`` may take the place of those drawn, for which there are
+    ``negative_rows``.
     """
-    kv_weights = model.qformer.kv_weights(model.ln_vision, gradients, add_gradients=add)
+    kv_weights = model.qformer.kv_weights(model.ln_vision, gradients=gradients, add_gradients=add)
     made, weights = overlap.side_by_side(
         lambda: model.image_kv(inputs.images, kv_weights, standardized=True).buffer,
         lambda: model.qformer.encoder_weights(model.query_tokens, gradients, add_gradients=add),
@@ -384,7 +396,10 @@ class _Capture:
             own = torch.arange(self.shape.image_shape[0], device=self.inputs.images.device)
             scratch = GradientBuffers(self.gradients.groups)
             with overlap.overlapping(beside):
-                for _ in step_in_parts(self.model, self.inputs, negative_rows, scratch, negatives=(own, own)):
+                steps = step_in_parts(
+                    self.model, self.inputs, negative_rows, scratch, negatives=(own, own), add=self.shape.adds
+                )
+                for _ in steps:
                     pass
             del scratch
         torch.cuda.current_stream().wait_stream(stream)
@@ -407,6 +422,7 @@ class _Capture:
         torch.cuda.current_stream().wait_stream(zeroing)
         if not self.shape.adds:
             self.graphs[1].replay()
+        # the event may still be an earlier replay's
         while (negative_rows := int(self.inputs.host_rows)) < 0:
             self.inputs.drawn.synchronize()
         return negative_rows

@@ -328,25 +328,32 @@ def test_autocast_keeps_fp32_parameters_and_their_gradients(name, layout):
     assert {x.dtype for x in found.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_compiles_without_a_graph_break(name, layout):
+ALSO_SPLIT = pytest.mark.parametrize(
+    "name, options", [*((name, {}) for name in BLOCKS), ("self_attention_block", {"split": True})]
+)
+
+
+@ALSO_SPLIT
+def test_compiles_without_a_graph_break(name, options, layout):
     inputs, call = blocks(layout)[name]
 
     def twice(*tensors):
-        return 2 * call(getattr(ops, name), *tensors, backend="triton")
+        out = call(getattr(ops, name), *tensors, backend="triton", **options)
+        return 2 * (torch.cat(out) if options else out)
 
     compiled = torch.compile(twice, fullgraph=True)
     torch.testing.assert_close(compiled(*inputs.values()), twice(*inputs.values()))
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_opcheck(name, layout, monkeypatch):
+@ALSO_SPLIT
+def test_opcheck(name, options, layout, monkeypatch):
     inputs, call = blocks(layout)[name]
     module = importlib.import_module(f"qformer_fast.ops.{name}")
     seen = []
     op = getattr(module, f"{name}_fwd")
     monkeypatch.setattr(module, f"{name}_fwd", lambda *args: seen.append(args) or op(*args))
-    call(getattr(ops, name), *[x.requires_grad_() for x in inputs.values()], backend="triton")
-    # without leave to overwrite what is kept for backward, which opcheck compares after backward
+    call(getattr(ops, name), *[x.requires_grad_() for x in inputs.values()], backend="triton", **options)
+    # without leave to overwrite what is kept for backward, which opcheck compares after backward; add_gradients, also
+    # False then, says nothing without gradients
     args = [False if x is True else x for x in seen[0]]
     torch.library.opcheck(getattr(torch.ops.qformer_fast, f"{name}_fwd").default, args)

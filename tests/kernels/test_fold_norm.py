@@ -75,6 +75,14 @@ def test_op_of_standardized_rows_adds_to_the_gradients_that_are_given():
             torch.testing.assert_close(value, values[0], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_parameters_that_are_not_contiguous():
+    rows = torch.randn(2, 3, 40, device=DEVICE)
+    given = parameters(5, 33, torch.float32)
+    strided = [torch.stack([p, torch.full_like(p, torch.nan)], dim=-1)[..., 0] for p in given]
+    expected, found = (ops.image_key_value(rows, *x, standardized=True, backend="triton") for x in (given, strided))
+    assert torch.equal(found, expected)
+
+
 def test_gradients_without_a_norm_are_refused():
     x, (weight, bias, *_) = torch.randn(2, 3, 16, device=DEVICE), parameters(9, 12, torch.float32)
     with pytest.raises(ValueError, match="gradients must be None without standardized rows and a norm"):

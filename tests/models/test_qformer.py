@@ -326,3 +326,11 @@ def test_gradient_checkpointing_changes_nothing(tiny, make_captions, assert_grad
         (tiny(*inputs).last_hidden_state * direction).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in tiny.named_parameters()})
     assert_gradients_close(gradients[1], gradients[0], 1e-12)
+
+
+def test_weights_of_keys_and_values_belong_to_one_norm(tiny_model):
+    images, own = torch.randn(2, 3, 48).double(), tiny_model.qformer.kv_weights()
+    with pytest.raises(ValueError, match=r"weights must be 4 tensors, of kv_weights\(norm\), got 2"):
+        tiny_model.image_kv(images, own)
+    weights = tiny_model.qformer.kv_weights(tiny_model.ln_vision)
+    torch.testing.assert_close(tiny_model.image_kv(images, weights).buffer, tiny_model.image_kv(images).buffer)

@@ -9,7 +9,15 @@ from qformer_fast import Blip2QFormer, QFormerConfig, overlap
 from qformer_fast.backend import available, use_backend
 from qformer_fast.models.blip2_qformer import pairs_of
 from qformer_fast.models.packing import GradientBuffers
-from qformer_fast.training.graphs import GraphedStage1, StepInputs, _with_own_leaves, room_for, step_in_parts
+from qformer_fast.training import graphs
+from qformer_fast.training.graphs import (
+    GraphedStage1,
+    StepInputs,
+    _with_own_leaves,
+    room_for,
+    step_in_parts,
+    written_groups,
+)
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
 LENGTHS = [2, 12, 9, 5, 11, 3, 7]
@@ -96,8 +104,9 @@ def test_the_graphs_step_gives_the_models_gradients(frozen, backend, make_captio
     scale, host_rows = torch.tensor(0.25, device=device), torch.zeros((), dtype=torch.int64)
     inputs = StepInputs(model.standardize(images), text.filled(64, 32), rows, labels, same_image, scale, host_rows)
     found = GradientBuffers(model.groups)
-    for group in (*model.qformer.groups, (model.ln_vision.weight,), (model.ln_vision.bias,)):
-        found[group].fill_(torch.nan)
+    for parameter, gradient in found.of_parameters():
+        if any(parameter is p for group in written_groups(model) for p in group):
+            gradient.fill_(torch.nan)
     for add in (False, True):
         with use_backend(backend):
             *_, out = step_in_parts(model, inputs, 64, found, negatives, add=add)
@@ -126,6 +135,33 @@ def test_bad_arguments():
     for width in (39, 41, 47):  # 41 to 47 are as wide as 40 when filled up
         with pytest.raises(ValueError, match=rf"image_embeds must be \(images, tokens, 40\), got \(2, 3, {width}\)"):
             build("cpu").standardize(torch.randn(2, 3, width))
+
+
+@pytest.mark.parametrize(
+    "given, environment, during, after",
+    [
+        ("", "", "expandable_segments:True", "expandable_segments:False"),
+        ("expandable_segments:False", "", "expandable_segments:True", "expandable_segments:False"),
+        (
+            "roundup_power2_divisions:[256:1,512:2]",
+            "",
+            "roundup_power2_divisions:[256:1,512:2],expandable_segments:True",
+            "roundup_power2_divisions:[256:1,512:2],expandable_segments:False",
+        ),
+        ("max_split_size_mb:128,expandable_segments:True", "", None, None),
+        ("", "expandable_segments:False", None, None),
+    ],
+)
+def test_a_capture_leaves_the_allocators_settings(given, environment, during, after, monkeypatch):
+    settings = []
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", environment)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setattr(graphs, "_allocator_settings", lambda: given)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    with pytest.raises(ZeroDivisionError), graphs._expandable_segments():
+        assert settings == ([during] if during else [])
+        _ = 1 / 0
+    assert settings == ([during, after] if during else [])
 
 
 def test_own_leaves_see_every_step_of_the_optimizer():
@@ -174,9 +210,11 @@ def test_losses_and_gradients_are_the_models(bucket, dtype, tolerance, batches):
 
 
 @pytest.mark.cuda
-def test_accumulation_scale_and_zero_grad(batches):
+@pytest.mark.parametrize("bucket", [1, 64])
+def test_accumulation_scale_and_zero_grad(bucket, batches):
+    """Also with a bucket of one row, where steps are run again while there are gradients to add to."""
     model = build("cuda", initializer_range=0.2)
-    graphed = GraphedStage1(model, bucket=64)
+    graphed = GraphedStage1(model, bucket=bucket)
     first, second = (graphed(*batch, scale=scale) for batch, scale in ((batches[0], 0.5), (batches[1], 2.0)))
     actual = gradients(model)
     model.zero_grad(set_to_none=True)
@@ -186,6 +224,29 @@ def test_accumulation_scale_and_zero_grad(batches):
     model.zero_grad(set_to_none=False)
     graphed(*batches[0], scale=torch.tensor(0.0, device="cuda"))
     assert all(g.abs().max() == 0 for g in gradients(model).values())
+
+
+@pytest.mark.cuda
+def test_some_gradients_are_there_and_a_failed_step_leaves_none(batches, monkeypatch):
+    model = build("cuda", initializer_range=0.2)
+    graphed = GraphedStage1(model, bucket=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(graphed, "_capture", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            graphed(*batches[0])
+    assert gradients(model) == {}
+    graphed(*batches[0])
+    before = gradients(model)
+    kept = [name for name in before if "query" in name or "norm" in name.lower()]
+    for name, parameter in model.named_parameters():
+        # some as they are, some in tensors of the user's own, others none
+        parameter.grad = parameter.grad.clone() if name in kept[::2] else parameter.grad if name in kept else None
+    second = graphed(*batches[1])
+    actual = gradients(model)
+    model.zero_grad(set_to_none=True)
+    model(*batches[1], negatives=second.negatives).loss.backward()
+    expected = {name: x + before[name] if name in kept else x for name, x in gradients(model).items()}
+    assert_same(actual, expected, 1e-4)
 
 
 @pytest.mark.cuda
