@@ -28,9 +28,10 @@ def draw_seeds(x: Tensor, *dropout_ps: float) -> list[Tensor | None]:
     global _wanted
     count = len(dropout_ps)
     if count <= _wanted:
-        _drawn.extend(_draw(_wanted, x.device))
+        _drawn.extend(new_seeds(_wanted, x.device).unbind())
         _wanted = 0
-    seeds = [_drawn.pop() for _ in range(count)] if count <= len(_drawn) else _draw(count, x.device)
+    ahead = count <= len(_drawn)
+    seeds = [_drawn.pop() for _ in range(count)] if ahead else new_seeds(count, x.device).unbind()
     return [seed if p > 0 else None for seed, p in zip(seeds, dropout_ps, strict=True)]
 
 
@@ -49,5 +50,6 @@ def seeds_ahead(count: int) -> Iterator[None]:
         _drawn.clear()
 
 
-def _draw(count: int, device: torch.device) -> list[Tensor]:
-    return list(torch.randint(2**62, (count, 1), device=device).unbind())
+def new_seeds(count: int, device: torch.device) -> Tensor:
+    """(count, 1) int64 from the device's default generator; faster than randint."""
+    return torch.empty(count, 1, dtype=torch.int64, device=device).random_()

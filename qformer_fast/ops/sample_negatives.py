@@ -8,6 +8,7 @@ from torch import Tensor
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.ops._checks import check_device, check_floating, check_shape
+from qformer_fast.ops._seeds import new_seeds
 
 
 @torch.library.custom_op("qformer_fast::sample_negatives_fwd", mutates_args=())
@@ -21,8 +22,7 @@ def _(logits: Tensor, excluded: Tensor, seed: Tensor) -> Tensor:
 
 
 def _kernels(logits: Tensor, excluded: Tensor) -> Tensor:
-    seed = torch.randint(2**62, (1,), device=logits.device)
-    return sample_negatives_fwd(logits.detach(), excluded, seed)
+    return sample_negatives_fwd(logits.detach(), excluded, new_seeds(1, logits.device)[0])
 
 
 IMPLEMENTATIONS = {"reference": reference.sample_negatives, "triton": _kernels}

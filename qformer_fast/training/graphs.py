@@ -45,7 +45,7 @@ class GraphedStage1:
     and another one where gradients accumulate; the graphs share one memory pool. Where a batch draws longer negatives
     than there is room for, the step is captured and run again with more room, from the same random state. So that
     captures end soon, a batch also takes a shape one bucket larger than its own, and what is larger than all before
-    gets one bucket more.
+    gets one bucket more. Where memory lacks for another shape, the earlier ones are given up.
 
     A replay draws its own dropout and negatives from the device's default generator, as the model would. During a
     capture the allocator's ``expandable_segments`` is on for the whole process, unless the environment says otherwise.
@@ -159,6 +159,18 @@ class GraphedStage1:
         return adds, zeros
 
     def _capture(self, shape: _Shape, inputs: tuple) -> _Capture:
+        try:
+            return self._try_to_capture(shape, inputs)
+        except torch.OutOfMemoryError:
+            if not self._captures:
+                raise
+        self._captures.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return self._try_to_capture(shape, inputs)
+
+    def _try_to_capture(self, shape: _Shape, inputs: tuple) -> _Capture:
         state = torch.cuda.get_rng_state(self.model.temp.device)
         kind = shape.image_shape, self.dtype or inputs[0].dtype
         if kind not in self._images:

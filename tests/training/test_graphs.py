@@ -250,6 +250,33 @@ def test_some_gradients_are_there_and_a_failed_step_leaves_none(batches, monkeyp
 
 
 @pytest.mark.cuda
+def test_earlier_shapes_are_given_up_where_memory_lacks(batches, monkeypatch):
+    model = build("cuda", initializer_range=0.2)
+    graphed = GraphedStage1(model, bucket=64)
+    graphed(*batches[0])
+    (first,) = graphed._captures
+    record, failures = graphs._Capture.record, [torch.OutOfMemoryError("no memory")]
+
+    def fails_once(self, *args):
+        if failures:
+            raise failures.pop()
+        record(self, *args)
+
+    monkeypatch.setattr(graphs._Capture, "record", fails_once)
+    images, ids, mask = (x[:5] for x in batches[0])
+    model.zero_grad()
+    out = graphed(images, ids, mask)
+    assert not failures and first not in graphed._captures and len(graphed._captures) == 1
+    actual = gradients(model)
+    model.zero_grad()
+    model(images, ids, mask, negatives=out.negatives).loss.backward()
+    assert_same(actual, gradients(model), 1e-4)
+    failures.append(torch.OutOfMemoryError("no memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphedStage1(model, bucket=64)(*batches[0])
+
+
+@pytest.mark.cuda
 def test_each_replay_draws_its_own_dropout(batches):
     model = build("cuda", dropout=0.3)
     graphed = GraphedStage1(model, bucket=64)
