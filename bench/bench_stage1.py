@@ -261,6 +261,10 @@ def bench_batch(options: argparse.Namespace, size: int) -> dict[str, Any]:
     if options.device == "cpu":
         return {"losses": losses, "rows": results, "floor": None}
     text_rows = int(batch[2].sum())  # of negatives too, on average
+    rows.clear()
+    del model, batch
+    gc.collect()
+    torch.cuda.empty_cache()
     sizes = dict(batch=size, tokens=options.tokens, text_rows=text_rows, negative_rows=text_rows)
     setup = Setup("cuda", dtype or torch.float32, repeats=10)
     floor = time_floor(stage1_products(config, **sizes), setup, IN_A_ROW["cuda"])

@@ -51,5 +51,7 @@ def seeds_ahead(count: int) -> Iterator[None]:
 
 
 def new_seeds(count: int, device: torch.device) -> Tensor:
-    """(count, 1) int64 from the device's default generator; faster than randint."""
+    """(count, 1) int64 from the device's default generator."""
+    if torch.compiler.is_compiling():  # Dynamo does not know random_, which is faster
+        return torch.randint(2**62, (count, 1), device=device)
     return torch.empty(count, 1, dtype=torch.int64, device=device).random_()
