@@ -1,9 +1,10 @@
 """Every kernel once on a small batch of BLIP-2's width, and calls that must be rejected, for compute-sanitizer.
 
 compute-sanitizer --tool memcheck python bench/sanitize.py
-compute-sanitizer --tool racecheck --print-limit 100000 python bench/sanitize.py
+compute-sanitizer --tool racecheck --print-limit 100000 python bench/sanitize.py --parts short long launchers extension
 
-Several processes may share the work: --parts.
+Several processes may share the work: --parts. Racecheck's list of hazards in cuBLAS's products of a step grows past 120
+GiB.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from _cases import CASES, Sizes
 from torch import Tensor
 
-from qformer_fast import Blip2QFormer, QFormerConfig, extension, ops
+from qformer_fast import Blip2QFormer, QFormerConfig, extension, kernels, ops, reference
 from qformer_fast.models.packing import GradientBuffers
 from qformer_fast.training.graphs import StepInputs, step_in_parts
 
@@ -61,6 +62,19 @@ def run_step() -> None:
     torch.cuda.synchronize()
 
 
+def run_launchers() -> None:
+    """What a step launches and no op of _cases.py does, without the matrix products around it."""
+    width = reference.standardized_width(1408)
+    kernels.standardize_into(torch.empty(4, 257, width, device="cuda"), torch.randn(4, 257, 1408, device="cuda"), 1e-5)
+    for rows in (64, 1536):
+        parameters = [torch.randn(size, device="cuda") for size in ((rows, 1408), rows, 1408, 1408)]
+        folded = kernels.fold_norm_fwd(*parameters, width, torch.bfloat16)
+        kernels.fold_norm_bwd(folded, *parameters)
+        for add in (False, True):
+            kernels.fold_norm_bwd(folded, *parameters, [torch.zeros_like(p) for p in parameters], add)
+    torch.cuda.synchronize()
+
+
 def run_extension() -> None:
     for rows, hidden, intermediate in ((300, 768, 3072), (127, 136, 264)):
         x, bias = new(rows, hidden).detach(), new(intermediate).detach()
@@ -102,6 +116,7 @@ PARTS = {
     "short": functools.partial(run_everything, SHORT),
     "long": functools.partial(run_everything, LONG),
     "step": run_step,
+    "launchers": run_launchers,
     "extension": run_extension,
     "reject": reject,
 }
