@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter
 from typing import Any
 
 import torch
-from _harness import PRODUCTS, Setup, synchronize, time_products
+from _harness import PRODUCTS, Setup, seconds_in_a_row, time_products
 
 from qformer_fast import QFormerConfig
 
@@ -78,7 +77,7 @@ def time_floor(products: Products, setup: Setup, in_a_row: int) -> dict[str, Any
 
 
 def time_together(products: Products, setup: Setup, in_a_row: int) -> float:
-    """The median over ``setup.repeats`` of one replay's share."""
+    """Milliseconds: the median over ``setup.repeats``."""
     factors = [PRODUCTS[name][0](*shape) for name, shape in products]
     pools = [setup.new(max(a * b for a, b in sides)) for sides in zip(*factors, strict=True)]
     calls = []
@@ -99,12 +98,4 @@ def time_together(products: Products, setup: Setup, in_a_row: int) -> float:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 run()
         run = graph.replay
-    times = []
-    for _ in range(setup.repeats):
-        synchronize(setup.device)
-        begin = time.perf_counter()
-        for _ in range(in_a_row):
-            run()
-        synchronize(setup.device)
-        times.append((time.perf_counter() - begin) / in_a_row * 1e3)
-    return statistics.median(times)
+    return statistics.median(seconds_in_a_row(run, in_a_row, setup.device) * 1e3 for _ in range(setup.repeats))

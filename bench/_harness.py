@@ -124,6 +124,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def seconds_in_a_row(run: Callable[[], Any], times: int, device: str) -> float:
+    """Of one of ``times`` runs between which the device has no rest."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(times):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - begin) / times
+
+
 def bytes_floor(case: Case, inputs: Inputs, out: Tensor, mode: str, dropout_p: float) -> int:
     """The fewest bytes that any implementation moves: each input read once, each output written once.
 

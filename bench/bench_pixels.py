@@ -9,12 +9,12 @@ import argparse
 import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _harness import seconds_in_a_row
 from _machine import write_result
 from torch import Tensor
 
@@ -38,18 +38,7 @@ def write_pictures(folder: Path, count: int) -> list[Pair]:
 
 def milliseconds(run: Callable[[], Any], repeats: int, device: str) -> dict[str, float]:
     """Median and least time of a call, after two that do not count."""
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    times = []
-    for _ in range(repeats + 2):
-        wait()
-        begin = time.perf_counter()
-        run()
-        wait()
-        times.append((time.perf_counter() - begin) * 1e3)
+    times = [seconds_in_a_row(run, 1, device) * 1e3 for _ in range(repeats + 2)]
     return {"median_ms": round(statistics.median(times[2:]), 2), "min_ms": round(min(times[2:]), 2)}
 
 

@@ -12,7 +12,6 @@ import argparse
 import functools
 import gc
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +20,7 @@ import _original
 import torch
 from _breakdown import measure_breakdown
 from _floor import stage1_products, time_floor
-from _harness import Setup, synchronize
+from _harness import Setup, seconds_in_a_row
 from _machine import write_result
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -148,12 +147,7 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             forward()
 
     def seconds(run: Callable, module: torch.nn.Module, forward: Callable) -> float:
-        synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(IN_A_ROW[device]):
-            run(module, forward)
-        synchronize(device)
-        return (time.perf_counter() - begin) / IN_A_ROW[device]
+        return seconds_in_a_row(functools.partial(run, module, forward), IN_A_ROW[device], device)
 
     # peak_gib: what a step takes, its module's parameters and, held between steps, the graphs' gradients and pool
     results: dict[str, dict[str, Any]] = {}

@@ -74,9 +74,9 @@ def image_key_value(
 
     Shapes: x (images, tokens, encoder_hidden), weight (out, encoder_hidden), bias (out,) -> (images, tokens, out).
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if standardized:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         if norm_weight is None:
             norm_weight, norm_bias = weight.new_ones(weight.shape[1]), weight.new_zeros(weight.shape[1])
         return F.linear(x, fold_norm_fwd(weight, bias, norm_weight, norm_bias, x.shape[-1], dtype))

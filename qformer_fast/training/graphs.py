@@ -73,7 +73,9 @@ class GraphedStage1:
         self.dtype = dtype
         self.bucket = bucket
         self._gradients = GradientBuffers(model.groups)
-        self._attached = [(p, gradient) for p, gradient in self._gradients.of_parameters() if p.requires_grad]
+        written = {id(p) for group in written_groups(model) for p in group}
+        attached = [(p, gradient) for p, gradient in self._gradients.of_parameters() if p.requires_grad]
+        self._attached = [(p, gradient, id(p) in written) for p, gradient in attached]
         self._captures: dict[_Shape, _Capture] = {}
         self._images: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._text_rows: dict[tuple[torch.Size, int], set[int]] = {}  # by image shape and max_length
@@ -136,7 +138,7 @@ class GraphedStage1:
                     torch._foreach_zero_(zeros)
             negative_rows = capture.draw(self._zeroing)
             if negative_rows <= room:
-                for parameter, gradient in self._attached:
+                for parameter, gradient, _ in self._attached:
                     parameter.grad = gradient
                 return capture.finish()
             self._negative_rows[text_rows] = _round_up(negative_rows, bucket) + bucket
@@ -148,12 +150,11 @@ class GraphedStage1:
         Returns:
             tuple: whether there are gradients to add to, and the tensors that must be zero for the graphs.
         """
-        adds = any(parameter.grad is not None for parameter, _ in self._attached)
-        written = set() if adds else {id(p) for group in written_groups(self.model) for p in group}
+        adds = any(parameter.grad is not None for parameter, *_ in self._attached)
         zeros = []
-        for parameter, gradient in self._attached:
+        for parameter, gradient, is_written in self._attached:
             if parameter.grad is None:
-                zeros += [] if id(parameter) in written else [gradient]
+                zeros += [gradient] if adds or not is_written else []
             elif parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
         return adds, zeros
@@ -314,35 +315,35 @@ def step_in_parts(
     yield None
 
     own = [(parameter, total) for parameter, total in gradients.of_parameters() if parameter.requires_grad]
-    totals = dict(own + weights.leaves() + kv_weights.leaves())
+    totals = dict([(image_kv.buffer, image_kv.gradient), *own, *weights.leaves(), *kv_weights.leaves()])
 
-    def backward(
-        loss: Tensor, written: BlockWeights | EncoderWeights | None, grad_outputs: Tensor | None = None
-    ) -> None:
-        """Of the parameters that autograd has gradients for, those in ``written`` are not there yet."""
-        leaves = image_kv.buffer, *totals
-        dkv, *found = torch.autograd.grad(loss, leaves, grad_outputs, allow_unused=True)
+    def backward(loss: Tensor, new: list[Tensor], grad_outputs: Tensor | None = None) -> None:
+        """Gradients that autograd has, which kernels did not put there: written to the totals in ``new``, added to
+        others.
+        """
+        found = torch.autograd.grad(loss, list(totals), grad_outputs, allow_unused=True)
         overlap.join()
-        new = set() if add or written is None else {id(total) for _, total in written.leaves()}
         pairs = [(total, x) for total, x in zip(totals.values(), found, strict=True) if x is not None]
+        is_new = {id(total) for total in new}
         for put, chosen in (
-            (torch._foreach_copy_, [pair for pair in pairs if id(pair[0]) in new]),
-            (torch._foreach_add_, [pair for pair in pairs if id(pair[0]) not in new]),
+            (torch._foreach_copy_, [pair for pair in pairs if id(pair[0]) in is_new]),
+            (torch._foreach_add_, [pair for pair in pairs if id(pair[0]) not in is_new]),
         ):
             if chosen:
                 put(*map(list, zip(*chosen, strict=True)))
-        if dkv is not None:
-            image_kv.gradient.copy_(dkv if written is weights else image_kv.gradient + dkv)
 
-    backward((contrast.loss_itc + loss_itg) * inputs.scale, weights)
+    def written(made_weights: BlockWeights | EncoderWeights) -> list[Tensor]:
+        return [] if add else [total for _, total in made_weights.leaves()]
+
+    backward((contrast.loss_itc + loss_itg) * inputs.scale, [image_kv.gradient, *written(weights)])
     yield None
 
     accumulating = dataclasses.replace(image_kv, accumulate=True)
     again = dataclasses.replace(first, image_kv=accumulating, weights=weights.adding())
     with seeds_ahead(seeds):
         loss_itm, logits = model.second_sweep(again, pairs, layout)
-    backward(loss_itm * inputs.scale, None)
-    backward(made, kv_weights, image_kv.gradient)
+    backward(loss_itm * inputs.scale, [])
+    backward(made, written(kv_weights), image_kv.gradient)
     yield Stage1Output(
         loss=(contrast.loss_itc + loss_itm + loss_itg).detach(),
         loss_itc=contrast.loss_itc.detach(),
