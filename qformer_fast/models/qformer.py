@@ -6,7 +6,8 @@ Parameter names are Hugging Face's ``Blip2QFormerModel``'s; the modules hold par
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from qformer_fast.models.packing import (
     stack_weights,
 )
 from qformer_fast.ops._checks import autocast_dtype
+from qformer_fast.ops._seeds import same_seeds
 
 
 class QFormerOutput(NamedTuple):
@@ -167,7 +169,7 @@ class QFormerLayer(nn.Module):
         if text_index is not None:
             text_rows = text_rows.index_select(0, text_index)
         if recompute_feed_forward:
-            return checkpoint(self.feed_forward, query_rows, text_rows, weights, use_reentrant=False)
+            return _again_in_backward(self.feed_forward, query_rows, text_rows, weights)
         return self.feed_forward(query_rows, text_rows, weights)
 
     @property
@@ -208,6 +210,15 @@ class QFormerLayer(nn.Module):
         out = F.linear(context, out_weight, out_bias)
         rows = ops.dropout_add_layer_norm(out, rows, *norm, eps=self.config.layer_norm_eps)
         return self.feed_forward(rows[:0], rows, weights)
+
+
+def _again_in_backward(part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``part(*inputs)``; what backward needs of it is computed again there, with the same dropout."""
+    if torch.compiler.is_compiling():
+        return checkpoint(part, *inputs, use_reentrant=False)
+    # a capture can't read random states; the kernels don't need them
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=not capturing, context_fn=same_seeds)
 
 
 class QFormerEncoder(nn.Module):
@@ -388,7 +399,7 @@ class QFormer(CheckpointMixin, nn.Module):
             level = self.gradient_checkpointing if self.training else "none"
             wanted = text_index if layer is last else None
             inputs = (rows, layout, layer_kv, layer_weights, level == "feed_forward", wanted)
-            rows = checkpoint(layer, *inputs, use_reentrant=False) if level == "layer" else layer(*inputs)
+            rows = _again_in_backward(layer, *inputs) if level == "layer" else layer(*inputs)
         return rows
 
     @property

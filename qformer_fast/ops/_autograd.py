@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qformer_fast.ops._seeds import check_drawn_again
+
 
 def register_autograd(
     op: Any, backward: Callable[..., Any], setup_context: Callable[[Any, tuple, Any], None], results: int = 1
@@ -51,6 +53,7 @@ def without_totals(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(
         *args: Any, gradients=None, add_gradients=True, kv_gradients=None, accumulate=False, **options: Any
     ) -> Tensor:
+        check_drawn_again(max((value for name, value in options.items() if name.endswith("dropout_p")), default=0.0))
         return reference(*args, **options)
 
     return run

@@ -133,8 +133,6 @@ class RunConfig:
                 raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed must lie in [0, 2**32), got {self.seed}")
-        if self.cuda_graphs and self.gradient_checkpointing != "none":
-            raise ValueError("run.cuda_graphs and run.gradient_checkpointing exclude each other, got both")
         levels = get_args(Checkpointing)
         if self.gradient_checkpointing not in levels:
             raise ValueError(f"run.gradient_checkpointing must be one of {levels}, got {self.gradient_checkpointing!r}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qformer_fast import overlap
+from qformer_fast.config import Checkpointing
 from qformer_fast.layout import PackedText, SequenceLayout
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output, pairs_of
 from qformer_fast.models.image_kv import ImageKV
@@ -34,6 +35,7 @@ class _Shape(NamedTuple):
     max_length: int
     training: bool
     adds: bool  # to gradients that are there
+    checkpointing: Checkpointing
 
 
 class GraphedStage1:
@@ -52,21 +54,18 @@ class GraphedStage1:
 
     Args:
         model (Blip2QFormer): on a CUDA device. Its parameters stay where they are; moving or replacing them afterwards
-            is not seen. Not a wrapper such as DDP, and without gradient checkpointing, which reads random states that
-            a capture can't.
+            is not seen. Not a wrapper such as DDP. Gradient checkpointing works with the kernels' dropout.
         dtype (torch.dtype, Optional): to autocast to. Default: `None`, no autocast.
         bucket (int, Optional): text rows that shapes are rounded up to. Default: `None`, half a row a caption and at
             least 32.
 
     Raises:
-        ValueError: the model is not on a CUDA device, gradient checkpointing is on, or a bucket below 1.
+        ValueError: the model is not on a CUDA device, or a bucket below 1.
     """
 
     def __init__(self, model: Blip2QFormer, *, dtype: torch.dtype | None = None, bucket: int | None = None):
         if model.temp.device.type != "cuda":
             raise ValueError(f"model must be on a CUDA device, got {model.temp.device}")
-        if model.qformer.gradient_checkpointing != "none":
-            raise ValueError("model must have gradient checkpointing off: a capture can't read its random states")
         if bucket is not None and bucket < 1:
             raise ValueError(f"bucket must be at least 1, got {bucket}")
         self.model = model
@@ -126,7 +125,8 @@ class GraphedStage1:
         adds, zeros = self._prepare_gradients()
         while True:
             room = self._negative_rows.setdefault(text_rows, text_rows + bucket)
-            shape = _Shape(image_embeds.shape, text_rows, 2 * bucket, room, max_length, model.training, adds)
+            sizes = image_embeds.shape, text_rows, 2 * bucket, room, max_length
+            shape = _Shape(*sizes, model.training, adds, model.qformer.gradient_checkpointing)
             state = torch.cuda.get_rng_state(device)
             if shape not in self._captures:
                 self._captures[shape] = self._capture(shape, inputs)

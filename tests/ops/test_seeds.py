@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import torch
 
-from qformer_fast.ops._seeds import draw_seed, draw_seeds, new_seeds, seeds_ahead
+from qformer_fast.ops._seeds import draw_seed, draw_seeds, new_seeds, same_seeds, seeds_ahead
 
 X = torch.zeros(1)
 
@@ -39,3 +39,26 @@ def test_seeds_left_over_are_not_taken_later():
     state = torch.get_rng_state()
     draw_seed(X, 0.5)
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_part_that_is_computed_again_finds_its_seeds():
+    """Also one inside another, and where the outer one's are found first."""
+
+    def part(inner):
+        first = draw_seed(X, 0.5)
+        with inner:
+            nested = draw_seeds(X, 0.5, 0.0, 0.5)
+        return [first, *nested, draw_seed(X, 0.5)]
+
+    forward, again = same_seeds()
+    inner_forward, inner_again = same_seeds()
+    with seeds_ahead(4), forward:
+        seeds = part(inner_forward)
+    with inner_again:
+        assert all(a is b for a, b in zip(draw_seeds(X, 0.5, 0.0, 0.5), seeds[1:4], strict=True))
+    inner_forward, inner_again = same_seeds()
+    with patch("qformer_fast.ops._seeds.new_seeds", side_effect=AssertionError), again:
+        assert all(a is b for a, b in zip(part(inner_forward), seeds, strict=True))
+    with inner_again:
+        assert all(a is b for a, b in zip(draw_seeds(X, 0.5, 0.0, 0.5), seeds[1:4], strict=True))
+    assert int(draw_seed(X, 0.5)) not in [int(seed) for seed in seeds if seed is not None]

@@ -1,6 +1,7 @@
 """Stage 1 as CUDA graphs against the model itself, and the filled-up shapes that they need."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -84,8 +85,8 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("frozen", ["", "key", "word_embeddings"])
-def test_the_graphs_step_gives_the_models_gradients(frozen, backend, make_captions):
+@pytest.mark.parametrize("frozen, checkpointing", [("", "none"), ("key", "layer"), ("word_embeddings", "feed_forward")])
+def test_the_graphs_step_gives_the_models_gradients(frozen, checkpointing, backend, make_captions):
     """The step as it is captured, run without a capture: once on new gradients, then adding to them."""
     if reason := available()[backend]:
         pytest.skip(reason)
@@ -107,6 +108,7 @@ def test_the_graphs_step_gives_the_models_gradients(frozen, backend, make_captio
     for parameter, gradient in found.of_parameters():
         if any(parameter is p for group in written_groups(model) for p in group):
             gradient.fill_(torch.nan)
+    model.gradient_checkpointing_enable(checkpointing)
     for add in (False, True):
         with use_backend(backend):
             *_, out = step_in_parts(model, inputs, 64, found, negatives, add=add)
@@ -289,6 +291,40 @@ def test_each_replay_draws_its_own_dropout(batches):
     first, again, other = losses(1), losses(1), losses(2)
     assert first == again
     assert len({*first, *other}) == 6
+
+
+@pytest.mark.cuda
+def test_checkpointing_levels_change_no_bit_and_hold_less_memory(make_captions):
+    """With dropout, whose masks backward makes again; a level that is set later takes graphs of its own."""
+    ids, mask = make_captions([3 + i % 13 for i in range(32)], 16)
+    images = torch.randn(32, 257, 1408, device="cuda")
+    model = Blip2QFormer(QFormerConfig(num_hidden_layers=4)).cuda().train()
+    found, pools = {}, {}
+    for level in ("none", "feed_forward", "layer"):
+        model.gradient_checkpointing_enable(level)
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        graphed = GraphedStage1(model, dtype=torch.bfloat16)
+        graphed(images, ids, mask)
+        torch.manual_seed(1)
+        for _ in range(3):
+            graphed(images, ids, mask)
+        found[level] = gradients(model)
+        pools[level] = free - torch.cuda.mem_get_info()[0]
+        model.zero_grad(set_to_none=True)
+        del graphed
+    for level in ("feed_forward", "layer"):
+        assert [name for name, x in found["none"].items() if not torch.equal(x, found[level][name])] == []
+    assert pools["layer"] < pools["feed_forward"] < pools["none"]
+
+
+@pytest.mark.cuda
+def test_checkpointing_in_a_graph_wants_the_kernels_dropout(batches):
+    model = build("cuda", dropout=0.3)
+    model.gradient_checkpointing_enable()
+    with use_backend("reference"), pytest.raises(RuntimeError, match="needs the kernels' dropout"):
+        GraphedStage1(model, bucket=64)(*batches[0])
 
 
 @pytest.mark.cuda

@@ -415,10 +415,6 @@ def test_learning_rate_warms_up_and_follows_half_a_cosine():
         (dict(keep=0), "run.keep must be at least 1"),
         (dict(precision="int8"), "run.precision must be"),
         (dict(seed=-1), "run.seed must lie in"),
-        (
-            dict(cuda_graphs=True, gradient_checkpointing="layer"),
-            "run.cuda_graphs and run.gradient_checkpointing exclude",
-        ),
     ],
 )
 def test_bad_run_configurations_are_named(tmp_path, change, match):
