@@ -40,7 +40,8 @@ LinearGeluArguments arguments_of(Tensor const& rows, Tensor const& weight, bool 
   bool float_bias = bias.scalar_type() == ScalarType::Float;
   check("bias", bias, rows, float_bias ? ScalarType::Float : dtype, 1, n);
   check("out", out, rows, dtype, m, n);
-  check("aux", aux, rows, dtype, m, n);
+  bool wanted = transposed || m == 0 || aux.size(0) != 0;
+  check("aux", aux, rows, dtype, wanted ? m : 0, n);
   LinearGeluArguments arguments{};
   arguments.m = static_cast<int>(m);
   arguments.n = static_cast<int>(n);
@@ -50,7 +51,7 @@ LinearGeluArguments arguments_of(Tensor const& rows, Tensor const& weight, bool 
   arguments.bias = bias.const_data_ptr();
   arguments.float_bias = float_bias;
   arguments.out = out.mutable_data_ptr();
-  arguments.aux = aux.mutable_data_ptr();
+  arguments.aux = wanted ? aux.mutable_data_ptr() : nullptr;
   return arguments;
 }
 

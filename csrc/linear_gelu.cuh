@@ -256,7 +256,7 @@ struct LinearGelu {
   using CopyToShared = decltype(cutlass::epilogue::collective::detail::sm90_get_smem_store_op_for_accumulator<
                                 StrideRows, Element, EpilogueTile>());
   using AuxStore = fusion::Sm90AuxStore<kStagesD, EpilogueTile, Element, kRound, StrideRows, SharedAtom, CopyToShared,
-                                        kAlignment, false>;
+                                        kAlignment, !kBackward>;
   using Node = GeluNode<kDirection, Element, kThreads, TileShape, EpilogueTile, AuxStore>;
   using Bias = fusion::Sm90RowBroadcast<0, TileShape, BiasElement, float, Stride<_0, _1, _0>,
                                         16 / sizeof(BiasElement), false>;

@@ -16,7 +16,7 @@ struct LinearGeluArguments {
   void const* bias;    // (n,)
   bool float_bias;     // fp32, else of the matrices' dtype
   void* out;           // (m, n)
-  void* aux;           // (m, n); backward: may be c
+  void* aux;           // (m, n); forward: null if nobody wants it, backward: may be c
   float* column_sums;  // (ceil(m / kRowsPerSum), n) backward
 };
 

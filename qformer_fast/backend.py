@@ -69,6 +69,11 @@ def use_backend(name: str) -> Iterator[None]:
         _active = previous
 
 
+def asked_for() -> str | None:
+    """The backend of the :func:`use_backend` around the call, or None."""
+    return _active
+
+
 def resolve(
     op: str,
     implementations: Mapping[str, Callable],
@@ -121,9 +126,19 @@ def _why_not_triton_on(x: Tensor, unsupported: str | None) -> str | None:
     return unsupported
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether the Triton launchers can run on ``x``."""
+    return _why_not_triton_on(x, None) is None
+
+
+def chooses_kernels(x: Tensor) -> bool:
+    """Whether ops take the kernels for ``x``: unasked on a CUDA device, elsewhere where they are asked for."""
+    return has_kernels(x) and (_active in PREFERRED or (_active is None and x.is_cuda))
+
+
 def kernel_or_formula(op: str, x: Tensor) -> Callable:
     """What a custom op runs on ``x``: the Triton launcher ``op``, or on a CPU and in fp64 the formula in reference/."""
-    if _why_not_triton_on(x, None) is None:
+    if has_kernels(x):
         from qformer_fast import kernels
 
         return getattr(kernels, op)

@@ -1,13 +1,14 @@
-"""``qformer-fast``: train, extract-features, demo, doctor."""
+"""``qformer-fast``: train, extract-features, demo, doctor, evaluate."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -15,18 +16,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qformer_fast import doctor
+from qformer_fast.config import QFormerConfig
 from qformer_fast.data.batches import PairDataset, read_pixels
 from qformer_fast.data.captions import image_folder, read_pairs
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.files import write_text
-from qformer_fast.data.tokenizer import load_tokenizer
+from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 from qformer_fast.demo.run import DemoConfig
 from qformer_fast.demo.run import main as run_demo
+from qformer_fast.evaluation.karpathy import CaptionedImages, read_karpathy
+from qformer_fast.evaluation.retrieval import IMAGE_BATCH_SIZE, PAIR_BATCH_SIZE, CachedTokens, ImageTokens, Score
+from qformer_fast.evaluation.retrieval import evaluate as evaluate_retrieval
 from qformer_fast.integrations.checkpoints import load_checkpoint
 from qformer_fast.models.blip2 import ImageEncoder
 from qformer_fast.models.blip2_qformer import Blip2QFormer, init_from_bert
 from qformer_fast.training.config import DataConfig, ModelConfig, TrainConfig
-from qformer_fast.training.loop import check_output_dir, resolve_device, train
+from qformer_fast.training.loop import AUTOCAST, check_output_dir, resolve_device, train
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,65 @@ class ExtractConfig:
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Recall of image-text retrieval on COCO or Flickr30K.
+
+    Args:
+        checkpoint (str): a folder of ``save_pretrained``, or a LAVIS file.
+        annotations (str): see :func:`qformer_fast.evaluation.karpathy.read_karpathy`.
+        split (str): "train", "restval", "val" or "test", of annotations that hold several.
+        output (str, Optional): a JSON file for the result.
+        qformer (QFormerConfig): sizes of a LAVIS file's model; a folder says its own.
+        feature_cache (str, Optional): a folder of :class:`FeatureCache` with the annotations' images. Default: `None`,
+            pictures are encoded once and their tokens kept in memory.
+        encoder (str, Optional): an open_clip model; needed without a feature cache, and with one what the cache must be
+            of.
+        encoder_pretrained (str, Optional): its open_clip tag or a file, likewise.
+        random_encoder (bool): accept an encoder with random weights.
+        image_root (str, Optional): the folder that the images are in. Default: `None`, that of ``annotations``.
+        tokenizer (str, Optional): see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
+        max_length (int): of captions in tokens.
+        k (int): candidates of each image and of each text that ITM scores.
+        score (str): "itm+itc", logit plus cosine, or "itm".
+        image_batch_size, pair_batch_size (int): images whose keys and values are held, and pairs a pass.
+        precision (str): "fp32", or autocast to "bf16".
+        device (str): "auto" takes a GPU where there is one.
+    """
+
+    checkpoint: str
+    annotations: str
+    split: str = "test"
+    output: str | None = None
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    feature_cache: str | None = None
+    encoder: str | None = None
+    encoder_pretrained: str | None = None
+    random_encoder: bool = False
+    image_root: str | None = None
+    tokenizer: str | None = None
+    max_length: int = 35
+    k: int = 128
+    score: Score = "itm+itc"
+    image_batch_size: int = IMAGE_BATCH_SIZE
+    pair_batch_size: int = PAIR_BATCH_SIZE
+    precision: Literal["fp32", "bf16"] = "bf16"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("k", "image_batch_size", "pair_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     parser, commands = _parsers()
     options = parser.parse_args(arguments)
     command = options.subcommand
     chosen = options[command]
+    if command == "evaluate":
+        command, chosen = f"evaluate {chosen.subcommand}", chosen[chosen.subcommand]
     if command == "doctor":
         found = doctor.report()
         print(json.dumps(found, indent=2) if chosen.json else doctor.as_text(found))
@@ -73,6 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
             _train(config, commands[command].dump(chosen))
         elif command == "extract-features":
             extract_features(config)
+        elif command == "evaluate retrieval":
+            _evaluate_retrieval(config)
         else:
             run_demo(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -85,6 +145,7 @@ CONFIGS = {
     "train": (TrainConfig, "train stage 1"),
     "extract-features": (ExtractConfig, "write the image tokens of a data set to a cache"),
     "demo": (DemoConfig, "train and evaluate on real pictures from packages, and write a report"),
+    "evaluate retrieval": (RetrievalConfig, "recall at 1, 5 and 10 on a Karpathy split, by ITC and re-ranked by ITM"),
 }
 
 
@@ -97,11 +158,18 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         commands[name] = ArgumentParser(description=about)
         commands[name].add_argument("--config", action="config", help="a YAML file with the options below")
         commands[name].add_class_arguments(config, skip={"synthetic"})
-        subcommands.add_subcommand(name, commands[name], help=about)
+        if not name.startswith("evaluate "):
+            subcommands.add_subcommand(name, commands[name], help=about)
     commands["demo"].add_argument("--synthetic", action="store_true", help="made-up pictures, no data package needed")
     commands["doctor"] = ArgumentParser(description="versions, devices, and which backend each op uses")
     commands["doctor"].add_argument("--json", action="store_true", help="print JSON")
     subcommands.add_subcommand("doctor", commands["doctor"], help="say what can run here and why not")
+    evaluate = ArgumentParser(description="measure a trained model")
+    subcommands.add_subcommand("evaluate", evaluate, help="measure a trained model on a public benchmark")
+    tasks = evaluate.add_subcommands()
+    for name in CONFIGS:
+        if name.startswith("evaluate "):
+            tasks.add_subcommand(name.removeprefix("evaluate "), commands[name], help=CONFIGS[name][1])
     return parser, commands
 
 
@@ -141,9 +209,13 @@ def build_dataset(config: DataConfig, encoder: ImageEncoder | None) -> PairDatas
     if encoder is not None:
         root = config.image_root or image_folder(config.pairs)
         return PairDataset(pairs, tokenizer, transform=encoder.transform, image_root=root, max_length=config.max_length)
+    return PairDataset(pairs, tokenizer, cache=open_cache(config), max_length=config.max_length)
+
+
+def open_cache(config: DataConfig | RetrievalConfig) -> FeatureCache:
+    """The feature cache of a configuration, which must be of the encoder that it names, if any."""
     expect = {name: value for name in ("encoder", "encoder_pretrained") if (value := getattr(config, name)) is not None}
-    cache = FeatureCache(config.feature_cache, expect=expect)
-    return PairDataset(pairs, tokenizer, cache=cache, max_length=config.max_length)
+    return FeatureCache(config.feature_cache, expect=expect)
 
 
 def build_model(config: ModelConfig) -> Blip2QFormer:
@@ -165,16 +237,80 @@ def extract_features(config: ExtractConfig) -> FeatureCache:
     keys = list(dict.fromkeys(pair.image for pair in read_pairs(config.pairs)))
     root = Path(config.image_root or image_folder(config.pairs))
     encoder = load_encoder(config.encoder, config.encoder_pretrained, random=config.random_encoder)
-    device = resolve_device(config.device)
-    encoder.to(device)
-
-    def batches() -> Iterator[Tensor]:
-        for start in tqdm(range(0, len(keys), config.batch_size), unit="batch", disable=None):
-            names = keys[start : start + config.batch_size]
-            yield encoder(torch.stack([read_pixels(root / name, encoder.transform) for name in names]).to(device))
-
+    encoder.to(resolve_device(config.device))
     metadata = {"encoder": config.encoder, "encoder_pretrained": config.encoder_pretrained}
-    return FeatureCache.create(config.output, keys, batches(), metadata=metadata, dtype=config.dtype)
+    batches = encode_pictures(encoder, root, keys, config.batch_size)
+    return FeatureCache.create(config.output, keys, batches, metadata=metadata, dtype=config.dtype)
+
+
+def encode_pictures(encoder: ImageEncoder, root: Path, names: Sequence[str], batch_size: int) -> Iterator[Tensor]:
+    """Tokens of the pictures ``names`` in ``root``, (batch, tokens, width) on the encoder's device."""
+    device = next(encoder.parameters()).device
+    for start in tqdm(range(0, len(names), batch_size), unit="batch", disable=None):
+        pixels = [read_pixels(root / name, encoder.transform) for name in names[start : start + batch_size]]
+        yield encoder(torch.stack(pixels).to(device))
+
+
+def _evaluate_retrieval(config: RetrievalConfig) -> None:
+    """Prints recall both ways, and writes it to ``config.output``."""
+    data = read_karpathy(config.annotations, split=config.split)
+    text = tokenize(load_tokenizer(config.tokenizer), data.captions, max_length=config.max_length)
+    device = resolve_device(config.device)
+    model = build_model(ModelConfig(qformer=config.qformer, checkpoint=config.checkpoint)).to(device).eval()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    names = ("split", "k", "score", "precision", "max_length", "checkpoint", "annotations")
+    result: dict[str, Any] = {name: getattr(config, name) for name in names}
+    result |= {"images": len(data.images), "captions": len(data.captions)}
+    with torch.autocast(device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
+        result |= evaluate_retrieval(
+            model,
+            _image_tokens(config, data, device),
+            *text,
+            data.relevant,
+            k=config.k,
+            score=config.score,
+            image_batch_size=config.image_batch_size,
+            pair_batch_size=config.pair_batch_size,
+        )
+    result["device"] = "cpu"
+    if device.type == "cuda":
+        result["device"] = torch.cuda.get_device_name(device)
+        result["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    print(_recall_table(result))
+    if config.output is not None:
+        path = Path(config.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(result, indent=2) + "\n")
+
+
+def _recall_table(result: dict[str, Any]) -> str:
+    lines = [f"{result['images']} images, {result['captions']} captions; recall in percent"]
+    lines.append(f"{'':<10}" + "".join(f"{name:>8}" for name in result["itc"]))
+    for row in ("itc", "reranked"):
+        lines.append(f"{row:<10}" + "".join(f"{value:>8.2f}" for value in result[row].values()))
+    memory = f", peak {result['peak_gib']} GiB" if "peak_gib" in result else ""
+    lines.append(f"re-ranked {result['pairs']} pairs, {result['pairs_per_second']:.0f} a second{memory}")
+    return "\n".join(lines)
+
+
+def _image_tokens(config: RetrievalConfig, data: CaptionedImages, device: torch.device) -> ImageTokens:
+    """Of the cache, or of the pictures, encoded once."""
+    if config.feature_cache is not None:
+        cache = open_cache(config)
+        if missing := [name for name in data.images if name not in cache]:
+            raise ValueError(f"annotations name {len(missing)} images that the feature cache lacks: {missing[:5]}")
+        return CachedTokens(cache, data.images)
+    encoder = load_encoder(config.encoder, config.encoder_pretrained, random=config.random_encoder)
+    encoder.to(device, AUTOCAST.get(config.precision))
+    root = Path(config.image_root or Path(config.annotations).parent)
+    out = None
+    for number, tokens in enumerate(encode_pictures(encoder, root, data.images, config.image_batch_size)):
+        if out is None:
+            out = tokens.new_empty(len(data.images), *tokens.shape[1:], device="cpu")
+        first = number * config.image_batch_size
+        out[first : first + len(tokens)] = tokens
+    return out
 
 
 if __name__ == "__main__":

@@ -47,10 +47,10 @@ def _aligned(x: Tensor) -> Tensor:
 def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> Tensor:
     """up = rows @ weight^T, rounded to its dtype; returns gelu(up + bias), of up before it is rounded.
 
-    rows (rows, inputs), weight (outputs, inputs) and up (rows, outputs) contiguous; bias (outputs,) of their dtype or
-    fp32; widths multiples of 8.
+    rows (rows, inputs), weight (outputs, inputs) and up (rows, outputs) contiguous, or up without a row, and then it is
+    not written; bias (outputs,) of their dtype or fp32; widths multiples of 8.
     """
-    out = torch.empty_like(up)
+    out = rows.new_empty(rows.shape[0], weight.shape[0])
     rows, weight, bias = map(_aligned, (rows, weight, bias))
     torch.ops.qformer_fast_cuda.linear_gelu_fwd(rows, weight, bias[None], up, out)
     return out

@@ -96,9 +96,27 @@ class PackedText:
             raise ValueError(f"attention_mask must keep at least one token of every caption, none in rows {empty}")
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {low if low < 0 else high}")
-        num_rows = sum(host_lengths)
-        kept = keep.flatten().nonzero_static(size=num_rows).squeeze(1)
+        kept = keep.flatten().nonzero_static(size=sum(host_lengths)).squeeze(1)
         return cls(input_ids.flatten()[kept].long(), kept % length, _lengths_to_offsets(lengths), max(host_lengths))
+
+    @classmethod
+    def places(
+        cls, attention_mask: Tensor | None, batch: int, length: int, device: torch.device | str | None = None
+    ) -> PackedText:
+        """Where padded texts (batch, length) have tokens, for rows that are embedded already: all ids are zero.
+
+        As :meth:`from_padded`, but that a text may be all padding, which only sequences with queries may have, and that
+        without a mask there is no host sync.
+        """
+        if attention_mask is None:
+            position_ids = torch.arange(length, device=device).repeat(batch)
+            offsets = torch.arange(0, (batch + 1) * length, length, device=device)
+            return cls(torch.zeros_like(position_ids), position_ids, offsets, length)
+        keep = attention_mask.to(device=device).bool()
+        lengths = keep.sum(1)
+        host_lengths = lengths.tolist()
+        kept = keep.flatten().nonzero_static(size=sum(host_lengths)).squeeze(1)
+        return cls(torch.zeros_like(kept), kept % length, _lengths_to_offsets(lengths), max(host_lengths))
 
     @property
     def lengths(self) -> Tensor:

@@ -1,11 +1,38 @@
-"""Matrix products that are added to a tensor of another dtype."""
+"""Matrix products: of few rows, and those that are added to a tensor of another dtype."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from qformer_fast import backend as backends
 from qformer_fast import overlap
+
+# up to how many rows a kernel that reads the weights with many programs is faster than cuBLAS
+FEW_ROWS = 128
+
+
+def reads_weights(rows: Tensor) -> bool:
+    """Whether a product with these rows takes the time of reading its weights, and a kernel is there for it."""
+    return rows.shape[0] <= FEW_ROWS and backends.has_kernels(rows)
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
+    """rows @ weight^T + bias, and with ``gelu``, of few rows, GELU of it; for inference."""
+    if not reads_weights(rows):
+        return torch.addmm(bias.to(rows.dtype), rows, weight.t())
+    from qformer_fast import kernels
+
+    return kernels.linear_few_rows(rows, weight, bias, gelu=gelu)
+
+
+def linear_in_parts(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight^T, or (parts, rows, outputs), whose sum it is; for inference."""
+    if not reads_weights(rows):
+        return rows @ weight.t()
+    from qformer_fast import kernels
+
+    return kernels.linear_few_rows(rows, weight, in_parts=True)
 
 
 def product(a: Tensor, b: Tensor, total: Tensor | None = None, *, add: bool = True) -> Tensor:

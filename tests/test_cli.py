@@ -13,8 +13,9 @@ import torch
 import yaml
 from PIL import Image
 
-from qformer_fast import Blip2QFormer, cli
+from qformer_fast import Blip2QFormer, QFormerConfig, cli
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 from qformer_fast.demo import emoji_pairs
 from qformer_fast.training.checkpoint import list_checkpoints
 
@@ -254,6 +255,112 @@ def test_a_model_starts_from_a_checkpoint(train, cache, tmp_path):
     for name, tensor in next_model.state_dict().items():
         # one warm-up step of AdamW moves no weight by more than about its learning rate, 1e-6
         torch.testing.assert_close(tensor, saved.state_dict()[name], rtol=1e-5, atol=2e-6)
+
+
+@pytest.fixture
+def evaluate(tmp_path, pictures, spread_weights):
+    """Runs ``evaluate retrieval`` on two pictures of two captions each and one of one; returns its status."""
+    torch.manual_seed(5)
+    model = Blip2QFormer(QFormerConfig(**SMALL["model"]["qformer"]))
+    spread_weights(model)
+    model.save_pretrained(tmp_path / "model")
+    torch.save({"model": model.to_lavis_state_dict()}, tmp_path / "lavis.pth")
+    entries = [
+        {"image": f"{name}.png", "caption": captions}
+        for name, captions in {"red": ["A red one.", "all red"], "blue": ["blue!", "very blue"], "grey": ["x"]}.items()
+    ]
+    (tmp_path / "annotations.json").write_text(json.dumps(entries))
+
+    def evaluate(**changes):
+        options = {"checkpoint": tmp_path / "model", "annotations": tmp_path / "annotations.json"}
+        options |= {"output": tmp_path / "out" / "recall.json", "k": 2, "precision": "fp32", "device": "cpu"}
+        options |= {"image_root": pictures, "image_batch_size": 2, **changes}
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        return cli.main(["evaluate", "retrieval", *arguments])
+
+    return evaluate
+
+
+def recall_by_hand(scores, relevant):
+    """Percent of rows with a wanted column at the top, among the five best and among the ten best; no ties."""
+    ranks = [
+        min(sum(other > row[column] for other in row) for column in wanted)
+        for row, wanted in zip(scores.tolist(), relevant, strict=True)
+    ]
+    return [100 * sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 10)]
+
+
+def test_retrieval_is_evaluated_from_pixels_and_from_features(evaluate, cache, pictures, weights, tmp_path, capsys):
+    assert evaluate(**encoder(weights)) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "recall.json").read_text())
+    model = Blip2QFormer.from_pretrained(tmp_path / "model").eval()
+    tiny = cli.load_encoder("tiny-vit", str(weights), random=False)
+    pixels = [cli.read_pixels(pictures / f"{name}.png", tiny.transform) for name in ("red", "blue", "grey")]
+    captions = ["a red one", "all red", "blue", "very blue", "x"]
+    text = tokenize(load_tokenizer(), captions)
+    with torch.no_grad():
+        tokens = tiny(torch.stack(pixels))
+        cosines = (model.image_features(tokens) @ model.text_features(*text).T).amax(1)
+        logits = torch.stack([model.match(tokens[[i] * 5], *text)[:, 1] for i in range(3)])
+    near = torch.zeros(3, 5, dtype=torch.bool).scatter(1, cosines.topk(2).indices, True)
+    near_text = torch.zeros(5, 3, dtype=torch.bool).scatter(1, cosines.T.topk(2).indices, True)
+    scores = (logits + cosines).where(near, -100.0), (logits + cosines).T.where(near_text, -100.0)
+    names = ["TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10"]
+    texts_of, image_of = [[0, 1], [2, 3], [4]], [[0], [0], [1], [1], [2]]
+    for row, (i2t, t2i) in {"itc": (cosines, cosines.T), "reranked": scores}.items():
+        # of a wanted column that is no candidate ties decide about the five best, which other tests look at
+        expected = dict(zip(names, recall_by_hand(i2t, texts_of) + recall_by_hand(t2i, image_of), strict=True))
+        for name in ("TR@1", "IR@1", "TR@10", "IR@10"):
+            assert found[row][name] == pytest.approx(expected[name], abs=0.01), (row, name)
+        assert found[row]["mean"] == pytest.approx(sum(found[row][name] for name in names) / 6, abs=0.01)
+        assert f"{found[row]['TR@1']:.2f}" in printed
+    assert found["pairs"] == int((near | near_text.T).sum()) and f"re-ranked {found['pairs']} pairs" in printed
+    assert (found["images"], found["captions"], found["k"], found["score"]) == (3, 5, 2, "itm+itc")
+    assert evaluate(feature_cache=cache, output=tmp_path / "cached.json", score="itm", **encoder(weights)) == 0
+    again = json.loads((tmp_path / "cached.json").read_text())
+    assert again["itc"] == found["itc"] and again["score"] == "itm"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"split": "tets"}, "split must be one of"),
+        ({"annotations": "nowhere.json"}, "annotations: no file at nowhere.json"),
+        ({"max_length": 2}, "max_length must lie in (2, 512]"),
+        ({"checkpoint": "nowhere.pth"}, "no checkpoint at nowhere.pth"),
+        ({}, "encoder must name an open_clip model when there is no feature_cache"),
+        ({"encoder": "tiny-vit"}, "encoder_pretrained must name weights of tiny-vit"),
+        ({"encoder": "tiny-vit", "random_encoder": "true", "image_root": "nowhere"}, "red.png is no readable picture"),
+        ({"feature_cache": "nowhere"}, "feature_cache: no feature cache in nowhere"),
+    ],
+)
+def test_what_retrieval_refuses_is_named(evaluate, tmp_path, capsys, changes, message):
+    assert evaluate(**changes) == 1
+    error = capsys.readouterr().err
+    assert "qformer-fast evaluate retrieval: " in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_a_cache_lacks_are_named(evaluate, tmp_path, capsys):
+    FeatureCache.create(tmp_path / "some", ["red.png"], [torch.randn(1, 5, 64)], metadata={})
+    assert evaluate(feature_cache=tmp_path / "some") == 1
+    assert "annotations name 2 images that the feature cache lacks: ['blue.png', 'grey.png']" in capsys.readouterr().err
+
+
+def test_a_lavis_file_is_evaluated_like_its_folder(evaluate, cache, tmp_path):
+    sizes = {f"qformer.{name}": value for name, value in SMALL["model"]["qformer"].items()}
+    assert evaluate(feature_cache=cache) == 0
+    assert evaluate(feature_cache=cache, checkpoint=tmp_path / "lavis.pth", output=tmp_path / "2.json", **sizes) == 0
+    folder, lavis = (json.loads(path.read_text()) for path in (tmp_path / "out" / "recall.json", tmp_path / "2.json"))
+    assert lavis["itc"] == folder["itc"] and lavis["reranked"] == folder["reranked"]
+
+
+def test_an_evaluation_must_be_named(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate"])
+    assert "{retrieval}" in capsys.readouterr().err
 
 
 def test_doctor_prints_text_and_json(capsys):

@@ -20,6 +20,7 @@ from qformer_fast.kernels.linear_cross_entropy import (
     linear_cross_entropy_fwd,
     linear_cross_entropy_rows_bwd,
 )
+from qformer_fast.kernels.linear_few_rows import linear_few_rows
 from qformer_fast.kernels.query_text_attention import query_text_attention_bwd, query_text_attention_fwd
 from qformer_fast.kernels.sample_negatives import sample_negatives_fwd
 from qformer_fast.kernels.standardize import standardize_into
@@ -43,6 +44,7 @@ __all__ = [
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
     "linear_cross_entropy_rows_bwd",
+    "linear_few_rows",
     "query_text_attention_bwd",
     "query_text_attention_fwd",
     "sample_negatives_fwd",

@@ -31,7 +31,7 @@ def _in_two(first_ptr, rest_ptr, offs, offs_m, num_first_rows, N: tl.constexpr):
 
 @triton.jit
 def dropout_add_layer_norm_fwd_kernel(
-    x_ptr,  # (M, N)
+    x_ptr,  # (M, N), or (PARTS, M, N) whose sum is x
     residual_ptr,  # (M, N)
     x_bias_ptr,  # (N,) or None
     weight_ptr,  # (N,)
@@ -49,6 +49,7 @@ def dropout_add_layer_norm_fwd_kernel(
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """One program = BLOCK_M whole rows."""
     offs_n = tl.broadcast_to(tl.arange(0, BLOCK_N)[None, :], (BLOCK_M, BLOCK_N))
@@ -58,6 +59,8 @@ def dropout_add_layer_norm_fwd_kernel(
     mask = mask_m[:, None] & mask_n
     offs = offs_m[:, None].to(tl.int64) * N + offs_n
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        z += tl.load(x_ptr + part * M * N + offs, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if x_bias_ptr is not None:
         z += tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -157,7 +160,8 @@ def dropout_add_layer_norm_fwd(
     """layer_norm(dropout(x + x_bias) + residual) * weight + bias; without ``seed`` nothing is dropped.
 
     Args:
-        x, residual (Tensor): (rows, hidden) contiguous, slices of rows included; hidden up to 4096.
+        x, residual (Tensor): (rows, hidden) contiguous, slices of rows included; hidden up to 4096. x may be
+            (parts, rows, hidden), whose sum is meant.
         weight, bias (Tensor): (hidden,).
         seed (Tensor, Optional): (1,) int64.
         x_bias (Tensor, Optional): (hidden,), the bias that the product which made x left out.
@@ -166,11 +170,11 @@ def dropout_add_layer_norm_fwd(
         rest (Tensor, Optional): (other rows, hidden) contiguous, to write the rows after those of ``out`` into.
 
     Returns:
-        tuple: out (rows, hidden) in x's dtype; mean and rstd (rows,) fp32.
+        tuple: out (rows, hidden) in residual's dtype; mean and rstd (rows,) fp32.
     """
-    M, N = x.shape
+    M, N = residual.shape
     if out is None:
-        out = torch.empty_like(x)
+        out = torch.empty_like(residual)
     if statistics is None:
         statistics = tuple(torch.empty(M, device=x.device, dtype=torch.float32) for _ in range(2))
     mean, rstd = statistics
@@ -178,7 +182,7 @@ def dropout_add_layer_norm_fwd(
         settings = row_settings("dropout_add_layer_norm_fwd", N, x.device)
         dropout_add_layer_norm_fwd_kernel[(triton.cdiv(M, settings["BLOCK_M"]),)](
             x, residual, x_bias, weight, bias, seed, out, rest, mean, rstd,
-            M, out.shape[0], eps, *threshold_and_scale(dropout_p), **settings,
+            M, out.shape[0], eps, *threshold_and_scale(dropout_p), PARTS=1 if x.ndim == 2 else len(x), **settings,
         )  # fmt: skip
     return out, mean, rstd
 

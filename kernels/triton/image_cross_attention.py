@@ -292,17 +292,22 @@ def image_cross_attention_bwd_kernel(
             tl.store(parts_ptr + offs_parts, earlier + tl.sum(dq, axis=0), mask=mask_d)
 
 
-def _tile(kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool, few: bool) -> dict:
+def _tile(
+    kernel: str, q: Tensor, k: Tensor, sequences: int, num_queries: int, has_mask: bool, few: bool, drops: bool = True
+) -> dict:
     """Block sizes and launch settings.
 
     The table has an entry for the readers that an image has on average, 32, 64 or 128; its BLOCK_M may be smaller.
-    Another one is for ``few`` heads of images, which leave multiprocessors idle.
+    Another one is for ``few`` heads of images, which leave multiprocessors idle. Where dropout ``drops`` nothing, 32
+    readers have one of their own.
     """
     images, tokens, _, headdim = k.shape
     block_q = max(16, triton.next_power_of_2(num_queries))
     readers = block_q * triton.next_power_of_2(triton.cdiv(sequences, images))
     wide = headdim > 64 or q.dtype == torch.float32
     entry = "wide" if wide else "few" if few else min(MAX_BLOCK_M, max(32, readers))
+    if entry == 32 and not drops:
+        entry = "32_keeping_all"
     settings = launch.settings(f"{kernel}_{entry}", q.device)
     return dict(
         HEADDIM=headdim,
@@ -337,7 +342,9 @@ def image_cross_attention_fwd(
     images, tokens, nheads, _ = k.shape
     sequences = image_order.shape[0]
     few = images * nheads < launch.num_multiprocessors(q.device)
-    tile = _tile("image_cross_attention_fwd", q, k, sequences, num_queries, image_mask is not None, few)
+    tile = _tile(
+        "image_cross_attention_fwd", q, k, sequences, num_queries, image_mask is not None, few, seed is not None
+    )
     chunks = triton.cdiv(num_queries, tile["BLOCK_Q"])
     units = tile["BLOCK_M"] // tile["BLOCK_Q"]
     splits = triton.cdiv(triton.cdiv(sequences, images) * chunks, units) if few else 1

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from qformer_fast import ops
 from qformer_fast.backend import kernel_or_formula
 from qformer_fast.config import Checkpointing, QFormerConfig
+from qformer_fast.data.features import FeatureCache
+from qformer_fast.evaluation import retrieval
 from qformer_fast.integrations.checkpoints import CheckpointMixin, LoadReport, load_into
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models.generation import CaptionDecoder
@@ -431,9 +433,12 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
 
         L2-normalised; the cosine with a text is the largest over the queries.
         """
-        image_kv = self._as_image_kv(image_embeds)
-        layout = self._query_layout(image_kv.num_images)
-        return self._image_features(self.qformer.encode(layout, query_embeds=self.query_tokens, image_kv=image_kv))
+        if isinstance(image_embeds, ImageKV):
+            layout = self._query_layout(image_embeds.num_images)
+            rows = self.qformer.encode(layout, query_embeds=self.query_tokens, image_kv=image_embeds)
+        else:
+            rows = self.qformer.encode_queries(self.query_tokens, image_embeds, norm=self.ln_vision).flatten(0, 1)
+        return self._image_features(rows)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ITC features of captions: (batch, length) ids and mask -> (batch, embed_dim), L2-normalised."""
@@ -474,8 +479,81 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_images=image_kv.num_images,
             device=self.temp.device,
         )
-        rows = self.qformer.encode(layout, query_embeds=self.query_tokens, text=text, image_kv=image_kv)
-        return self._match_logits(rows[: layout.num_query_rows])
+        return self._match(layout, text, image_kv)
+
+    def match_packed(self, image_kv: ImageKV, text: PackedText, image_index: Tensor) -> Tensor:
+        """:meth:`match` of packed captions on the model's device, without a check and without waiting for the device.
+
+        Args:
+            image_kv (ImageKV): images.
+            text (PackedText): a caption each pair.
+            image_index (Tensor): (pairs,) int64 in [0, images).
+        """
+        layout = SequenceLayout(
+            num_queries=self.query_tokens.shape[1],
+            image_index=image_index,
+            text_offsets=text.offsets,
+            masks=_filled(len(text), Mask.BIDIRECTIONAL, image_index.device),
+            num_text_rows=text.num_rows,
+            max_text_length=text.max_length,
+        )
+        return self._match(layout, text, image_kv)
+
+    def _match(self, layout: SequenceLayout, text: PackedText, image_kv: ImageKV) -> Tensor:
+        rows = self.qformer.encode(
+            layout,
+            query_embeds=self.query_tokens,
+            text=text,
+            image_kv=image_kv,
+            text_index=text.offsets.new_empty(0),
+        )
+        # averaged in fp32: scores to be ranked would tie in bf16
+        return _at_least_fp32(self.itm_head(rows)).unflatten(0, (-1, self.query_tokens.shape[1])).mean(1)
+
+    @torch.no_grad()
+    def rank(
+        self,
+        image_embeds: retrieval.ImageTokens | FeatureCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        k: int = 128,
+        score: retrieval.Score = "itm+itc",
+        image_batch_size: int = retrieval.IMAGE_BATCH_SIZE,
+        pair_batch_size: int = retrieval.PAIR_BATCH_SIZE,
+        progress: bool = False,
+    ) -> retrieval.RankOutput:
+        """Retrieval both ways: ITC finds ``k`` candidates of each image and of each text, ITM scores them.
+
+        Runs in eval mode and, under autocast, in its dtype. Images stream to the model's device, so that a data set
+        need not fit there; the scores of all pairs do, 4 bytes each in a few copies.
+
+        Args:
+            image_embeds (Tensor, FeatureCache or ImageTokens): (images, tokens, encoder_hidden), before ``ln_vision``,
+                on any device, of any floating dtype; :class:`retrieval.CachedTokens` are chosen images of a cache.
+            input_ids, attention_mask (Tensor): (texts, length); LAVIS cuts captions to 35 tokens here.
+            k, score, image_batch_size, pair_batch_size, progress: see :func:`retrieval.rerank`.
+
+        Returns:
+            RankOutput: scores both ways, and the cosines.
+
+        Raises:
+            ValueError: a model in training mode, no image, and what :func:`retrieval.rerank` refuses.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        inputs = self, image_embeds, input_ids, attention_mask
+        similarities = retrieval.similarity(*retrieval.embed(*inputs, image_batch_size=image_batch_size))
+        scores = retrieval.rerank(
+            *inputs,
+            similarities,
+            k=k,
+            score=score,
+            image_batch_size=image_batch_size,
+            pair_batch_size=pair_batch_size,
+            progress=progress,
+        )
+        return retrieval.RankOutput(*scores, similarities)
 
     @torch.no_grad()
     def generate(self, image_embeds: Tensor | ImageKV, *, max_new_tokens: int = 30, **options) -> Tensor:

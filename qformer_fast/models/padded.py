@@ -84,8 +84,17 @@ def image_attention_mask(attention_mask: Tensor | None, image_embeds: Tensor, nu
     return None if bool(mask.all()) else mask
 
 
+def pack_text(embeds: Tensor, text: PackedText) -> Tensor:
+    """The rows (rows, hidden) that :func:`unpack_text` puts back to their places in (batch, width, hidden)."""
+    return embeds[_captions(text), text.position_ids]
+
+
 def unpack_text(rows: Tensor, text: PackedText, width: int) -> Tensor:
     """Text rows (rows, hidden) at their columns of (batch, width, hidden), zeros elsewhere."""
-    captions = torch.arange(len(text), device=rows.device)
-    captions = torch.repeat_interleave(captions, text.lengths, output_size=text.num_rows)
-    return rows.new_zeros(len(text), width, rows.shape[-1]).index_put((captions, text.position_ids), rows)
+    return rows.new_zeros(len(text), width, rows.shape[-1]).index_put((_captions(text), text.position_ids), rows)
+
+
+def _captions(text: PackedText) -> Tensor:
+    """(rows,) int64, the caption of each row."""
+    captions = torch.arange(len(text), device=text.offsets.device)
+    return torch.repeat_interleave(captions, text.lengths, output_size=text.num_rows)

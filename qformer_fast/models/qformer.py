@@ -6,6 +6,7 @@ Parameter names are Hugging Face's ``Blip2QFormerModel``'s; the modules hold par
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,12 +16,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
+from qformer_fast import backend as backends
 from qformer_fast import ops, reference
 from qformer_fast.config import Checkpointing, QFormerConfig
 from qformer_fast.integrations.checkpoints import CheckpointMixin
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models import padded
+from qformer_fast.models.adapters import PLAIN, weight_of
 from qformer_fast.models.image_kv import ImageKV, LayerKV
+from qformer_fast.models.inference import Kept, QueryEncoder
 from qformer_fast.models.packing import (
     BlockWeights,
     EncoderWeights,
@@ -48,6 +52,8 @@ class QFormerOutput(NamedTuple):
 
 
 class QKVProjection(nn.Module):
+    layers = ("query", "key", "value")
+
     def __init__(self, hidden: int, kv_input: int):
         super().__init__()
         self.query = nn.Linear(hidden, hidden)
@@ -56,6 +62,8 @@ class QKVProjection(nn.Module):
 
 
 class DenseLayerNorm(nn.Module):
+    layers = ("dense", "LayerNorm")
+
     def __init__(self, inputs: int, hidden: int, eps: float):
         super().__init__()
         self.dense = nn.Linear(inputs, hidden)
@@ -63,11 +71,13 @@ class DenseLayerNorm(nn.Module):
 
     @property
     def groups(self) -> list[Group]:
-        parameters = self.dense.weight, self.dense.bias, self.LayerNorm.weight, self.LayerNorm.bias
+        parameters = weight_of(self.dense), self.dense.bias, self.LayerNorm.weight, self.LayerNorm.bias
         return [(parameter,) for parameter in parameters]
 
 
 class Dense(nn.Module):
+    layers = ("dense",)
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.dense = nn.Linear(inputs, outputs)
@@ -84,7 +94,7 @@ class SelfAttention(nn.Module):
     def groups(self) -> list[Group]:
         """Parameters in the order of :func:`ops.self_attention_block`, those of one argument together."""
         layers = self.attention.query, self.attention.key, self.attention.value
-        return [tuple(x.weight for x in layers), tuple(x.bias for x in layers), *self.output.groups]
+        return [tuple(map(weight_of, layers)), tuple(x.bias for x in layers), *self.output.groups]
 
     def forward(self, rows: Tensor, layout: SequenceLayout, weights: BlockWeights) -> tuple[Tensor, Tensor]:
         return ops.self_attention_block(
@@ -118,7 +128,7 @@ class CrossAttention(nn.Module):
     @property
     def groups(self) -> list[Group]:
         """Parameters in the order of :func:`ops.cross_attention_block`."""
-        return [(self.attention.query.weight,), (self.attention.query.bias,), *self.output.groups]
+        return [(weight_of(self.attention.query),), (self.attention.query.bias,), *self.output.groups]
 
     def forward(self, query_rows: Tensor, image_kv: LayerKV, layout: SequenceLayout, weights: BlockWeights) -> Tensor:
         return ops.cross_attention_block(
@@ -136,6 +146,15 @@ class CrossAttention(nn.Module):
             kv_gradients=image_kv.gradients,
             accumulate=image_kv.accumulate,
         )
+
+    def attend(
+        self, query_rows: Tensor, q: Tensor, image_kv: LayerKV, layout: SequenceLayout, weights: BlockWeights
+    ) -> Tensor:
+        """:meth:`forward` in eval mode with the queries ``q`` (query rows, nheads, headdim) projected already."""
+        context = ops.image_cross_attention(q, image_kv.k, image_kv.v, layout, image_mask=image_kv.mask)
+        _, _, out_weight, out_bias, *norm = weights.parameters
+        out = F.linear(context.flatten(1), out_weight, out_bias.to(out_weight.dtype))
+        return ops.dropout_add_layer_norm(out, query_rows, *norm, eps=self.config.layer_norm_eps)
 
 
 class QFormerLayer(nn.Module):
@@ -177,7 +196,7 @@ class QFormerLayer(nn.Module):
         """Field of :class:`LayerWeights` -> its parameters, those of one argument together."""
 
         def feed_forward(up: Dense, down: DenseLayerNorm) -> list[Group]:
-            return [(up.dense.weight,), (up.dense.bias,), *down.groups]
+            return [(weight_of(up.dense),), (up.dense.bias,), *down.groups]
 
         groups = {
             "self_attention": self.attention.groups,
@@ -258,6 +277,10 @@ class QFormer(CheckpointMixin, nn.Module):
         if config.use_qformer_text_input:
             self.embeddings = TextEmbeddings(config)
         self.encoder = QFormerEncoder(config)
+        self._leaves = [*self._find_leaves(), (self._modules, "layernorm")]
+        self._layers_seen: list[nn.Module] = []
+        self.query_encoder = QueryEncoder()
+        self._weights = Kept()
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -268,6 +291,17 @@ class QFormer(CheckpointMixin, nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> QFormer:
+        """Also forgets weights that were packed for inference, so that what no version counts, such as writing through
+        ``.data``, is seen after ``eval()``.
+        """
+        self.forget_packed_weights()
+        return super().train(mode)
+
+    def forget_packed_weights(self) -> None:
+        self.query_encoder.forget()
+        self._weights = Kept()
 
     @property
     def dropout_p(self) -> float:
@@ -295,13 +329,7 @@ class QFormer(CheckpointMixin, nn.Module):
             ValueError: another width than ``config.encoder_hidden_size``, no token, weights made for another ``norm``,
                 or, where a look costs no host sync, NaN or Inf.
         """
-        width = self.config.encoder_hidden_size
-        if standardized:
-            width = reference.standardized_width(width)
-        if image_embeds.ndim != 3 or image_embeds.shape[-1] != width or 0 in image_embeds.shape:
-            raise ValueError(f"image_embeds must be (images, tokens, {width}), got {tuple(image_embeds.shape)}")
-        if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):
-            raise ValueError("image_embeds must be finite, got NaN or Inf")
+        self._check_image_embeds(image_embeds, standardized)
         if weights is None:
             weights = self.kv_weights(norm)
         expected = 2 if norm is None else 4
@@ -318,6 +346,15 @@ class QFormer(CheckpointMixin, nn.Module):
         )
         sizes = (len(self.config.cross_attention_layers), 2, self.config.num_attention_heads, self.config.headdim)
         return ImageKV(out.unflatten(-1, sizes), image_mask)
+
+    def _check_image_embeds(self, image_embeds: Tensor, standardized: bool = False) -> None:
+        width = self.config.encoder_hidden_size
+        if standardized:
+            width = reference.standardized_width(width)
+        if image_embeds.ndim != 3 or image_embeds.shape[-1] != width or 0 in image_embeds.shape:
+            raise ValueError(f"image_embeds must be (images, tokens, {width}), got {tuple(image_embeds.shape)}")
+        if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):
+            raise ValueError("image_embeds must be finite, got NaN or Inf")
 
     def kv_weights(
         self,
@@ -336,7 +373,7 @@ class QFormer(CheckpointMixin, nn.Module):
         """Weights and biases of all layers' keys and values."""
         layers = [self.encoder.layer[i].crossattention.attention for i in self.config.cross_attention_layers]
         both = [p for layer in layers for p in (layer.key, layer.value)]
-        return [tuple(p.weight for p in both), tuple(p.bias for p in both)]
+        return [tuple(map(weight_of, both)), tuple(p.bias for p in both)]
 
     def embed_queries(self, query_embeds: Tensor, num_sequences: int, dtype: torch.dtype | None = None) -> Tensor:
         """LayerNorm and dropout of the queries: (1 or num_sequences, queries, hidden) -> (num_sequences * queries,
@@ -394,8 +431,22 @@ class QFormer(CheckpointMixin, nn.Module):
             dtype = None if text is None else parts[0].dtype
             parts.insert(0, self.embed_queries(query_embeds, layout.num_query_sequences, dtype))
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.encode_rows(rows, layout, image_kv=image_kv, weights=weights, text_index=text_index)
+
+    def encode_rows(
+        self,
+        rows: Tensor,
+        layout: SequenceLayout,
+        *,
+        image_kv: ImageKV | None = None,
+        weights: EncoderWeights | None = None,
+        text_index: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`encode` of rows (rows, hidden) that are embedded already."""
+        if weights is None:
+            weights = self.encoder_weights(rows)
         last = self.encoder.layer[-1]
-        for layer, layer_kv, layer_weights in self._layers(image_kv, weights):
+        for layer, layer_kv, layer_weights in self.layers_with(image_kv, weights):
             level = self.gradient_checkpointing if self.training else "none"
             wanted = text_index if layer is last else None
             inputs = (rows, layout, layer_kv, layer_weights, level == "feed_forward", wanted)
@@ -421,12 +472,46 @@ class QFormer(CheckpointMixin, nn.Module):
                 autograd, with the gradients of ops that run without kernels. Default: `None`, autograd's.
             add_gradients (bool): False: the layers' gradients are written instead. Default: True.
         """
+        dtype = autocast_dtype(rows)
+        inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if gradients is None and inference:
+            return self.encoder_weights_in(dtype)
+        return self._make_encoder_weights(dtype, gradients, add_gradients)
+
+    def encoder_weights_in(self, dtype: torch.dtype) -> EncoderWeights:
+        """:meth:`encoder_weights` for rows of ``dtype``, without gradients: kept until a parameter changes."""
+        parameters = self.parameters_read()
+        if parameters is None:
+            return self._make_encoder_weights(dtype)
+        return self._weights.get(parameters, dtype, lambda: self._make_encoder_weights(dtype))
+
+    def parameters_read(self) -> list[Tensor] | None:
+        """The parameters of the layers and of the queries' LayerNorm; None where a layer is not PyTorch's own class, so
+        that its weight may depend on anything.
+        """
+        layers = [modules[name] for modules, name in self._leaves]
+        if len(layers) != len(self._layers_seen) or not all(map(operator.is_, layers, self._layers_seen)):
+            plain = all(type(layer) in PLAIN for layer in layers)
+            self._places = (
+                [(layer._parameters, name) for layer in layers for name in layer._parameters] if plain else None
+            )
+            self._layers_seen = layers
+        return None if self._places is None else [parameters[name] for parameters, name in self._places]
+
+    def _find_leaves(self) -> list[tuple[dict[str, nn.Module], str]]:
+        """The encoder's linear layers and LayerNorms, each as the modules that it is among and its name there."""
+        parents = (x for x in self.encoder.modules() if isinstance(x, QKVProjection | DenseLayerNorm | Dense))
+        return [(parent._modules, name) for parent in parents for name in parent.layers]
+
+    def _make_encoder_weights(
+        self, dtype: torch.dtype, gradients: GradientBuffers | None = None, add_gradients: bool = True
+    ) -> EncoderWeights:
         layers = [layer.groups for layer in self.encoder.layer]
         groups = [group for blocks in layers for block in blocks.values() for group in block]
         # vectors of one parameter are read in fp32 by kernels; others go to products
         stacked = [group for group in groups if group[0].ndim > 1 or len(group) > 1]
         with contextlib.nullcontext() if gradients is None else torch.no_grad():
-            made = dict(zip(map(id, stacked), stack_weights(stacked, autocast_dtype(rows)), strict=True))
+            made = dict(zip(map(id, stacked), stack_weights(stacked, dtype), strict=True))
         stacks = iter([made.get(id(group), group[0]) for group in groups])
 
         def block(of_block: list[Group]) -> BlockWeights:
@@ -438,7 +523,7 @@ class QFormer(CheckpointMixin, nn.Module):
         weights = [LayerWeights(**{name: block(of_block) for name, of_block in blocks.items()}) for blocks in layers]
         return EncoderWeights(weights, embeddings)
 
-    def _layers(self, image_kv: ImageKV | None, weights: EncoderWeights) -> list[tuple]:
+    def layers_with(self, image_kv: ImageKV | None, weights: EncoderWeights) -> list[tuple]:
         """Each layer with its slice of ``image_kv``, or None where it has no cross-attention, and its weights."""
         kv = dict(zip(self.config.cross_attention_layers, image_kv.layers, strict=True)) if image_kv else {}
         return [(layer, kv.get(i), weights.layers[i]) for i, layer in enumerate(self.encoder.layer)]
@@ -485,6 +570,9 @@ class QFormer(CheckpointMixin, nn.Module):
             self._check_queries(query_embeds, encoder_hidden_states, batch)
             num_queries = query_embeds.shape[1]
             readers = padded.image_attention_mask(encoder_attention_mask, encoder_hidden_states, num_queries)
+            if input_ids is None and attention_mask is None and readers is None:
+                query_output = self.encode_queries(query_embeds, encoder_hidden_states)
+                return QFormerOutput(query_output, query_output, None)
             image_kv = self.image_kv(encoder_hidden_states, image_mask=readers)
         if input_ids is not None:
             if input_ids.shape[0] != batch:
@@ -502,6 +590,35 @@ class QFormer(CheckpointMixin, nn.Module):
             text_output = padded.unpack_text(rows[layout.num_query_rows :], text, text_width)
         parts = [part for part in (query_output, text_output) if part is not None]
         return QFormerOutput(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], query_output, text_output)
+
+    def encode_queries(self, query_embeds: Tensor, image_embeds: Tensor, *, norm: nn.LayerNorm | None = None) -> Tensor:
+        """Queries beside images, without text.
+
+        In eval mode without gradients what does not depend on the images is computed once for queries that all images
+        share, and on a CUDA device a CUDA graph runs the layers (:class:`QueryEncoder`).
+
+        Args:
+            query_embeds (Tensor): (1 or images, queries, hidden).
+            image_embeds (Tensor): (images, tokens, encoder_hidden).
+            norm (nn.LayerNorm, Optional): applied to the tokens first. Default: `None`.
+
+        Returns:
+            Tensor: (images, queries, hidden).
+        """
+        images = image_embeds.shape[0]
+        shared = query_embeds.shape[0] == 1 or query_embeds.stride(0) == 0
+        inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        # plain PyTorch's LayerNorm gives fp32 rows under autocast, which are kept here in its dtype as the kernels do
+        rounds = torch.is_autocast_enabled(query_embeds.device.type) and not backends.chooses_kernels(query_embeds)
+        if inference and not rounds:
+            self._check_image_embeds(image_embeds)
+            given = query_embeds[:1] if shared else query_embeds
+            out = self.query_encoder.encode(self, given, image_embeds, norm)
+            if out is not None:
+                return out
+        layout = padded.padded_layout(Mask.UNIMODAL, None, None, images, query_embeds.shape[1], query_embeds.device)
+        image_kv = self.image_kv(image_embeds, norm=norm)
+        return self.encode(layout, query_embeds=query_embeds, image_kv=image_kv).unflatten(0, (images, -1))
 
     def _check_queries(self, query_embeds: Tensor, encoder_hidden_states: Tensor | None, batch: int) -> None:
         hidden = self.config.hidden_size
@@ -541,7 +658,7 @@ class QFormer(CheckpointMixin, nn.Module):
         layout = padded.padded_layout(Mask.UNIMODAL, None, None, images, num_queries, query_embeds.device)
         rows = self.embed_queries(query_embeds, images)
         prefix = []
-        for layer, layer_kv, weights in self._layers(image_kv, self.encoder_weights(rows)):
+        for layer, layer_kv, weights in self.layers_with(image_kv, self.encoder_weights(rows)):
             keys_values = layer.attention.project(
                 rows.unflatten(0, (images, num_queries)), weights.self_attention, keys_values_only=True
             )

@@ -23,7 +23,7 @@ from qformer_fast.ops._checks import (
 )
 from qformer_fast.ops._seeds import draw_seeds
 from qformer_fast.ops.image_cross_attention import check_image_mask, check_kv_gradients, kernel_keys_values, unsupported
-from qformer_fast.products import product
+from qformer_fast.products import linear, linear_in_parts, product
 
 
 @torch.library.custom_op("qformer_fast::cross_attention_block_fwd", mutates_args=())
@@ -50,25 +50,31 @@ def cross_attention_block_fwd(
     attention_dropout_p: float,
     hidden_dropout_p: float,
     accumulate: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, and for backward: q, context, lse, x (the output projection without its bias), mean and rstd.
+    """The output, and for backward: q, context, lse, x (the output projection without its bias), mean and rstd. Without
+    ``keep`` there is no backward, and x has no rows.
 
     ``totals``, ``add``, ``kv_totals`` and ``accumulate`` are for backward, see :func:`_bwd`.
     """
     attend = backends.kernel_or_formula("image_cross_attention_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
-    q = torch.addmm(q_bias.to(query_rows.dtype), query_rows, q_weight.t()).view(query_rows.shape[0], *k.shape[2:])
+    if keep:
+        q = torch.addmm(q_bias.to(query_rows.dtype), query_rows, q_weight.t())
+    else:
+        q = linear(query_rows, q_weight, q_bias)
+    q = q.view(query_rows.shape[0], *k.shape[2:])
     layout = image_order, image_offsets, image_mask
     context, lse = attend(q, k, v, *layout, attention_seed, num_queries, k.shape[3] ** -0.5, attention_dropout_p)
-    x = context.flatten(1) @ out_weight.t()
+    x = context.flatten(1) @ out_weight.t() if keep else linear_in_parts(context.flatten(1), out_weight)
     out, mean, rstd = add_norm(x, query_rows, norm_weight, norm_bias, hidden_seed, eps, hidden_dropout_p, out_bias)
-    return out, q, context, lse, x, mean, rstd
+    return out, q, context, lse, x if keep else query_rows[:0].clone(), mean, rstd
 
 
 @cross_attention_block_fwd.register_fake
-def _(query_rows: Tensor, k: Tensor, *_) -> tuple[Tensor, ...]:
-    count = query_rows.shape[0]
-    out, x = (query_rows.new_empty(query_rows.shape) for _ in range(2))
+def _(query_rows: Tensor, k: Tensor, *others) -> tuple[Tensor, ...]:
+    count, hidden = query_rows.shape
+    out, x = (query_rows.new_empty(n, hidden) for n in (count, count if others[-1] else 0))
     q, context = (query_rows.new_empty(count, *k.shape[2:]) for _ in range(2))
     lse, mean, rstd = (query_rows.new_empty(n, dtype=torch.float32) for n in ((count, k.shape[2]), count, count))
     return out, q, context, lse, x, mean, rstd
@@ -146,7 +152,7 @@ def _setup_context(ctx, inputs, output) -> None:
     query_rows, k, v, q_weight, q_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:14]
     _, *saved = output
     ctx.save_for_backward(query_rows, k, v, *saved, q_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.totals, ctx.add, ctx.kv_totals, num_queries, _, *others = inputs[14:]
+    ctx.totals, ctx.add, ctx.kv_totals, num_queries, _, *others, _ = inputs[14:]
     ctx.sizes = num_queries, *others
     ctx.bias_dtype = q_bias.dtype
 
@@ -158,7 +164,7 @@ def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
     dweight, dbias, *others = gradients or [None] * 6
     if dbias is not None:
         dbias = dbias.to(ctx.bias_dtype)
-    nothing = *[None] * 5, [None] * len(ctx.totals), None, [None] * len(ctx.kv_totals), *[None] * 5
+    nothing = *[None] * 5, [None] * len(ctx.totals), None, [None] * len(ctx.kv_totals), *[None] * 6
     return drows, *kv, dweight, dbias, *others, *nothing
 
 
@@ -207,6 +213,7 @@ def _kernels(
         attention_dropout_p,
         hidden_dropout_p,
         accumulate,
+        torch.is_grad_enabled(),
     )[0]
 
 

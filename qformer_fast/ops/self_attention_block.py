@@ -23,7 +23,7 @@ from qformer_fast.ops._checks import (
 )
 from qformer_fast.ops._seeds import draw_seeds
 from qformer_fast.ops.query_text_attention import unsupported
-from qformer_fast.products import product
+from qformer_fast.products import linear, linear_in_parts, product
 
 
 @torch.library.custom_op("qformer_fast::self_attention_block_fwd", mutates_args=())
@@ -49,18 +49,21 @@ def self_attention_block_fwd(
     attention_dropout_p: float,
     hidden_dropout_p: float,
     num_first_rows: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output's ``num_first_rows`` and its other rows, and for backward: qkv, context, lse, x (the output projection
-    without its bias), mean and rstd.
+    without its bias), mean and rstd. Without ``keep`` there is no backward, and x has no rows.
 
     ``totals`` and ``add`` are for backward, see :func:`_bwd`.
     """
     attend = backends.kernel_or_formula("query_text_attention_fwd", rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", rows)
-    qkv = torch.addmm(qkv_bias.to(rows.dtype), rows, qkv_weight.t()).view(rows.shape[0], 3, nheads, -1)
+    qkv = torch.addmm(qkv_bias.to(rows.dtype), rows, qkv_weight.t()) if keep else linear(rows, qkv_weight, qkv_bias)
+    qkv = qkv.view(rows.shape[0], 3, nheads, -1)
     sizes = num_query_sequences, num_queries, max_text_length, qkv.shape[3] ** -0.5, attention_dropout_p
     context, lse = attend(qkv, text_offsets, masks, attention_seed, *sizes)
-    x = context.view(rows.shape) @ out_weight.t()
+    context_rows = context.view(rows.shape)
+    x = context_rows @ out_weight.t() if keep else linear_in_parts(context_rows, out_weight)
     out, rest = (
         rows.new_empty(num_first_rows, rows.shape[1]),
         rows.new_empty(rows.shape[0] - num_first_rows, rows.shape[1]),
@@ -68,13 +71,13 @@ def self_attention_block_fwd(
     _, mean, rstd = add_norm(
         x, rows, norm_weight, norm_bias, hidden_seed, eps, hidden_dropout_p, out_bias, out, rest=rest
     )
-    return out, rest, qkv, context, lse, x, mean, rstd
+    return out, rest, qkv, context, lse, x if keep else rows[:0].clone(), mean, rstd
 
 
 @self_attention_block_fwd.register_fake
 def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
     num_queries, max_text_length, nheads = others[13:16]
-    num_first_rows = others[19]
+    num_first_rows, keep = others[19:]
     count, hidden = rows.shape
     streamed = num_queries + max_text_length > reference.MAX_TILE
     qkv, context = (rows.new_empty(count, *heads, nheads, hidden // nheads) for heads in ((3,), ()))
@@ -82,7 +85,7 @@ def _(rows: Tensor, *others) -> tuple[Tensor, ...]:
         rows.new_empty(n, dtype=torch.float32) for n in ((count if streamed else 0, nheads), count, count)
     )
     out, rest = rows.new_empty(num_first_rows, hidden), rows.new_empty(count - num_first_rows, hidden)
-    return out, rest, qkv, context, lse, rows.new_empty(rows.shape), mean, rstd
+    return out, rest, qkv, context, lse, rows.new_empty(count if keep else 0, hidden), mean, rstd
 
 
 def _bwd(
@@ -155,7 +158,7 @@ def _setup_context(ctx, inputs, output) -> None:
     rows, qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, _, *layout_and_seeds = inputs[:11]
     _, _, *saved = output
     ctx.save_for_backward(rows, *saved, qkv_weight, out_weight, out_bias, norm_weight, *layout_and_seeds)
-    ctx.totals, ctx.add, *sizes, ctx.num_first_rows = inputs[11:]
+    ctx.totals, ctx.add, *sizes, ctx.num_first_rows, _ = inputs[11:]
     ctx.sizes = *sizes[:3], *sizes[5:]
     ctx.bias_dtype = qkv_bias.dtype
 
@@ -173,7 +176,7 @@ def _backward(ctx, dout: Tensor | None, drest: Tensor | None) -> tuple[Any, ...]
     drows, dweight, dbias, *others = gradients + [None] * (7 - len(gradients))
     if dbias is not None:
         dbias = dbias.to(ctx.bias_dtype)
-    return drows, dweight, dbias, *others, *[None] * 4, [None] * len(ctx.totals), *[None] * 9
+    return drows, dweight, dbias, *others, *[None] * 4, [None] * len(ctx.totals), *[None] * 10
 
 
 register_autograd(self_attention_block_fwd, _backward, _setup_context, results=2)
@@ -219,6 +222,7 @@ def _kernels(
         attention_dropout_p,
         hidden_dropout_p,
         layout.num_query_rows if split else layout.num_rows,
+        torch.is_grad_enabled(),
     )
     return (out, rest) if split else out
 

@@ -21,7 +21,7 @@ from qformer_fast.ops._checks import (
 )
 from qformer_fast.ops._seeds import draw_seeds
 from qformer_fast.ops.dropout_add_layer_norm import statistics_dtype
-from qformer_fast.products import product
+from qformer_fast.products import linear, linear_in_parts, product, reads_weights
 
 
 @torch.library.custom_op("qformer_fast::split_feed_forward_block_fwd", mutates_args=())
@@ -36,29 +36,33 @@ def split_feed_forward_block_fwd(
     dropout_p: float,
     backend: str,
     overwrite: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output of all rows, and for backward: up (before bias and GELU), x (down without its bias), mean and rstd.
 
     ``parameters`` are six of the query rows, if there are any, then six of the text rows, if there are any; ``seeds``
     likewise, none without dropout; ``totals`` and ``add`` are for backward, see :func:`_bwd`. ``backend`` "cuda" has
     GELU made in the extension's products, where that is faster. With ``overwrite``, where the caller reads the output
-    alone, backward writes to up and x if autograd frees them.
+    alone, backward writes to up and x if autograd frees them. Without ``keep`` there is no backward, and up and x have
+    no rows.
     """
     gelu = backends.kernel_or_formula("bias_gelu_fwd", query_rows)
     add_norm = backends.kernel_or_formula("dropout_add_layer_norm_fwd", query_rows)
     count, (hidden, intermediate) = query_rows.shape[0] + text_rows.shape[0], parameters[2].shape
-    out, x = (query_rows.new_empty(count, hidden) for _ in range(2))
-    up = query_rows.new_empty(count, intermediate)
+    out = query_rows.new_empty(count, hidden)
+    x, up = (query_rows.new_empty(count if keep else 0, width) for width in (hidden, intermediate))
     mean, rstd = (query_rows.new_empty(count, dtype=statistics_dtype(query_rows)) for _ in range(2))
 
     def run(rows: Tensor, part: slice, parameters: list[Tensor], seed: Tensor | None) -> None:
         up_weight, up_bias, down_weight, down_bias, *norm = parameters
         if _fuses(backend, rows, extension.FWD_ROWS):
             activation = extension.linear_gelu_fwd(rows, up_weight, up_bias, up[part])
+        elif not keep and reads_weights(rows):
+            activation = linear(rows, up_weight, up_bias, gelu=True)
         else:
-            activation = gelu(torch.mm(rows, up_weight.t(), out=up[part]), up_bias)
-        torch.mm(activation, down_weight.t(), out=x[part])
-        add_norm(x[part], rows, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
+            activation = gelu(torch.mm(rows, up_weight.t(), out=up[part] if keep else None), up_bias)
+        down = torch.mm(activation, down_weight.t(), out=x[part]) if keep else linear_in_parts(activation, down_weight)
+        add_norm(down, rows, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
 
     parts = _parts(query_rows, text_rows, parameters, seeds)
     with overlap.overlapping_in_captures():
@@ -80,9 +84,11 @@ def _parts(query_rows: Tensor, text_rows: Tensor, parameters: list[Tensor], seed
 
 
 @split_feed_forward_block_fwd.register_fake
-def _(query_rows, text_rows, parameters, *_) -> tuple[Tensor, ...]:
+def _(query_rows, text_rows, parameters, *others) -> tuple[Tensor, ...]:
     count, (hidden, intermediate) = query_rows.shape[0] + text_rows.shape[0], parameters[2].shape
-    out, up, x = (query_rows.new_empty(count, width) for width in (hidden, intermediate, hidden))
+    kept = count if others[-1] else 0
+    sizes = (count, hidden), (kept, intermediate), (kept, hidden)
+    out, up, x = (query_rows.new_empty(size) for size in sizes)
     mean, rstd = (query_rows.new_empty(count, dtype=statistics_dtype(query_rows)) for _ in range(2))
     return out, up, x, mean, rstd
 
@@ -156,7 +162,7 @@ def _(dout, query_rows, text_rows, up, x, mean, rstd, parameters, *_) -> list[Te
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query_rows, text_rows, parameters, seeds, ctx.totals, ctx.add, _, *ctx.options, ctx.overwrite = inputs
+    query_rows, text_rows, parameters, seeds, ctx.totals, ctx.add, _, *ctx.options, ctx.overwrite, _ = inputs
     _, *saved = output
     ctx.num_parameters = len(parameters)
     ctx.save_for_backward(query_rows, text_rows, *saved, *parameters, *seeds)
@@ -172,7 +178,7 @@ def _backward(ctx, dout: Tensor):
         dout.contiguous(), *rows_and_saved, parameters, seeds, ctx.totals, ctx.add, *ctx.options, overwrite
     )
     gradients = gradients or [None] * len(parameters)
-    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), [None] * len(ctx.totals), *[None] * 5
+    return dquery_rows, dtext_rows, gradients, [None] * len(seeds), [None] * len(ctx.totals), *[None] * 6
 
 
 register_autograd(split_feed_forward_block_fwd, _backward, _setup_context)
@@ -199,7 +205,7 @@ def _kernels(
         totals += [] if gradients is None else gradients[i]
     seeds = [seed for seed in draw_seeds(query_rows, *[dropout_p] * len(given)) if seed is not None]
     rows = query_rows.to(dtype).contiguous(), text_rows.to(dtype).contiguous()
-    options = add_gradients, eps, dropout_p, backend, True
+    options = add_gradients, eps, dropout_p, backend, True, torch.is_grad_enabled()
     out, *_ = split_feed_forward_block_fwd(*rows, parameters, seeds, totals, *options)
     return out
 

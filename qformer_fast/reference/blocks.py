@@ -30,9 +30,9 @@ def self_attention_block(
     """layer_norm(rows + dropout(out(attention(qkv(rows))))); shapes as
     :func:`qformer_fast.ops.self_attention_block`.
     """
-    qkv = F.linear(rows, qkv_weight, qkv_bias).unflatten(-1, (3, nheads, -1))
+    qkv = _linear(rows, qkv_weight, qkv_bias).unflatten(-1, (3, nheads, -1))
     context = query_text_attention(qkv, layout, dropout_p=attention_dropout_p).flatten(1)
-    out = F.linear(context, out_weight, out_bias)
+    out = _linear(context, out_weight, out_bias)
     out = dropout_add_layer_norm(out, rows, norm_weight, norm_bias, eps=eps, dropout_p=hidden_dropout_p)
     return out.split([layout.num_query_rows, layout.num_text_rows]) if split else out
 
@@ -57,9 +57,9 @@ def cross_attention_block(
     """layer_norm(rows + dropout(out(attention(q(rows), k, v)))); shapes as
     :func:`qformer_fast.ops.cross_attention_block`.
     """
-    q = F.linear(query_rows, q_weight, q_bias).unflatten(-1, (k.shape[-2], -1))
+    q = _linear(query_rows, q_weight, q_bias).unflatten(-1, (k.shape[-2], -1))
     context = image_cross_attention(q, k, v, layout, image_mask=image_mask, dropout_p=attention_dropout_p).flatten(1)
-    out = F.linear(context, out_weight, out_bias)
+    out = _linear(context, out_weight, out_bias)
     return dropout_add_layer_norm(out, query_rows, norm_weight, norm_bias, eps=eps, dropout_p=hidden_dropout_p)
 
 
@@ -80,6 +80,11 @@ def split_feed_forward_block(
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Of weights cast to 16 bits, whose biases are not."""
+    return F.linear(x, weight, bias.to(weight.dtype))
+
+
 def _feed_forward(
     x: Tensor,
     up_weight: Tensor,
@@ -92,6 +97,6 @@ def _feed_forward(
     eps: float,
     dropout_p: float,
 ) -> Tensor:
-    hidden = F.gelu(F.linear(x, up_weight, up_bias))
-    out = F.linear(hidden, down_weight, down_bias)
+    hidden = F.gelu(_linear(x, up_weight, up_bias))
+    out = _linear(hidden, down_weight, down_bias)
     return dropout_add_layer_norm(out, x, norm_weight, norm_bias, eps=eps, dropout_p=dropout_p)
