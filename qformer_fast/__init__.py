@@ -2,7 +2,9 @@
 
 from qformer_fast.backend import available, use_backend
 from qformer_fast.config import QFormerConfig
+from qformer_fast.evaluation.retrieval import RankOutput
 from qformer_fast.integrations.checkpoints import convert, load_checkpoint
+from qformer_fast.integrations.hf import ReplaceReport, replace_qformer, restore_qformer
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models.blip2 import ImageEncoder
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
@@ -20,10 +22,14 @@ __all__ = [
     "QFormer",
     "QFormerConfig",
     "QFormerOutput",
+    "RankOutput",
+    "ReplaceReport",
     "SequenceLayout",
     "Stage1Output",
     "available",
     "convert",
     "load_checkpoint",
+    "replace_qformer",
+    "restore_qformer",
     "use_backend",
 ]

@@ -355,6 +355,6 @@ def test_opcheck(name, options, layout, monkeypatch):
     monkeypatch.setattr(module, f"{name}_fwd", lambda *args: seen.append(args) or op(*args))
     call(getattr(ops, name), *[x.requires_grad_() for x in inputs.values()], backend="triton", **options)
     # without leave to overwrite what is kept for backward, which opcheck compares after backward; add_gradients, also
-    # False then, says nothing without gradients
-    args = [False if x is True else x for x in seen[0]]
+    # False then, says nothing without gradients; the last argument is whether there is a backward
+    args = [*(False if x is True else x for x in seen[0][:-1]), True]
     torch.library.opcheck(getattr(torch.ops.qformer_fast, f"{name}_fwd").default, args)
