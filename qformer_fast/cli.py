@@ -1,4 +1,4 @@
-"""``qformer-fast``: train, extract-features, demo, doctor, evaluate."""
+"""``qformer-fast``: train, extract-features, demo, explain, doctor, evaluate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
@@ -18,12 +19,13 @@ from tqdm import tqdm
 from qformer_fast import doctor
 from qformer_fast.config import QFormerConfig
 from qformer_fast.data.batches import PairDataset, read_pixels
-from qformer_fast.data.captions import image_folder, read_pairs
+from qformer_fast.data.captions import clean_caption, image_folder, read_pairs
 from qformer_fast.data.features import FeatureCache
-from qformer_fast.data.files import write_text
+from qformer_fast.data.files import write_bytes, write_text
 from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 from qformer_fast.demo.run import DemoConfig
 from qformer_fast.demo.run import main as run_demo
+from qformer_fast.evaluation import explain
 from qformer_fast.evaluation.karpathy import CaptionedImages, read_karpathy
 from qformer_fast.evaluation.retrieval import IMAGE_BATCH_SIZE, PAIR_BATCH_SIZE, CachedTokens, ImageTokens, Score
 from qformer_fast.evaluation.retrieval import evaluate as evaluate_retrieval
@@ -112,6 +114,48 @@ class RetrievalConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Whether a caption fits a picture, and what of the picture says so.
+
+    Args:
+        image (str): a picture.
+        caption (str): a caption.
+        checkpoint (str): a folder of ``save_pretrained``, or a LAVIS file.
+        encoder (str): an open_clip model, the one that the checkpoint was trained with.
+        encoder_pretrained (str, Optional): its open_clip tag or a file.
+        random_encoder (bool): accept an encoder with random weights.
+        output (str): a PNG file, the heat map on the picture as the encoder sees it.
+        tensors (str, Optional): a safetensors file for the maps "layer.N", see
+            :class:`qformer_fast.evaluation.explain.Explanation`, and the heat map "heat".
+        method (str): "grad_cam" of the ITM score, or "attention".
+        layer (int, Optional): one with cross-attention. Default: `None`, the last is drawn and ``tensors`` has all.
+        query (int or str): the query to draw, or "mean" or "max" over all.
+        qformer (QFormerConfig): sizes of a LAVIS file's model; a folder says its own.
+        tokenizer (str, Optional): see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
+        device (str): "auto" takes a GPU where there is one.
+    """
+
+    image: str
+    caption: str
+    checkpoint: str
+    encoder: str
+    encoder_pretrained: str | None = None
+    random_encoder: bool = False
+    output: str = "explain.png"
+    tensors: str | None = None
+    method: explain.Method = "grad_cam"
+    layer: int | None = None
+    query: explain.Query = "mean"
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    tokenizer: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not clean_caption(self.caption):
+            raise ValueError(f"caption must have a word in it, got {self.caption!r}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     parser, commands = _parsers()
@@ -133,6 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
             extract_features(config)
         elif command == "evaluate retrieval":
             _evaluate_retrieval(config)
+        elif command == "explain":
+            _explain(config)
         else:
             run_demo(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -145,8 +191,11 @@ CONFIGS = {
     "train": (TrainConfig, "train stage 1"),
     "extract-features": (ExtractConfig, "write the image tokens of a data set to a cache"),
     "demo": (DemoConfig, "train and evaluate on real pictures from packages, and write a report"),
+    "explain": (ExplainConfig, "draw what of a picture speaks for a caption"),
     "evaluate retrieval": (RetrievalConfig, "recall at 1, 5 and 10 on a Karpathy split, by ITC and re-ranked by ITM"),
 }
+
+POSITIONAL = {"explain": {"image": "a picture", "caption": "a caption"}}
 
 
 def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
@@ -157,7 +206,9 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     for name, (config, about) in CONFIGS.items():
         commands[name] = ArgumentParser(description=about)
         commands[name].add_argument("--config", action="config", help="a YAML file with the options below")
-        commands[name].add_class_arguments(config, skip={"synthetic"})
+        commands[name].add_class_arguments(config, skip={"synthetic", *POSITIONAL.get(name, {})})
+        for argument, meaning in POSITIONAL.get(name, {}).items():
+            commands[name].add_argument(argument, type=str, help=meaning)
         if not name.startswith("evaluate "):
             subcommands.add_subcommand(name, commands[name], help=about)
     commands["demo"].add_argument("--synthetic", action="store_true", help="made-up pictures, no data package needed")
@@ -311,6 +362,26 @@ def _image_tokens(config: RetrievalConfig, data: CaptionedImages, device: torch.
         first = number * config.image_batch_size
         out[first : first + len(tokens)] = tokens
     return out
+
+
+def _explain(config: ExplainConfig) -> None:
+    """Prints ITM's and ITC's answers, and writes the overlay and the tensors."""
+    device = resolve_device(config.device)
+    encoder = load_encoder(config.encoder, config.encoder_pretrained, random=config.random_encoder).to(device)
+    pixels = read_pixels(config.image, encoder.transform)
+    model = build_model(ModelConfig(qformer=config.qformer, checkpoint=config.checkpoint)).to(device).eval()
+    text = tokenize(load_tokenizer(config.tokenizer), [clean_caption(config.caption)])
+    options = {"method": config.method, "layer": config.layer, "query": config.query}
+    found = explain.explain(model, encoder, pixels, *text, **options)
+    files = {config.output: explain.png(found.overlay)}
+    if config.tensors is not None:
+        maps = {f"layer.{layer}": x.contiguous() for layer, x in found.maps.items()}
+        files[config.tensors] = safetensors.torch.save(maps | {"heat": found.heat})
+    for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(Path(name), content)
+    print(f"match {found.match_probability:.4f} (ITM), cosine {found.cosine:.4f} (ITC)")
+    print(f"{config.method}, layer {found.layer}, query {config.query}: {config.output}")
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ def test_doctor_prints_text_and_json(capsys):
 def test_a_command_must_be_given(capsys):
     with pytest.raises(SystemExit):
         cli.main([])
-    assert "train,extract-features,demo,doctor" in capsys.readouterr().err
+    assert "train,extract-features,demo,explain,doctor" in capsys.readouterr().err
 
 
 def test_missing_demo_packages_are_named_without_a_traceback(tmp_path, monkeypatch, capsys):

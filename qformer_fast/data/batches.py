@@ -106,7 +106,7 @@ def read_pixels(path: str | os.PathLike, transform: Callable[[Image.Image], Tens
         with Image.open(path) as image:
             return transform(image.convert("RGB"))
     except OSError as error:
-        raise ValueError(f"pairs: {path} is no readable picture: {error}") from error
+        raise ValueError(f"{path} is no readable picture: {error}") from error
 
 
 class ShuffledBatches(Sampler[list[int]]):

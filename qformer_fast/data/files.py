@@ -70,9 +70,14 @@ def crc32(path: Path) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, or replaces one, in one go."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, or replaces one, in one go."""
     scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(content)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)

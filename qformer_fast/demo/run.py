@@ -323,7 +323,8 @@ def _examples(
     tokens = test.tokens[rows].to(device).float()
     generated = model.generate(tokens, num_beams=3, max_new_tokens=12)
     words = source.tokenizer.batch_decode(generated, skip_special_tokens=True)
-    maps = model.cross_attention_maps(tokens)[-1].mean(1).cpu()
+    (maps,) = model.cross_attention_maps(tokens, layers=model.config.cross_attention_layers[-1:]).values()
+    maps = maps.mean(1).cpu()
     nearest = similarities[rows].topk(3, dim=1).indices
     return [
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import open_clip
@@ -34,10 +35,10 @@ class ImageEncoder(nn.Module):
         self.transform: Callable = transform
         self.requires_grad_(False)
         self.train()
-        size = self.visual.image_size if isinstance(self.visual.image_size, tuple) else (self.visual.image_size,) * 2
-        self.image_size: tuple[int, int] = size
+        size = self.visual.image_size
+        self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         try:
-            self.width: int = self(torch.zeros(1, 3, *size)).shape[-1]
+            self.width: int = self(torch.zeros(1, 3, *self.image_size)).shape[-1]
         except (AssertionError, AttributeError, TypeError) as error:
             raise ValueError(f"name must be a model whose image tower gives tokens, got {name!r}") from error
 
@@ -61,15 +62,31 @@ class ImageEncoder(nn.Module):
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
             height, width = self.image_size
             raise ValueError(f"pixels must be (batch, 3, {height}, {width}), got {tuple(pixels.shape)}")
-        out = self.visual.forward_intermediates(
+        out = self._intermediates(pixels, "NLC")
+        patches = out["image_intermediates"][0]
+        prefix = out.get("image_intermediates_prefix")
+        return patches if prefix is None else torch.cat([prefix[0], patches], dim=1)
+
+    def _intermediates(self, pixels: Tensor, output_fmt: str) -> dict[str, list[Tensor]]:
+        return self.visual.forward_intermediates(
             pixels.to(next(self.parameters()).dtype),
             indices=[-2],
             stop_early=True,
             normalize_intermediates=False,
             intermediates_only=True,
-            output_fmt="NLC",
+            output_fmt=output_fmt,
             output_extra_tokens=True,
         )
-        patches = out["image_intermediates"][0]
-        prefix = out.get("image_intermediates_prefix")
-        return patches if prefix is None else torch.cat([prefix[0], patches], dim=1)
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; their tokens, row by row, come last."""
+        device = next(self.parameters()).device
+        with torch.no_grad():
+            out = self._intermediates(torch.zeros(1, 3, *self.image_size, device=device), "NCHW")
+        return tuple(out["image_intermediates"][0].shape[-2:])
+
+    def picture(self, pixels: Tensor) -> Tensor:
+        """What the encoder sees, resized and cropped: (3, height, width) of ``transform`` -> the same in [0, 1]."""
+        mean, std = (pixels.new_tensor(self.visual.preprocess_cfg[name])[:, None, None] for name in ("mean", "std"))
+        return (pixels * std + mean).clamp(0, 1)

@@ -466,6 +466,16 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         Raises:
             ValueError: an index out of range, sizes that disagree, an empty caption.
         """
+        return self._match(*self._pairs(image_embeds, input_ids, attention_mask, image_index))
+
+    def _pairs(
+        self,
+        image_embeds: Tensor | ImageKV,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        image_index: Tensor | Sequence[int] | None = None,
+    ) -> tuple[SequenceLayout, PackedText, ImageKV]:
+        """What encodes ITM's pairs; arguments as :meth:`match`."""
         image_kv = self._as_image_kv(image_embeds)
         text = self.qformer.pack_text(input_ids, attention_mask).to(self.temp.device)
         index = torch.arange(image_kv.num_images) if image_index is None else image_index
@@ -479,7 +489,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_images=image_kv.num_images,
             device=self.temp.device,
         )
-        return self._match(layout, text, image_kv)
+        return layout, text, image_kv
 
     def match_packed(self, image_kv: ImageKV, text: PackedText, image_index: Tensor) -> Tensor:
         """:meth:`match` of packed captions on the model's device, without a check and without waiting for the device.
@@ -582,20 +592,76 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         return F.linear(self.lm_head(rows), self.qformer.embeddings.word_embeddings.weight, self.lm_head.bias)
 
     def cross_attention_maps(
-        self, image_embeds: Tensor | ImageKV, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> list[Tensor]:
+        self,
+        image_embeds: Tensor | ImageKV,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> dict[int, Tensor]:
         """Where each query looks, with text i beside image i (as in ITM) or without text.
 
+        Args:
+            image_embeds (Tensor or ImageKV): (images, tokens, encoder_hidden), or their keys and values.
+            input_ids, attention_mask (Tensor, Optional): (images, length). Default: `None`, without text.
+            layers (Sequence, Optional): which of ``config.cross_attention_layers``. Default: `None`, all.
+
         Returns:
-            list: per cross-attention layer (images, nheads, queries, tokens), each row summing to 1.
+            dict: {layer: (images, nheads, queries, tokens)} in the order asked, without dropout, each row summing to 1.
+
+        Raises:
+            ValueError: a layer without cross-attention, and what :meth:`match` refuses.
         """
-        image_kv = self._as_image_kv(image_embeds)
-        text = None
-        if input_ids is not None:
-            text = self.qformer.pack_text(input_ids, attention_mask).to(self.temp.device)
-        queries = self.query_tokens.shape[1]
-        layout = padded_layout(Mask.BIDIRECTIONAL, None, text, image_kv.num_images, queries, self.temp.device)
-        return self.qformer.cross_attention_maps(layout, query_embeds=self.query_tokens, text=text, image_kv=image_kv)
+        if input_ids is None:
+            text, image_kv = None, self._as_image_kv(image_embeds)
+            layout = self._query_layout(image_kv.num_images)
+        else:
+            layout, text, image_kv = self._pairs(image_embeds, input_ids, attention_mask)
+        inputs = dict(query_embeds=self.query_tokens, text=text, image_kv=image_kv)
+        return self.qformer.cross_attention_maps(layout, **inputs, layers=layers)
+
+    @torch.inference_mode(False)
+    def grad_cam(
+        self,
+        image_embeds: Tensor | ImageKV,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> dict[int, Tensor]:
+        """What of image i speaks for text i: Grad-CAM of the ITM score on the cross-attention.
+
+        With P a layer's attention probabilities and s the logit of "match", averaged over the queries as in
+        :meth:`match`, the map is the mean over the heads of ``P * max(ds/dP, 0)``. This is LAVIS ``compute_gradcam``
+        (blip_image_text_matching.py:151) with BLIP-2's queries where BLIP has text tokens; it goes back to ALBEF (Li et
+        al. 2021, arXiv:2107.07651) and Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391).
+
+        Computed without dropout and outside autocast, also inside ``torch.no_grad()`` and with frozen parameters; the
+        model, its parameters' ``.grad`` included, stays as it is.
+
+        Args:
+            image_embeds (Tensor or ImageKV): (pairs, tokens, encoder_hidden), or their keys and values.
+            input_ids, attention_mask (Tensor): (pairs, length).
+            layers (Sequence, Optional): which of ``config.cross_attention_layers``. Default: `None`, all.
+
+        Returns:
+            dict: {layer: (pairs, queries, tokens)} in the order asked, not negative, fp32 at least, detached.
+
+        Raises:
+            ValueError: a layer without cross-attention, and what :meth:`match` refuses.
+        """
+        with torch.autocast(self.temp.device.type, enabled=False):
+            with torch.no_grad():
+                layout, text, image_kv = self._pairs(image_embeds, input_ids, attention_mask)
+            with torch.enable_grad():
+                inputs = dict(query_embeds=self.query_tokens, text=text, image_kv=image_kv)
+                rows, maps = self.qformer.encode_with_maps(layout, **inputs, layers=layers)
+                score = self._match_logits(rows)[:, 1].sum()
+            gradients = torch.autograd.grad(score, list(maps.values()))
+        return {
+            layer: (probs.detach() * gradient.clamp_min(0)).mean(1)
+            for (layer, probs), gradient in zip(maps.items(), gradients, strict=True)
+        }
 
     def _query_layout(self, images: int) -> SequenceLayout:
         return padded_layout(Mask.UNIMODAL, None, None, images, self.query_tokens.shape[1], self.temp.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -692,21 +692,54 @@ class QFormer(CheckpointMixin, nn.Module):
         query_embeds: Tensor,
         text: PackedText | None = None,
         image_kv: ImageKV,
-    ) -> list[Tensor]:
-        """Where each query looks: per cross-attention layer (sequences, nheads, queries, tokens), rows summing to 1."""
-        maps: list[Tensor] = []
+        layers: Sequence[int] | None = None,
+    ) -> dict[int, Tensor]:
+        """Where each query looks; arguments and result as the maps of :meth:`encode_with_maps`."""
+        inputs = dict(query_embeds=query_embeds, text=text, image_kv=image_kv)
+        return self.encode_with_maps(layout, **inputs, layers=layers)[1]
 
-        def record(module: CrossAttention, inputs: tuple, _output: Tensor) -> None:
-            query_rows, layer_kv, seq_layout, _weights = inputs
-            q = F.linear(query_rows, module.attention.query.weight, module.attention.query.bias)
-            q = q.unflatten(-1, (self.config.num_attention_heads, self.config.headdim))
-            maps.append(reference.image_attention_probs(q, layer_kv.k, seq_layout, image_mask=layer_kv.mask))
+    def encode_with_maps(
+        self,
+        layout: SequenceLayout,
+        *,
+        query_embeds: Tensor,
+        text: PackedText | None = None,
+        image_kv: ImageKV,
+        layers: Sequence[int] | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """:meth:`encode` without dropout and on the reference backend, with the probabilities of cross-attention.
 
-        layers = [self.encoder.layer[i].crossattention for i in self.config.cross_attention_layers]
-        handles = [layer.register_forward_hook(record) for layer in layers]
-        try:
-            self.encode(layout, query_embeds=query_embeds, text=text, image_kv=image_kv)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return maps
+        Args:
+            layout, query_embeds, text, image_kv: as in :meth:`encode`.
+            layers (Sequence, Optional): which of ``config.cross_attention_layers``. Default: `None`, all.
+
+        Returns:
+            tuple: the query rows (query rows, hidden), and {layer: probabilities (query sequences, nheads, queries,
+            tokens)} in the order asked, each row summing to 1. With gradients on, the rows are a function of the
+            probabilities, which require grad also where no parameter does.
+
+        Raises:
+            ValueError: a layer without cross-attention.
+        """
+        possible = self.config.cross_attention_layers
+        layers = possible if layers is None else layers
+        if unknown := [layer for layer in layers if layer not in possible]:
+            raise ValueError(f"layers must be among those with cross-attention, {possible}, got {unknown}")
+        no_text = layout.text_offsets.new_empty(0)
+        with in_eval_mode(self), backends.use_backend("reference"), reference.recorded_probs() as probs:
+            rows = self.encode(layout, query_embeds=query_embeds, text=text, image_kv=image_kv, text_index=no_text)
+        found = dict(zip(possible, probs, strict=True))
+        return rows, {layer: found[layer] for layer in layers}
+
+
+@contextlib.contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, after which each part has the mode that it had."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -12,6 +12,7 @@ from qformer_fast.reference.attention import (
     query_text_attention,
     query_text_attention_bwd,
     query_text_attention_fwd,
+    recorded_probs,
 )
 from qformer_fast.reference.blocks import cross_attention_block, self_attention_block, split_feed_forward_block
 from qformer_fast.reference.image_kv import (
@@ -79,6 +80,7 @@ __all__ = [
     "query_text_attention",
     "query_text_attention_bwd",
     "query_text_attention_fwd",
+    "recorded_probs",
     "sample_negatives",
     "sample_negatives_fwd",
     "self_attention_block",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from qformer_fast.reference.philox import attention_keep, threshold_and_scale
 
 # sequences of at most this many rows are one tile of the kernels, whose backward needs no statistics from forward
 MAX_TILE = 64
+
+_recorded: list[Tensor] | None = None
 
 
 def query_text_attention(
@@ -40,11 +44,33 @@ def image_cross_attention(
 ) -> Tensor:
     """Query rows attend to their image; shapes as :func:`qformer_fast.ops.image_cross_attention`."""
     rows, nheads, headdim = q.shape
+    if _recorded is not None:
+        probs = image_attention_probs(q, k, layout, image_mask=image_mask, softmax_scale=softmax_scale)
+        if torch.is_grad_enabled():
+            probs.requires_grad_()
+        _recorded.append(probs)
+        out = F.dropout(probs, dropout_p).to(v.dtype) @ v[layout.image_index].transpose(1, 2)
+        return out.transpose(1, 2).reshape(rows, nheads, headdim)
     q = q.view(layout.num_query_sequences, layout.num_queries, nheads, headdim).transpose(1, 2)
     k, v = (x.index_select(0, layout.image_index).transpose(1, 2) for x in (k, v))
     mask = None if image_mask is None else image_mask[layout.image_index][:, None]
     out = _attend(q, k, v, mask, dropout_p=dropout_p, scale=softmax_scale)
     return out.transpose(1, 2).reshape(rows, nheads, headdim)
+
+
+@contextlib.contextmanager
+def recorded_probs() -> Iterator[list[Tensor]]:
+    """A list to which each :func:`image_cross_attention` inside the block adds the probabilities of its output.
+
+    They are :func:`image_attention_probs`. With gradients on they require grad, also where no input does, so that
+    ``torch.autograd.grad`` can be asked for their gradients.
+    """
+    global _recorded
+    outer, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = outer
 
 
 def image_attention_probs(
@@ -56,14 +82,16 @@ def image_attention_probs(
     softmax_scale: float | None = None,
 ) -> Tensor:
     """The probabilities of :func:`image_cross_attention`: (query sequences, nheads, num_queries, tokens), without
-    dropout.
+    dropout, in fp32 at least; zeros where a query may look at nothing.
     """
-    q = q.view(layout.num_query_sequences, layout.num_queries, *q.shape[1:]).transpose(1, 2)
-    scores = q @ k[layout.image_index].permute(0, 2, 3, 1) * (softmax_scale or q.shape[-1] ** -0.5)
-    if image_mask is not None:
-        mask = image_mask[layout.image_index][:, None]
-        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).nan_to_num(0.0)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q = q.view(layout.num_query_sequences, layout.num_queries, *q.shape[1:]).transpose(1, 2).to(dtype)
+    scores = q @ k[layout.image_index].permute(0, 2, 3, 1).to(dtype) * (softmax_scale or q.shape[-1] ** -0.5)
+    if image_mask is None:
+        return scores.softmax(-1, dtype=dtype)
+    mask, sees = _open_blind_rows(image_mask[layout.image_index][:, None])
+    scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=dtype).masked_fill(~sees, 0.0)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: float, scale: float | None) -> Tensor:
@@ -74,14 +102,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: 
     """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    mask, sees = _open_blind_rows(mask)
     if mask.is_floating_point():
-        sees = (mask > -torch.inf).any(-1, keepdim=True)
-        mask = mask.masked_fill(~sees, 0.0).to(q.dtype)
-    else:
-        sees = mask.any(-1, keepdim=True)
-        mask = mask | ~sees
+        mask = mask.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return out.masked_fill(~sees, 0.0)
+
+
+def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask in which rows that may look at nothing look at everything, and which rows are not such ones (..., 1)."""
+    if mask.is_floating_point():
+        sees = (mask > -torch.inf).any(-1, keepdim=True)
+        return mask.masked_fill(~sees, 0.0), sees
+    sees = mask.any(-1, keepdim=True)
+    return mask | ~sees, sees
 
 
 # The formulas that the kernels follow. With scores s = q k^T scale, p = softmax(s) and c the dropout mask (0, or 1 over
