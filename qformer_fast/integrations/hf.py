@@ -128,7 +128,7 @@ class _Replacement:
         self.qformer.follow(module.training)
         self.forward = _blip2_forward if kind == "Blip2QFormerModel" else _instructblip_forward
         inner = [x for x in module.modules() if x is not module]
-        self.inner = [x.__dict__ for x in inner]
+        self.inner = inner
         self.hooks = [x.__dict__[kind] for x in inner for kind in HOOKS]
         self.dropouts = [x for x in inner if isinstance(x, nn.Dropout)]
         self.warned: set[str] = set()
@@ -156,7 +156,7 @@ class _Replacement:
         unknown = [name for name, value in options.items() if value is not None and name not in PASSED_ON]
         if unknown:
             return f"arguments {unknown} are not known here"
-        if any(map(operator.contains, self.inner, itertools.repeat("forward"))):
+        if any(map(operator.contains, map(vars, self.inner), itertools.repeat("forward"))):
             return "a module inside has a forward of its own, as offloading puts there"
         if any(self.hooks) and not all(map(_captures_outputs, self.hooks)):
             return "a module inside has hooks"
@@ -194,7 +194,11 @@ class _Replacement:
         qformer.gradient_checkpointing = "layer" if checkpointing else "none"
         device = norm.device.type
         autocast = torch.is_autocast_enabled(device)
-        if num_queries and image_embeds is not None:
+        if num_queries:
+            if image_embeds is None:
+                raise ValueError("encoder_hidden_states must be given with queries, got None")
+            if query_embeds is not None:
+                qformer.check_queries(query_embeds[:, :num_queries], image_embeds, len(image_embeds))
             image_embeds = image_embeds if autocast else image_embeds.to(norm.dtype)
             image_mask = padded.image_attention_mask(image_mask, image_embeds, num_queries)
         masks = dict(attention_mask=attention_mask, image_mask=image_mask)

@@ -102,7 +102,7 @@ class BorrowedQFormer(QFormer):
         text_width = rows.shape[1] - num_queries
         image_kv, text = None, None
         if num_queries:
-            self._check_queries(rows[:, :num_queries], image_embeds, batch)
+            self.check_queries(rows[:, :num_queries], image_embeds, batch)
             readers = padded.image_attention_mask(image_mask, image_embeds, num_queries)
             image_kv = self.image_kv(image_embeds, image_mask=readers)
         text_mask = padded.text_attention_mask(attention_mask, batch, num_queries, text_width)

@@ -567,7 +567,7 @@ class QFormer(CheckpointMixin, nn.Module):
         batch, device = max(x.shape[0] for x in given), given[-1].device
         num_queries, text, text_width, image_kv = 0, None, 0, None
         if query_embeds is not None:
-            self._check_queries(query_embeds, encoder_hidden_states, batch)
+            self.check_queries(query_embeds, encoder_hidden_states, batch)
             num_queries = query_embeds.shape[1]
             readers = padded.image_attention_mask(encoder_attention_mask, encoder_hidden_states, num_queries)
             if input_ids is None and attention_mask is None and readers is None:
@@ -620,7 +620,8 @@ class QFormer(CheckpointMixin, nn.Module):
         image_kv = self.image_kv(image_embeds, norm=norm)
         return self.encode(layout, query_embeds=query_embeds, image_kv=image_kv).unflatten(0, (images, -1))
 
-    def _check_queries(self, query_embeds: Tensor, encoder_hidden_states: Tensor | None, batch: int) -> None:
+    def check_queries(self, query_embeds: Tensor, encoder_hidden_states: Tensor | None, batch: int) -> None:
+        """Raises ValueError unless these are (1 or batch, queries, hidden) queries and ``batch`` images."""
         hidden = self.config.hidden_size
         if query_embeds.ndim != 3 or query_embeds.shape[0] not in (1, batch) or 0 in query_embeds.shape[1:]:
             raise ValueError(f"query_embeds must be (1 or {batch}, queries, {hidden}), got {tuple(query_embeds.shape)}")

@@ -431,6 +431,24 @@ def test_what_has_no_place_here_is_kept_and_said_why():
     assert str(replace_qformer(nn.Linear(2, 2))) == "no Q-Former found"
 
 
+@pytest.mark.parametrize("gradients_on", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x | {"encoder_hidden_states": None}, "encoder_hidden_states must be given"),
+        (lambda x: x | {"query_embeds": x["query_embeds"].repeat(2, 1, 1)}, r"query_embeds must be \(1 or 3"),
+        (lambda x: x | {"query_embeds": x["query_embeds"][..., :60]}, "query_embeds must be 64 wide"),
+        (lambda x: x | {"encoder_hidden_states": torch.randn(3, 9, 40)}, "image_embeds must be"),
+        (lambda x: x | {"encoder_attention_mask": torch.ones(3, 7)}, "encoder_attention_mask must have"),
+    ],
+)
+def test_bad_input_is_named(change, message, gradients_on, inputs):
+    model = tiny_qformer()
+    replace_qformer(model)
+    with torch.set_grad_enabled(gradients_on), pytest.raises(ValueError, match=message):
+        model(**change(inputs))
+
+
 def test_replacing_twice_is_replacing_once(inputs):
     model = tiny_qformer()
     forward = type(model).forward
