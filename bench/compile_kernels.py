@@ -120,6 +120,11 @@ def run_launchers(dtype: torch.dtype) -> None:
     folded = kernels.fold_norm_fwd(weight, bias, norm, norm, width, dtype)
     kernels.fold_norm_bwd(folded, weight, bias, norm, norm)
     kernels.fold_norm_bwd(folded, weight, bias, norm, norm, [weight, bias, norm, norm])
+    for rows in (16, 32, 128):
+        x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((rows, 768), (3072, 768), (3072,)))
+        kernels.linear_few_rows(x, weight, bias)
+        kernels.linear_few_rows(x, weight, bias, gelu=True)
+        kernels.linear_few_rows(x, weight, in_parts=True)
 
 
 def compile_for(target: str, sizes: list[str], quick: bool) -> list[dict[str, Any]]:

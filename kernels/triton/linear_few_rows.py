@@ -71,7 +71,9 @@ def linear_few_rows(
     """
     M, K = x.shape
     N = weight.shape[0]
-    settings = launch.settings("linear_few_rows", x.device)
+    settings = dict(launch.settings("linear_few_rows", x.device))
+    if x.dtype == torch.float32:  # as many bytes of shared memory as in 16 bits
+        settings["BLOCK_K"] //= 2
     BLOCK_M = 16 if M <= 16 else 32 if M <= 32 else 64
     tiles = triton.cdiv(N, settings["BLOCK_N"]) * triton.cdiv(M, BLOCK_M)
     blocks_k = triton.cdiv(K, settings["BLOCK_K"])
