@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from qformer_fast import Blip2QFormer, QFormerConfig
+from qformer_fast.integrations.lavis import BertLMHeadModel
 
 LAVIS = Path(__file__).resolve().parents[1] / ".cache" / "lavis"
 FOLDER = LAVIS / "lavis" / "models" / "blip2_models"
@@ -76,8 +77,9 @@ def build_qformer(config: QFormerConfig) -> nn.Module:
     return qformer
 
 
-def build_stage1(model: Blip2QFormer) -> nn.Module:
-    """The original's ``Blip2Qformer`` with the weights and the training mode of ``model``.
+def build_stage1(model: Blip2QFormer, drop_in: bool = False) -> nn.Module:
+    """The original's ``Blip2Qformer`` with the weights and the training mode of ``model``, over its own Q-Former class
+    or over this package's (``drop_in``).
 
     Its image encoder is the identity, so ``forward({"image": image_embeds, "text_input": (input_ids,
     attention_mask)})``
@@ -90,6 +92,8 @@ def build_stage1(model: Blip2QFormer) -> nn.Module:
     original.visual_encoder = nn.Identity()
     original.ln_vision = nn.LayerNorm(config.encoder_hidden_size)
     original.Qformer = build_qformer(config)
+    if drop_in:
+        original.Qformer = BertLMHeadModel(original.Qformer.config)
     original.query_tokens = nn.Parameter(torch.zeros_like(model.query_tokens))
     original.vision_proj = nn.Linear(config.hidden_size, model.embed_dim)
     original.text_proj = nn.Linear(config.hidden_size, model.embed_dim)

@@ -1,5 +1,5 @@
-"""Forward + backward of stage 1: the packed two-sweep path, on a GPU also as CUDA graphs, the original-order reference
-and the original's own code.
+"""Forward + backward of stage 1: the packed two-sweep path, on a GPU also as CUDA graphs, the original-order reference,
+the original's own code, and that code with the one import changed that integrations.lavis asks for.
 
 All rows of a batch size come from one run: the same weights, the same batch, taken in turn. Before anything is timed
 the three losses of all rows must agree. FLOPs are counted, not estimated: those of the matrix products that each row
@@ -34,7 +34,7 @@ from qformer_fast.reference import encoder
 from qformer_fast.reference.stage1 import original_order_stage1
 from qformer_fast.training.graphs import GraphedStage1
 
-ROWS = ("packed", "graphs", "reference", "original")
+ROWS = ("packed", "graphs", "reference", "original", "original_drop_in")
 # the same with their encoder's layers under torch.compile
 COMPILED_ROWS = ("reference_compiled", "original_compiled")
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
@@ -72,9 +72,9 @@ def build_rows(
     for name, layers in (("reference", encoder._layer), ("reference_compiled", _compile(encoder._layer))):
         if name in names:
             rows[name] = (model, functools.partial(_reference_step, layers, model, images, input_ids, mask))
-    for name in ("original", "original_compiled"):
+    for name in ("original", "original_drop_in", "original_compiled"):
         if name in names:
-            original = _original.build_stage1(model)
+            original = _original.build_stage1(model, drop_in=name == "original_drop_in")
             if name == "original_compiled":
                 for layer in original.Qformer.bert.encoder.layer:
                     layer.forward = _compile(layer.forward)

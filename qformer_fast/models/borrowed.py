@@ -81,6 +81,7 @@ class BorrowedQFormer(QFormer):
         image_embeds: Tensor | None = None,
         image_mask: Tensor | None = None,
         mask: Mask = Mask.BIDIRECTIONAL,
+        keys_values: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Padded rows after embeddings, LayerNorm and dropout through all layers.
 
@@ -91,6 +92,8 @@ class BorrowedQFormer(QFormer):
                 :meth:`QFormer.forward`.
             image_embeds (Tensor, Optional): (batch, tokens, encoder_hidden); needed with queries.
             mask (Mask): who sees whom. Default: bidirectional.
+            keys_values (list, Optional): is given each layer's self-attention keys and values of the rows, (batch,
+                nheads, num_queries + text, headdim), zeros at hidden text.
 
         Returns:
             Tensor: (batch, num_queries + text, hidden), zeros at text that ``attention_mask`` hides.
@@ -112,8 +115,21 @@ class BorrowedQFormer(QFormer):
             text = PackedText.places(text_mask, batch, text_width, rows.device)
             parts.append(padded.pack_text(rows[:, num_queries:], text))
         layout = padded.padded_layout(mask, attention_mask, text, batch, num_queries, rows.device)
-        out = self.encode_rows(torch.cat(parts) if len(parts) > 1 else parts[0], layout, image_kv=image_kv)
-        found = [out[: layout.num_query_rows].unflatten(0, (batch, num_queries))] if num_queries else []
-        if text is not None:
-            found.append(padded.unpack_text(out[layout.num_query_rows :], text, text_width))
-        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+        packed = torch.cat(parts) if len(parts) > 1 else parts[0]
+        weights = self.encoder_weights(packed)
+        layer_inputs = None if keys_values is None else []
+        out = self.encode_rows(packed, layout, image_kv=image_kv, weights=weights, layer_inputs=layer_inputs)
+
+        def pad(rows: Tensor) -> Tensor:
+            """(rows, width) -> (batch, num_queries + text, width)"""
+            found = [rows[: layout.num_query_rows].unflatten(0, (batch, num_queries))] if num_queries else []
+            if text is not None:
+                found.append(padded.unpack_text(rows[layout.num_query_rows :], text, text_width))
+            return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+        if keys_values is not None:
+            for layer, rows, layer_weights in zip(self.encoder.layer, layer_inputs, weights.layers, strict=True):
+                both = layer.attention.project(rows, layer_weights.self_attention, keys_values_only=True)
+                heads = self.config.num_attention_heads, self.config.headdim
+                keys_values.append(tuple(pad(x.flatten(1)).unflatten(-1, heads).transpose(1, 2) for x in both))
+        return pad(out)

@@ -94,6 +94,11 @@ def unpack_text(rows: Tensor, text: PackedText, width: int) -> Tensor:
     return rows.new_zeros(len(text), width, rows.shape[-1]).index_put((_captions(text), text.position_ids), rows)
 
 
+def spread_rows(rows: Tensor, places: Tensor | None, num_places: int) -> Tensor:
+    """``rows`` (rows, width) at their places (num_places, width), zeros elsewhere; None: they are all there."""
+    return rows if places is None else rows.new_zeros(num_places, rows.shape[1]).index_copy(0, places, rows)
+
+
 def _captions(text: PackedText) -> Tensor:
     """(rows,) int64, the caption of each row."""
     captions = torch.arange(len(text), device=text.offsets.device)

@@ -230,8 +230,29 @@ class QFormerLayer(nn.Module):
         rows = ops.dropout_add_layer_norm(out, rows, *norm, eps=self.config.layer_norm_eps)
         return self.feed_forward(rows[:0], rows, weights)
 
+    def look_back(
+        self, rows: Tensor, past: tuple[Tensor, Tensor], allowed: Tensor, places: Tensor | None, weights: LayerWeights
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Text after rows whose keys and values are ``past``; arguments as :meth:`QFormer.encode_after`.
 
-def _again_in_backward(part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        Returns:
+            tuple: rows like ``rows``, and their keys and values, each (batch, nheads, text, headdim).
+        """
+        (batch, width, _), config = allowed.shape, self.config
+        weight, bias, out_weight, out_bias, *norm = weights.self_attention.parameters
+        qkv = padded.spread_rows(F.linear(rows, weight, bias), places, batch * width)
+        q, k, v = qkv.view(batch, width, 3, config.num_attention_heads, config.headdim).permute(2, 0, 3, 1, 4)
+        keys, values = (torch.cat(x, dim=2) for x in zip(past, (k, v), strict=True))
+        attention_dropout_p = config.attention_probs_dropout_prob if self.training else 0.0
+        context = F.scaled_dot_product_attention(q, keys, values, allowed[:, None], attention_dropout_p)
+        context = context.transpose(1, 2).flatten(2).flatten(0, 1)
+        out = F.linear(context if places is None else context[places], out_weight, out_bias)
+        hidden_dropout_p = config.hidden_dropout_prob if self.training else 0.0
+        rows = ops.dropout_add_layer_norm(out, rows, *norm, eps=config.layer_norm_eps, dropout_p=hidden_dropout_p)
+        return self.feed_forward(rows[:0], rows, weights), k, v
+
+
+def _again_in_backward(part: Callable[..., Any], *inputs: Any) -> Any:
     """``part(*inputs)``; what backward needs of it is computed again there, with the same dropout."""
     if torch.compiler.is_compiling():
         return checkpoint(part, *inputs, use_reentrant=False)
@@ -441,12 +462,15 @@ class QFormer(CheckpointMixin, nn.Module):
         image_kv: ImageKV | None = None,
         weights: EncoderWeights | None = None,
         text_index: Tensor | None = None,
+        layer_inputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """:meth:`encode` of rows (rows, hidden) that are embedded already."""
+        """:meth:`encode` of rows (rows, hidden) that are embedded already; ``layer_inputs`` is given each layer's."""
         if weights is None:
             weights = self.encoder_weights(rows)
         last = self.encoder.layer[-1]
         for layer, layer_kv, layer_weights in self.layers_with(image_kv, weights):
+            if layer_inputs is not None:
+                layer_inputs.append(rows)
             level = self.gradient_checkpointing if self.training else "none"
             wanted = text_index if layer is last else None
             inputs = (rows, layout, layer_kv, layer_weights, level == "feed_forward", wanted)
@@ -683,6 +707,37 @@ class QFormer(CheckpointMixin, nn.Module):
         weights = self.encoder_weights(rows)
         for index, (layer, layer_prefix) in enumerate(zip(self.encoder.layer, prefix.unbind(1), strict=True)):
             rows = layer.decode(rows, layer_prefix, cache, index, weights.layers[index])
+        return rows
+
+    def encode_after(
+        self,
+        rows: Tensor,
+        past: Sequence[tuple[Tensor, Tensor]],
+        allowed: Tensor,
+        places: Tensor | None = None,
+        keys_values: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Embedded text that looks back at rows which were encoded before; attention runs through PyTorch's.
+
+        Args:
+            rows (Tensor): (rows, hidden), text without its padding.
+            past (Sequence): of each layer, self-attention keys and values (batch, nheads, past, headdim).
+            allowed (Tensor): (batch, text, past + text) bool, True = may look.
+            places (Tensor, Optional): (rows,) int64, where each row lies in (batch * text). Default: `None`, all are
+                there.
+            keys_values (list, Optional): is given each layer's keys and values of the text, (batch, nheads, text,
+                headdim), zeros where there is no row.
+
+        Returns:
+            Tensor: (rows, hidden).
+        """
+        weights = self.encoder_weights(rows)
+        checkpointing = self.training and self.gradient_checkpointing != "none"
+        for layer, layer_past, layer_weights in zip(self.encoder.layer, past, weights.layers, strict=True):
+            inputs = rows, layer_past, allowed, places, layer_weights
+            rows, *both = _again_in_backward(layer.look_back, *inputs) if checkpointing else layer.look_back(*inputs)
+            if keys_values is not None:
+                keys_values.append(tuple(both))
         return rows
 
     @torch.no_grad()
