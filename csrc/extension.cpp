@@ -39,9 +39,9 @@ LinearGeluArguments arguments_of(Tensor const& rows, Tensor const& weight, bool 
   check("weight", weight, rows, dtype, transposed ? k : n, transposed ? n : k);
   bool float_bias = bias.scalar_type() == ScalarType::Float;
   check("bias", bias, rows, float_bias ? ScalarType::Float : dtype, 1, n);
-  check("out", out, rows, dtype, m, n);
+  check(transposed ? "dup" : "out", out, rows, dtype, m, n);
   bool wanted = transposed || m == 0 || aux.size(0) != 0;
-  check("aux", aux, rows, dtype, wanted ? m : 0, n);
+  check(transposed ? "out" : "up", aux, rows, dtype, wanted ? m : 0, n);
   LinearGeluArguments arguments{};
   arguments.m = static_cast<int>(m);
   arguments.n = static_cast<int>(n);

@@ -133,10 +133,10 @@ def test_wrong_arguments_are_refused(on_gpu):
         "rows must be bf16 or fp16": (x.float(), weight, bias, up),
         "weight has another dtype": (x, weight.half(), bias, up),
         "weight must be": (x, weight[:, :24], bias, up),
-        "out must be contiguous": (x, weight, bias, up.new_empty(64, 16).t()),
+        "up must be contiguous": (x, weight, bias, up.new_empty(64, 16).t()),
         "bias must be": (x, weight, bias[:8], up),
         "bias has another dtype": (x, weight, bias.half(), up),
-        "out must be": (x, weight, bias, up[:8]),
+        "up must be": (x, weight, bias, up[:8]),
         "aligned to 16 bytes": (x, weight, bias, x.new_empty(16 * 64 + 1)[1:].view(16, 64)),
         "multiples of 8": (x[:, :12].contiguous(), weight[:, :12].contiguous(), bias, up),
     }
