@@ -172,12 +172,6 @@ class _Replacement:
         before = self.before or MethodType(type(self.module).forward, self.module)
         return before(*args, **options)
 
-    def run_graphs(self, rows: Tensor, image_embeds: Tensor) -> Tensor | None:
-        wanted = self.training_graphs is not None and rows.is_cuda and torch.is_grad_enabled()
-        if not wanted or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            return None
-        return self.training_graphs.run(self.qformer, rows, image_embeds)
-
     def run(
         self,
         embed: Callable[[], Tensor],
@@ -215,7 +209,8 @@ class _Replacement:
                 out = qformer.encode_queries(query_embeds.to(norm.dtype), image_embeds)
             else:
                 rows = embed()
-                out = self.run_graphs(rows, image_embeds) if alone else None
+                graphs = self.training_graphs if alone else None
+                out = None if graphs is None else graphs.run(self.qformer, rows, image_embeds)
                 if out is None:
                     out = qformer.encode_embedded(rows, num_queries, image_embeds=image_embeds, **masks)
         return out.to(torch.float32 if autocast else norm.dtype)

@@ -10,16 +10,22 @@ checkpoints load, parts can be taken away (``Qformer.cls = None``, ``layer.outpu
 
 - Text that ``attention_mask`` hides gives zeros, and so does a row that may look at nothing; the original fills them
   with numbers that no loss reads.
-- The LM head takes the rows that have a label; ``logits`` beside a loss are made when they are first read.
+- The LM head takes the rows that have a label; ``logits`` beside a loss with gradients are made when they are first
+  read, with the head's weights of that time.
 - ``use_cache`` works with gradient checkpointing.
 - The decoder stays tied to the word embeddings under transformers 5, also after resizing and loading.
 - ``cross_attentions`` has None at layers without cross-attention, where the original puts keys and values.
+
+On a GPU queries without text and without ``use_cache`` run as CUDA graphs, see :func:`replace_qformer`. Without
+gradients a parameter's change is seen by its version; writing through ``.data`` is not, unless ``train`` or ``eval`` is
+called after it.
 
 A call runs on plain PyTorch with explicit attention probabilities, and then computes hidden text as the original does,
 if it asks for ``output_attentions``, ``output_hidden_states`` or ``head_mask``, if a cross-attention layer has
 ``save_attention``, or if ``labels`` count text that ``attention_mask`` hides. So does, with a warning, every call of a
 model that the kernels can't run: hooks on modules inside the encoder, layers that are neither ``nn.Linear`` nor LoRA
-around one, another activation than gelu, dropouts or modes that differ inside, no cross-attention.
+around one, another activation than gelu, dropouts, modes or LayerNorms that differ inside, modules of classes of one's
+own, no cross-attention.
 """
 
 from __future__ import annotations
@@ -50,9 +56,10 @@ from qformer_fast.config import QFormerConfig
 from qformer_fast.integrations.hf import HOOKS
 from qformer_fast.layout import Mask
 from qformer_fast.models import padded
-from qformer_fast.models.adapters import weight_of
+from qformer_fast.models.adapters import weight_of, why_no_weight
 from qformer_fast.models.borrowed import BorrowedQFormer
 from qformer_fast.models.generation import CACHE
+from qformer_fast.models.graphed import TrainingGraphs
 
 __all__ = ["BertConfig", "BertLMHeadModel", "BertModel"]
 
@@ -338,13 +345,14 @@ class _Kernels:
         self._seen: list[dict[str, nn.Module | None]] = []
         self._dropouts: list[nn.Dropout] = []
         self._warned: set[str] = set()
+        self._qformer: BorrowedQFormer | None = None
 
     def __reduce__(self) -> tuple:
         return _Kernels, ()
 
     def find(self, bert: BertModel) -> BorrowedQFormer | None:
         """None where a call has to run on plain PyTorch."""
-        if not self._seen or self._children != self._seen or [x.p for x in self._dropouts] != self._probabilities:
+        if not self._seen or self._children != self._seen or self._settings() != self._seen_settings:
             self._look_at(bert)
         if any(x.save_attention for x in self._cross_attention):
             return None
@@ -363,13 +371,25 @@ class _Kernels:
         self._attributes = list(map(vars, modules))
         self._hooks = [x[kind] for x in self._attributes for kind in HOOKS]
         self._dropouts = [x for x in modules if isinstance(x, nn.Dropout)]
-        self._probabilities = [x.p for x in self._dropouts]
+        self._norms = [x for x in modules if isinstance(x, nn.LayerNorm)]
+        self._layers = [x for x in modules if isinstance(x, BertLayer)]
+        self._seen_settings = self._settings()
+        self.training_graphs = TrainingGraphs()
         attention = [x for x in modules if isinstance(x, BertSelfAttention)]
         self._cross_attention = [x for x in attention if x.is_cross_attention]
         try:
             self._qformer, self._reason = _borrow(bert, attention, self._dropouts), None
         except (AttributeError, ValueError) as error:
             self._qformer, self._reason = None, str(error)
+
+    def _settings(self) -> list[float | bool]:
+        """What is no module and decides how the kernels run."""
+        settings = [x.p for x in self._dropouts] + [x.eps for x in self._norms]
+        return settings + [x.has_cross_attention for x in self._layers]
+
+    def forget_packed_weights(self) -> None:
+        if self._qformer is not None:
+            self._qformer.forget_packed_weights()
 
     def _why_not(self, bert: BertModel) -> str | None:
         if any(self._hooks):
@@ -387,6 +407,11 @@ def _borrow(bert: BertModel, attention: list[BertSelfAttention], dropouts: list[
     config = bert.config
     if not config.add_cross_attention:
         raise ValueError("config.add_cross_attention is False")
+    for module in bert.encoder.modules():
+        _check_module(module, config)
+    for index, layer in enumerate(bert.encoder.layer):
+        if layer.has_cross_attention != (index % config.cross_attention_freq == 0):
+            raise ValueError("cross-attention is not in every cross_attention_freq-th layer from the first")
     of_attention = {id(x.dropout) for x in attention}
     probabilities = {(id(x) in of_attention, x.p) for x in dropouts}
     if len(probabilities) != 2:
@@ -405,6 +430,20 @@ def _borrow(bert: BertModel, attention: list[BertSelfAttention], dropouts: list[
         return re.sub(r"attention\.attention$", "attention.self", name)
 
     return BorrowedQFormer(sizes, bert, norm="embeddings.LayerNorm", renamed=renamed)
+
+
+def _check_module(module: nn.Module, config: BertConfig) -> None:
+    """Raises ValueError for a module inside whose forward is not what the kernels compute."""
+    name = type(module).__name__
+    ours = BertEncoder | BertLayer | BertAttention | BertSelfAttention | BertIntermediate | BertOutput
+    if isinstance(module, ours) and type(module).__module__ != __name__:
+        raise ValueError(f"{name} is a class of its own")
+    if isinstance(module, BertSelfAttention | BertOutput) and not isinstance(module.dropout, nn.Dropout):
+        raise ValueError(f"the dropout of {name} is {type(module.dropout).__name__}, not nn.Dropout")
+    if isinstance(module, BertIntermediate) and type(module.intermediate_act_fn) is not type(_activation(config)):
+        raise ValueError(f"an activation inside is not config.hidden_act = {config.hidden_act!r}")
+    if isinstance(module, nn.LayerNorm) and module.eps != config.layer_norm_eps:
+        raise ValueError(f"a LayerNorm inside has another eps than config.layer_norm_eps = {config.layer_norm_eps}")
 
 
 class BertPreTrainedModel(PreTrainedModel):
@@ -437,7 +476,12 @@ class BertModel(BertPreTrainedModel):
         config (BertConfig): with ``add_cross_attention``, ``encoder_width``, ``cross_attention_freq`` and
             ``query_length`` as LAVIS sets them.
         add_pooling_layer (bool): BERT's pooler on the first row. Default: False.
+
+    Attributes:
+        cuda_graphs (bool): as of :func:`replace_qformer`. Default: True.
     """
+
+    cuda_graphs = True
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = False):
         super().__init__(config)
@@ -450,6 +494,10 @@ class BertModel(BertPreTrainedModel):
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self._kernels = _Kernels()
         self.post_init()
+
+    def train(self, mode: bool = True) -> BertModel:
+        self._kernels.forget_packed_weights()
+        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Embedding | None:
         return self.embeddings.word_embeddings
@@ -567,19 +615,24 @@ class BertModel(BertPreTrainedModel):
         norm = qformer.layernorm.weight
         autocast = torch.is_autocast_enabled(norm.device.type)
         qformer.follow(self.encoder.training)
+        qformer.query_encoder.graphs = self.cuda_graphs
         qformer.gradient_checkpointing = "layer" if call.checkpointing else "none"
         image_embeds, image_mask = call.image_embeds, None
         if image_embeds is not None:
             image_embeds = image_embeds if autocast else image_embeds.to(norm.dtype)
             image_mask = padded.image_attention_mask(call.image_mask, image_embeds, call.num_queries)
-        shared = query_embeds is not None and all(x is None for x in (call.attention_mask, image_mask, keys_values))
-        if shared and not (qformer.training or torch.is_grad_enabled()):
+        alone = query_embeds is not None and all(x is None for x in (call.attention_mask, image_mask, keys_values))
+        if alone and not (qformer.training or torch.is_grad_enabled()):
             out = qformer.encode_queries(query_embeds.to(norm.dtype), image_embeds)
-        elif call.past is not None:
-            out = self._run_after(qformer, call, embed(), keys_values)
-        else:
+            return out.to(torch.float32 if autocast else norm.dtype)
+        rows = embed()
+        graphs = alone and self.cuda_graphs
+        out = self._kernels.training_graphs.run(qformer, rows, image_embeds) if graphs else None
+        if call.past is not None:
+            out = self._run_after(qformer, call, rows, keys_values)
+        elif out is None:
             out = qformer.encode_embedded(
-                embed(),
+                rows,
                 call.num_queries,
                 attention_mask=call.attention_mask,
                 image_embeds=image_embeds,
@@ -708,18 +761,29 @@ def _remember(past: Sequence[KeysValues] | Cache | None, new: list[KeysValues]) 
 
 
 class LMOutput(CausalLMOutputWithCrossAttentions):
-    """What :class:`BertLMHeadModel` returns; ``logits`` may be a function, which makes them when they are read."""
+    """What :class:`BertLMHeadModel` returns; ``logits`` may be a function, which makes them when they are read, or when
+    all values are.
+    """
 
     @property
     def logits(self) -> Tensor | None:
         found = self.__dict__.get("logits")
-        if callable(found) and not isinstance(found, Tensor):
+        if callable(found):
             self["logits"] = found = found()
         return found
 
     @logits.setter
     def logits(self, value: Tensor | Callable[[], Tensor] | None) -> None:
         self.__dict__["logits"] = value
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if key == "loss" or (key == 0 and self.loss is not None):
+            return self.loss
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        found = super().get(key, default)
+        return self.logits if callable(found) else found
 
     def __reduce__(self):
         _ = self.logits
@@ -842,7 +906,7 @@ class BertLMHeadModel(BertPreTrainedModel, GenerationMixin):
         loss = None if labels is None else self._loss(rows, labels, reduction)
         out = LMOutput(
             loss=loss,
-            logits=self.cls(rows) if loss is None else functools.partial(self.cls, rows),
+            logits=self.cls(rows) if loss is None or not loss.requires_grad else self._later(rows),
             hidden_states=outputs.hidden_states if asked else None,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -850,21 +914,30 @@ class BertLMHeadModel(BertPreTrainedModel, GenerationMixin):
         )
         return out if return_dict else out.to_tuple()
 
+    def _later(self, rows: Tensor) -> Callable[[], Tensor]:
+        """The head of ``rows``, under the autocast of now and with gradients."""
+        device = rows.device.type
+        options = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+
+        def make() -> Tensor:
+            with torch.enable_grad(), torch.autocast(device, **options):
+                return self.cls(rows)
+
+        return make
+
     def _loss(self, rows: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        targets = labels[:, 1:]
-        counted = targets != -100
-        head = self.cls.predictions
-        loss = ops.linear_cross_entropy(
-            head.transform(rows[:, :-1][counted]),
-            weight_of(head.decoder),
-            head.decoder.bias,
-            targets[counted],
-            label_smoothing=LABEL_SMOOTHING,
-            reduction=reduction,
-        )
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        counted = (targets != -100).nonzero().squeeze(1)
+        targets = targets.index_select(0, counted)
+        head, options = self.cls.predictions, dict(label_smoothing=LABEL_SMOOTHING, reduction=reduction)
+        hooks = any(vars(x)[kind] for x in self.cls.modules() for kind in HOOKS)
+        if hooks or why_no_weight(head.decoder) is not None:
+            loss = F.cross_entropy(self.cls(rows).flatten(0, 1).index_select(0, counted), targets, **options)
+        else:
+            rows = head.transform(rows.flatten(0, 1).index_select(0, counted))
+            loss = ops.linear_cross_entropy(rows, weight_of(head.decoder), head.decoder.bias, targets, **options)
         if reduction == "none":
-            captions = counted.nonzero()[:, 0]
-            return loss.new_zeros(len(labels)).index_add(0, captions, loss)
+            return loss.new_zeros(len(labels)).index_add(0, counted // labels.shape[1], loss)
         return loss
 
     def prepare_inputs_for_generation(
@@ -916,7 +989,7 @@ class BertLMHeadModel(BertPreTrainedModel, GenerationMixin):
 
 
 def _counts_hidden_text(labels: Tensor, attention_mask: Tensor | None) -> bool:
-    if attention_mask is None or attention_mask.ndim != 2:
+    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] < labels.shape[1]:
         return False
     hidden = ~attention_mask[:, -labels.shape[1] :].bool()
     return bool((hidden[:, :-1] & (labels[:, 1:] != -100)).any())

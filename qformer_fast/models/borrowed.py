@@ -114,7 +114,7 @@ class BorrowedQFormer(QFormer):
         if text_width:
             text = PackedText.places(text_mask, batch, text_width, rows.device)
             parts.append(padded.pack_text(rows[:, num_queries:], text))
-        layout = padded.padded_layout(mask, attention_mask, text, batch, num_queries, rows.device)
+        layout = padded.padded_layout(mask, attention_mask, text, batch, num_queries, rows.device, text_width)
         packed = torch.cat(parts) if len(parts) > 1 else parts[0]
         weights = self.encoder_weights(packed)
         layer_inputs = None if keys_values is None else []

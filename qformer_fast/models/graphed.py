@@ -39,7 +39,9 @@ class TrainingGraphs:
         """Embedded rows (1 or images, queries, hidden), images (images, tokens, encoder_hidden) -> (images, queries,
         hidden), or None where it has to run without graphs.
         """
-        if self._pending() is not None:
+        if not (rows.is_cuda and torch.is_grad_enabled()) or self._pending() is not None:
+            return None
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return None
         inputs = rows, image_embeds
         places = [
@@ -147,7 +149,7 @@ class _Replay(torch.autograd.Function):
         if ctx.waits is None:
             raise RuntimeError(
                 "backward through a Q-Former's CUDA graph a second time: what it kept is gone, "
-                "replace_qformer(model, cuda_graphs=False) keeps it"
+                "replace_qformer(model, cuda_graphs=False), or cuda_graphs = False of LAVIS's BertModel, keeps it"
             )
         ctx.waits = None
         gradients = [None] * len(ctx.needs_input_grad[2:]) if dout is None else ctx.graph.backward(dout)

@@ -41,8 +41,11 @@ def padded_layout(
     batch: int,
     num_queries: int,
     device: torch.device,
+    text_width: int = 0,
 ) -> SequenceLayout:
-    """The layout of a padded batch in which sequence i looks at image i."""
+    """The layout of a padded batch in which sequence i looks at image i; ``text_width`` is that of the batch, of which
+    ``attention_mask`` tells.
+    """
     layout = SequenceLayout(
         num_queries=num_queries,
         image_index=torch.arange(batch if num_queries else 0, device=device),
@@ -54,7 +57,7 @@ def padded_layout(
     if attention_mask is None:
         return layout
     if attention_mask.ndim == 2:
-        if not hides_queries(attention_mask, num_queries, layout.max_text_length):
+        if not hides_queries(attention_mask, num_queries, text_width):
             return layout
         allowed = layout.padded_mask[:, 0] & attention_mask[:, None, :].bool()
     elif attention_mask.ndim == 4 and attention_mask.is_floating_point():

@@ -605,7 +605,7 @@ class QFormer(CheckpointMixin, nn.Module):
         text_mask = padded.text_attention_mask(attention_mask, batch, num_queries, text_width)
         if input_ids is not None:
             text = self.pack_text(input_ids, text_mask)
-        layout = padded.padded_layout(Mask[mask.upper()], attention_mask, text, batch, num_queries, device)
+        layout = padded.padded_layout(Mask[mask.upper()], attention_mask, text, batch, num_queries, device, text_width)
         rows = self.encode(layout, query_embeds=query_embeds, text=text, image_kv=image_kv)
         query_output = text_output = None
         if num_queries:

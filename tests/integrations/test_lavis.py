@@ -377,15 +377,44 @@ def test_losses_and_logits_equal_the_original(pair, batch, reduction):
     assert_near(*(x[keep[:, :-1]] for x in scores))
 
 
-def test_logits_beside_a_loss_are_made_when_read(pair, batch):
+def test_logits_beside_a_loss_are_made_when_read(pair, batch, monkeypatch):
     ours, _ = pair
-    rows = []
-    ours.cls.register_forward_hook(lambda _, inputs, out: rows.append(inputs[0].shape[:-1]))
+    rows, forward = [], type(ours.cls).forward
+
+    def counted(self, x):
+        rows.append(x.shape[:-1])
+        return forward(self, x)
+
+    monkeypatch.setattr(type(ours.cls), "forward", counted)
     out = caption_call(ours, batch)
-    assert not rows
+    assert out["loss"] is out[0] is out.loss and not rows
     assert "logits" in out and len(out) == 2
-    assert out.logits.shape == (BATCH, TEXT, 31000) and out.logits is out.logits
+    assert out.logits.shape == (BATCH, TEXT, 31000) and out.logits is out.get("logits") is out["logits"]
     assert len(rows) == 1
+
+
+def test_logits_are_those_of_the_call(pair, batch):
+    ours, theirs = pair
+    with torch.no_grad():
+        out, expected = caption_call(ours, batch).logits, caption_call(theirs, batch).logits
+    assert not out.requires_grad
+    assert_near(out[batch.mask.bool()], expected[batch.mask.bool()])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = caption_call(ours, batch)
+    assert out.logits.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert caption_call(ours, batch).loss is not None and out.logits.requires_grad
+
+
+def test_hooks_of_the_lm_head_and_layers_it_cannot_read(pair, batch):
+    for model in pair:
+        model.cls.predictions.decoder.register_forward_hook(lambda _, inputs, out: out * 0.5)
+    assert_near(*(caption_call(model, batch).loss for model in pair))
+    for model in pair:
+        model.cls.predictions.decoder = Doubled(64, 31000)
+        model.cls.predictions.decoder.weight = model.bert.embeddings.word_embeddings.weight
+        model.cls.predictions.decoder.bias = model.cls.predictions.bias
+    assert_near(*(caption_call(model, batch).loss for model in pair))
 
 
 def test_tuples_are_the_originals(pair, batch):
@@ -761,6 +790,62 @@ def test_parameters_changed_in_place_are_seen_in_inference(pair, batch):
             assert_near(*(queries_call(model, batch, use_cache=False).last_hidden_state for model in pair))
 
 
+def test_parameters_written_through_data_are_seen_after_train_or_eval(pair, batch):
+    with torch.no_grad():
+        queries_call(pair[0], batch, use_cache=False)
+        for model in pair:
+            for parameter in model.parameters():
+                parameter.data.mul_(1.1)
+            model.train().eval()
+        assert_near(*(queries_call(model, batch, use_cache=False).last_hidden_state for model in pair))
+
+
+def relu(model):
+    model.bert.encoder.layer[1].intermediate_query.intermediate_act_fn = nn.ReLU()
+
+
+def other_eps(model):
+    model.bert.encoder.layer[1].output_query.LayerNorm.eps = 0.1
+
+
+def every_other_layer(model):
+    model.bert.encoder.layer = nn.ModuleList(model.bert.encoder.layer[::2])
+    model.config.num_hidden_layers = 2
+
+
+def no_dropout_modules(model):
+    for layer in model.bert.encoder.layer:
+        layer.output_query.dropout = nn.Identity()
+
+
+def other_class(model):
+    part = copy.copy(model.bert.encoder.layer[1].intermediate_query)
+    part.__class__ = type("Other", (type(part),), {"forward": lambda self, x: self.dense(x).tanh()})
+    model.bert.encoder.layer[1].intermediate_query = part
+
+
+@pytest.mark.parametrize("change", [relu, other_eps, every_other_layer, no_dropout_modules, other_class])
+@torch.no_grad()
+def test_what_the_kernels_do_not_compute_runs_on_plain_pytorch(pair, batch, change, caplog):
+    queries_call(pair[0], batch)
+    for model in pair:
+        change(model)
+    assert_near(*(match_call(model, batch).last_hidden_state for model in pair))
+    assert len(warnings_of(caplog)) == 1
+
+
+@torch.no_grad()
+def test_a_mask_of_the_text_beside_queries(pair, batch):
+    """Queries and the longest caption are together as wide as the mask."""
+    ours, theirs = pair
+    ids = torch.randint(1000, 30522, (BATCH, 12))
+    mask = (torch.arange(12) < torch.tensor([[4], [2], [3]])).long()
+    batch.ids, batch.both = ids, torch.cat([torch.ones(BATCH, QUERIES, dtype=torch.long), mask], dim=1)
+    expected = match_call(theirs, batch).last_hidden_state[:, :QUERIES]
+    batch.both = mask
+    assert_near(match_call(ours, batch).last_hidden_state[:, :QUERIES], expected)
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -881,6 +966,19 @@ class TestOnAGPU:
         for name, high in found["high"].items():
             error, plain = ((found[x][name].float() - high).norm() for x in ("ours", "low"))
             assert error <= 3 * plain + 2e-3 * high.norm(), (name, error, plain, high.norm())
+
+    def test_training_of_queries_alone_runs_as_cuda_graphs(self, pair, batch, assert_gradients_close):
+        """As blip2_opt.py and MiniGPT-4 call it: without text and without a cache."""
+        batch = types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
+        ours, theirs = (without_dropout(model.cuda()).train() for model in pair)
+        for _ in range(4):
+            found = []
+            for model in (ours, theirs):
+                model.zero_grad()
+                queries_call(model, batch, use_cache=False).last_hidden_state.pow(3).sum().backward()
+                found.append({name: x for name, x in gradients_of(model).items() if "key.bias" not in name})
+            assert_gradients_close(*found, 1e-4)
+        assert ours.bert._kernels.training_graphs._graphs
 
     @pytest.mark.parametrize("options", [dict(num_beams=1), dict(num_beams=3, max_length=12, min_length=4)])
     def test_generate_runs_unchanged(self, original, spread_weights, options):
