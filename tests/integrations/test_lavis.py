@@ -563,6 +563,8 @@ def add_generate(qformer):
 
     def expand(self, expand_size, is_encoder_decoder, input_ids, **model_kwargs):
         """As transformers 4.26: LAVIS repeats images and queries for the beams itself."""
+        if model_kwargs.get("attention_mask") is not None:
+            model_kwargs["attention_mask"] = model_kwargs["attention_mask"].repeat_interleave(expand_size, dim=0)
         return input_ids.repeat_interleave(expand_size, dim=0), model_kwargs
 
     bases = type(qformer), GenerationMixin
