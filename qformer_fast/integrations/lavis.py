@@ -1,6 +1,6 @@
 """LAVIS's Q-Former classes on this package's kernels.
 
-In LAVIS, MiniGPT-4, Video-LLaMA and what grew out of them one import changes::
+In code of LAVIS, MiniGPT-4, Video-LLaMA and what grew out of them, ported to transformers 5, one import changes::
 
     from qformer_fast.integrations.lavis import BertConfig, BertLMHeadModel
 
@@ -341,9 +341,7 @@ class _Kernels:
     """
 
     def __init__(self) -> None:
-        self._children: list[dict[str, nn.Module | None]] = []
         self._seen: list[dict[str, nn.Module | None]] = []
-        self._dropouts: list[nn.Dropout] = []
         self._warned: set[str] = set()
         self._qformer: BorrowedQFormer | None = None
 
@@ -409,9 +407,6 @@ def _borrow(bert: BertModel, attention: list[BertSelfAttention], dropouts: list[
         raise ValueError("config.add_cross_attention is False")
     for module in bert.encoder.modules():
         _check_module(module, config)
-    for index, layer in enumerate(bert.encoder.layer):
-        if layer.has_cross_attention != (index % config.cross_attention_freq == 0):
-            raise ValueError("cross-attention is not in every cross_attention_freq-th layer from the first")
     of_attention = {id(x.dropout) for x in attention}
     probabilities = {(id(x) in of_attention, x.p) for x in dropouts}
     if len(probabilities) != 2:
@@ -425,6 +420,8 @@ def _borrow(bert: BertModel, attention: list[BertSelfAttention], dropouts: list[
         hidden_dropout_prob=dict(probabilities)[False],
         attention_probs_dropout_prob=dict(probabilities)[True],
     )
+    if any(layer.has_cross_attention != sizes.has_cross_attention(i) for i, layer in enumerate(bert.encoder.layer)):
+        raise ValueError("cross-attention is not in every cross_attention_freq-th layer from the first")
 
     def renamed(name: str) -> str:
         return re.sub(r"attention\.attention$", "attention.self", name)
@@ -617,11 +614,13 @@ class BertModel(BertPreTrainedModel):
         qformer.follow(self.encoder.training)
         qformer.query_encoder.graphs = self.cuda_graphs
         qformer.gradient_checkpointing = "layer" if call.checkpointing else "none"
-        image_embeds, image_mask = call.image_embeds, None
+        image_embeds, image_mask = call.image_embeds, call.image_mask
         if image_embeds is not None:
             image_embeds = image_embeds if autocast else image_embeds.to(norm.dtype)
-            image_mask = padded.image_attention_mask(call.image_mask, image_embeds, call.num_queries)
-        alone = query_embeds is not None and all(x is None for x in (call.attention_mask, image_mask, keys_values))
+        alone = query_embeds is not None and call.attention_mask is None and keys_values is None
+        if alone:
+            image_mask = padded.image_attention_mask(image_mask, image_embeds, call.num_queries)
+            alone = image_mask is None
         if alone and not (qformer.training or torch.is_grad_enabled()):
             out = qformer.encode_queries(query_embeds.to(norm.dtype), image_embeds)
             return out.to(torch.float32 if autocast else norm.dtype)

@@ -108,13 +108,13 @@ class BorrowedQFormer(QFormer):
             self.check_queries(rows[:, :num_queries], image_embeds, batch)
             readers = padded.image_attention_mask(image_mask, image_embeds, num_queries)
             image_kv = self.image_kv(image_embeds, image_mask=readers)
-        text_mask = padded.text_attention_mask(attention_mask, batch, num_queries, text_width)
+        text_mask, whole_mask = padded.split_attention_mask(attention_mask, batch, num_queries, text_width)
         rows = rows.expand(batch, -1, -1)
         parts = [rows[:, :num_queries].flatten(0, 1)] if num_queries else []
         if text_width:
             text = PackedText.places(text_mask, batch, text_width, rows.device)
             parts.append(padded.pack_text(rows[:, num_queries:], text))
-        layout = padded.padded_layout(mask, attention_mask, text, batch, num_queries, rows.device, text_width)
+        layout = padded.padded_layout(mask, whole_mask, text, batch, num_queries, rows.device)
         packed = torch.cat(parts) if len(parts) > 1 else parts[0]
         weights = self.encoder_weights(packed)
         layer_inputs = None if keys_values is None else []

@@ -10,28 +10,29 @@ from torch import Tensor
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 
 
-def text_attention_mask(attention_mask: Tensor | None, batch: int, num_queries: int, text_width: int) -> Tensor | None:
-    """The text columns of a 2-D mask, (batch, text), or None where the mask says nothing of the text alone.
+def split_attention_mask(
+    attention_mask: Tensor | None, batch: int, num_queries: int, text_width: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The text columns of a 2-D mask, (batch, text), where it hides text alone, else the whole mask for
+    :func:`padded_layout`; the other one, or both, None.
 
     Raises:
         ValueError: not one of the shapes that :meth:`QFormer.forward` lists.
     """
     if attention_mask is None:
-        return None
+        return None, None
     width = num_queries + text_width
     shapes = {(batch, text_width), (batch, width), (batch, width, width), (batch, 1, width, width)}
     if tuple(attention_mask.shape) not in shapes:
         raise ValueError(
             f"attention_mask must have one of the shapes {sorted(shapes)}, got {tuple(attention_mask.shape)}"
         )
-    if attention_mask.ndim > 2 or hides_queries(attention_mask, num_queries, text_width):
-        return None
-    return attention_mask[:, -text_width:] if text_width else None
-
-
-def hides_queries(attention_mask: Tensor, num_queries: int, text_width: int) -> bool:
-    covers_queries = num_queries > 0 and attention_mask.shape[1] == num_queries + text_width
-    return covers_queries and not bool(attention_mask[:, :num_queries].all())
+    if attention_mask.ndim > 2:
+        return None, attention_mask
+    covers_queries = num_queries > 0 and attention_mask.shape[1] == width
+    if covers_queries and not bool(attention_mask[:, :num_queries].all()):
+        return None, attention_mask
+    return (attention_mask[:, -text_width:] if text_width else None), None
 
 
 def padded_layout(
@@ -41,11 +42,8 @@ def padded_layout(
     batch: int,
     num_queries: int,
     device: torch.device,
-    text_width: int = 0,
 ) -> SequenceLayout:
-    """The layout of a padded batch in which sequence i looks at image i; ``text_width`` is that of the batch, of which
-    ``attention_mask`` tells.
-    """
+    """The layout of a padded batch in which sequence i looks at image i; ``attention_mask`` covers all its rows."""
     layout = SequenceLayout(
         num_queries=num_queries,
         image_index=torch.arange(batch if num_queries else 0, device=device),
@@ -57,8 +55,6 @@ def padded_layout(
     if attention_mask is None:
         return layout
     if attention_mask.ndim == 2:
-        if not hides_queries(attention_mask, num_queries, text_width):
-            return layout
         allowed = layout.padded_mask[:, 0] & attention_mask[:, None, :].bool()
     elif attention_mask.ndim == 4 and attention_mask.is_floating_point():
         allowed = attention_mask[:, 0]

@@ -602,10 +602,10 @@ class QFormer(CheckpointMixin, nn.Module):
             if input_ids.shape[0] != batch:
                 raise ValueError(f"input_ids must have batch size {batch}, got {input_ids.shape[0]}")
             text_width = input_ids.shape[1]
-        text_mask = padded.text_attention_mask(attention_mask, batch, num_queries, text_width)
+        text_mask, whole_mask = padded.split_attention_mask(attention_mask, batch, num_queries, text_width)
         if input_ids is not None:
             text = self.pack_text(input_ids, text_mask)
-        layout = padded.padded_layout(Mask[mask.upper()], attention_mask, text, batch, num_queries, device, text_width)
+        layout = padded.padded_layout(Mask[mask.upper()], whole_mask, text, batch, num_queries, device)
         rows = self.encode(layout, query_embeds=query_embeds, text=text, image_kv=image_kv)
         query_output = text_output = None
         if num_queries:
