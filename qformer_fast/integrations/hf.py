@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from qformer_fast.config import QFormerConfig
 from qformer_fast.models import padded
 from qformer_fast.models.borrowed import BorrowedQFormer
-from qformer_fast.models.graphed import TrainingGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +122,7 @@ class _Replacement:
     def __init__(self, module: nn.Module, kind: str, compute_dtype: torch.dtype | None, cuda_graphs: bool):
         self.module, self.compute_dtype = module, compute_dtype
         self.qformer = BorrowedQFormer(QFormerConfig.from_hf(module.config), module, norm=NORMS[kind])
-        self.qformer.query_encoder.graphs = cuda_graphs
-        self.training_graphs = TrainingGraphs() if cuda_graphs else None
+        self.qformer.cuda_graphs = cuda_graphs
         self.qformer.follow(module.training)
         self.forward = _blip2_forward if kind == "Blip2QFormerModel" else _instructblip_forward
         inner = [x for x in module.modules() if x is not module]
@@ -208,11 +206,7 @@ class _Replacement:
             if alone and not (self.module.training or torch.is_grad_enabled()):
                 out = qformer.encode_queries(query_embeds.to(norm.dtype), image_embeds)
             else:
-                rows = embed()
-                graphs = self.training_graphs if alone else None
-                out = None if graphs is None else graphs.run(self.qformer, rows, image_embeds)
-                if out is None:
-                    out = qformer.encode_embedded(rows, num_queries, image_embeds=image_embeds, **masks)
+                out = qformer.encode_embedded(embed(), num_queries, image_embeds=image_embeds, **masks)
         return out.to(torch.float32 if autocast else norm.dtype)
 
 

@@ -59,7 +59,6 @@ from qformer_fast.models import padded
 from qformer_fast.models.adapters import weight_of, why_no_weight
 from qformer_fast.models.borrowed import BorrowedQFormer
 from qformer_fast.models.generation import CACHE
-from qformer_fast.models.graphed import TrainingGraphs
 
 __all__ = ["BertConfig", "BertLMHeadModel", "BertModel"]
 
@@ -372,7 +371,6 @@ class _Kernels:
         self._norms = [x for x in modules if isinstance(x, nn.LayerNorm)]
         self._layers = [x for x in modules if isinstance(x, BertLayer)]
         self._seen_settings = self._settings()
-        self.training_graphs = TrainingGraphs()
         attention = [x for x in modules if isinstance(x, BertSelfAttention)]
         self._cross_attention = [x for x in attention if x.is_cross_attention]
         try:
@@ -612,7 +610,7 @@ class BertModel(BertPreTrainedModel):
         norm = qformer.layernorm.weight
         autocast = torch.is_autocast_enabled(norm.device.type)
         qformer.follow(self.encoder.training)
-        qformer.query_encoder.graphs = self.cuda_graphs
+        qformer.cuda_graphs = self.cuda_graphs
         qformer.gradient_checkpointing = "layer" if call.checkpointing else "none"
         image_embeds, image_mask = call.image_embeds, call.image_mask
         if image_embeds is not None:
@@ -625,11 +623,13 @@ class BertModel(BertPreTrainedModel):
             out = qformer.encode_queries(query_embeds.to(norm.dtype), image_embeds)
             return out.to(torch.float32 if autocast else norm.dtype)
         rows = embed()
-        graphs = alone and self.cuda_graphs
-        out = self._kernels.training_graphs.run(qformer, rows, image_embeds) if graphs else None
         if call.past is not None:
-            out = self._run_after(qformer, call, rows, keys_values)
-        elif out is None:
+            mask = call.attention_mask
+            text_mask = mask[:, call.past_length :] if mask is not None and mask.ndim == 2 else None
+            out = qformer.encode_embedded_after(
+                rows, call.past, call.allowed(rows), text_mask=text_mask, keys_values=keys_values
+            )
+        else:
             out = qformer.encode_embedded(
                 rows,
                 call.num_queries,
@@ -640,20 +640,6 @@ class BertModel(BertPreTrainedModel):
                 keys_values=keys_values,
             )
         return out.to(torch.float32 if autocast else norm.dtype)
-
-    def _run_after(
-        self, qformer: BorrowedQFormer, call: _Call, rows: Tensor, keys_values: list[KeysValues] | None
-    ) -> Tensor:
-        places, (batch, width, _) = None, rows.shape
-        allowed = call.allowed(rows)
-        rows = rows.flatten(0, 1)
-        if call.attention_mask is not None and call.attention_mask.ndim == 2:
-            places = call.attention_mask[:, call.past_length :].flatten().nonzero().squeeze(1)
-            if len(places) == batch * width:
-                places = None
-        rows = rows if places is None else rows[places]
-        out = qformer.encode_after(rows, call.past, allowed, places, keys_values)
-        return padded.spread_rows(out, places, batch * width).unflatten(0, (batch, width))
 
     def _run_plain(
         self, call: _Call, rows: Tensor, head_mask: Tensor | None, keys_values: list[KeysValues] | None

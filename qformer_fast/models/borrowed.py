@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import collections
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from qformer_fast.config import QFormerConfig
 from qformer_fast.layout import Mask, PackedText
 from qformer_fast.models import padded
 from qformer_fast.models.adapters import why_no_weight
+from qformer_fast.models.graphed import Encode, Inputs, TrainingGraphs
 from qformer_fast.models.qformer import (
     CrossAttention,
     Dense,
@@ -51,6 +54,16 @@ class BorrowedQFormer(QFormer):
                 module._modules = owner.get_submodule(renamed(name) if renamed else name)._modules
         self._own = [m for m in self.modules() if isinstance(m, QFormerLayer | SelfAttention | CrossAttention)]
         self._leaves = [*self._find_leaves(), (self._norm_owner, self._norm)]
+        self._training_graphs = collections.defaultdict(TrainingGraphs)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether calls on a GPU may run as CUDA graphs."""
+        return self.query_encoder.graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        self.query_encoder.graphs = value
 
     @property
     def layernorm(self) -> nn.Module:
@@ -102,34 +115,126 @@ class BorrowedQFormer(QFormer):
             ValueError: sizes that disagree; the message names the argument.
         """
         batch = rows.shape[0] if image_embeds is None or not num_queries else image_embeds.shape[0]
-        text_width = rows.shape[1] - num_queries
-        image_kv, text = None, None
+        text_width, readers = rows.shape[1] - num_queries, None
         if num_queries:
             self.check_queries(rows[:, :num_queries], image_embeds, batch)
             readers = padded.image_attention_mask(image_mask, image_embeds, num_queries)
-            image_kv = self.image_kv(image_embeds, image_mask=readers)
         text_mask, whole_mask = padded.split_attention_mask(attention_mask, batch, num_queries, text_width)
-        rows = rows.expand(batch, -1, -1)
-        parts = [rows[:, :num_queries].flatten(0, 1)] if num_queries else []
+        kind = num_queries > 0, text_width > 0, keys_values is not None
+        graphs = self._graphs_for(kind, rows) if whole_mask is None else None
+        position_ids = offsets = None
+        max_length = 0
         if text_width:
             text = PackedText.places(text_mask, batch, text_width, rows.device)
-            parts.append(padded.pack_text(rows[:, num_queries:], text))
-        layout = padded.padded_layout(mask, whole_mask, text, batch, num_queries, rows.device)
-        packed = torch.cat(parts) if len(parts) > 1 else parts[0]
-        weights = self.encoder_weights(packed)
-        layer_inputs = None if keys_values is None else []
-        out = self.encode_rows(packed, layout, image_kv=image_kv, weights=weights, layer_inputs=layer_inputs)
+            if graphs is not None and text_mask is not None:
+                text = graphs.fill(text, text_width)
+            position_ids, offsets, max_length = text.position_ids, text.offsets, text.max_length
 
-        def pad(rows: Tensor) -> Tensor:
-            """(rows, width) -> (batch, num_queries + text, width)"""
-            found = [rows[: layout.num_query_rows].unflatten(0, (batch, num_queries))] if num_queries else []
+        def encode(
+            rows: Tensor,
+            image_embeds: Tensor | None,
+            readers: Tensor | None,
+            position_ids: Tensor | None,
+            offsets: Tensor | None,
+        ) -> tuple[Tensor, ...]:
+            text = None if offsets is None else PackedText(position_ids, position_ids, offsets, max_length)
+            layout = padded.padded_layout(mask, whole_mask, text, batch, num_queries, rows.device)
+            image_kv = self.image_kv(image_embeds, image_mask=readers) if num_queries else None
+            rows = rows.expand(batch, -1, -1)
+            parts = [rows[:, :num_queries].flatten(0, 1)] if num_queries else []
             if text is not None:
-                found.append(padded.unpack_text(rows[layout.num_query_rows :], text, text_width))
-            return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+                places = padded.places_of(text, batch, text_width)
+                parts.append(padded.gather_rows(rows[:, num_queries:].flatten(0, 1), places))
+            packed = torch.cat(parts) if len(parts) > 1 else parts[0]
+            weights = self.encoder_weights(packed)
+            layer_inputs = None if keys_values is None else []
+            out = self.encode_rows(packed, layout, image_kv=image_kv, weights=weights, layer_inputs=layer_inputs)
 
-        if keys_values is not None:
-            for layer, rows, layer_weights in zip(self.encoder.layer, layer_inputs, weights.layers, strict=True):
+            def pad(rows: Tensor) -> Tensor:
+                """(rows, width) -> (batch, num_queries + text, width)"""
+                found = [rows[: layout.num_query_rows].unflatten(0, (batch, num_queries))] if num_queries else []
+                if text is not None:
+                    spread = padded.spread_rows(rows[layout.num_query_rows :], places, batch * text_width)
+                    found.append(spread.unflatten(0, (batch, text_width)))
+                return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+            found = [pad(out)]
+            for layer, rows, layer_weights in zip(
+                self.encoder.layer, layer_inputs or (), weights.layers, strict=keys_values is not None
+            ):
                 both = layer.attention.project(rows, layer_weights.self_attention, keys_values_only=True)
                 heads = self.config.num_attention_heads, self.config.headdim
-                keys_values.append(tuple(pad(x.flatten(1)).unflatten(-1, heads).transpose(1, 2) for x in both))
-        return pad(out)
+                found += [pad(x.flatten(1)).unflatten(-1, heads).transpose(1, 2) for x in both]
+            return tuple(found)
+
+        return self._run(
+            graphs, encode, (rows, image_embeds, readers, position_ids, offsets), (kind, mask, max_length), keys_values
+        )
+
+    def encode_embedded_after(
+        self,
+        rows: Tensor,
+        past: Sequence[tuple[Tensor, Tensor]],
+        allowed: Tensor,
+        *,
+        text_mask: Tensor | None = None,
+        keys_values: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Padded text after embeddings, LayerNorm and dropout that looks back at rows which were encoded before.
+
+        Args:
+            rows (Tensor): (batch, text, hidden).
+            past, allowed: as in :meth:`QFormer.encode_after`.
+            text_mask (Tensor, Optional): (batch, text), zero at padding. Default: `None`, none.
+            keys_values (list, Optional): is given each layer's of the text, (batch, nheads, text, headdim), zeros at
+                padding.
+
+        Returns:
+            Tensor: (batch, text, hidden), zeros at padding.
+        """
+        batch, width, _ = rows.shape
+        kind = "after", keys_values is not None
+        # computed again in backward, PyTorch's attention would drop other weights in a capture
+        checkpointing = self.training and self.gradient_checkpointing != "none"
+        graphs = None if checkpointing else self._graphs_for(kind, rows)
+        places = None
+        if text_mask is not None:
+            text = PackedText.places(text_mask, batch, width, rows.device)
+            if graphs is not None:
+                text = graphs.fill(text, width)
+            places = padded.places_of(text, batch, width)
+
+        def encode(rows: Tensor, allowed: Tensor, places: Tensor | None, *past: Tensor) -> tuple[Tensor, ...]:
+            found: list[tuple[Tensor, Tensor]] = []
+            pairs = list(zip(past[::2], past[1::2], strict=True))
+            packed = padded.gather_rows(rows.flatten(0, 1), places)
+            out = self.encode_after(packed, pairs, allowed, places, None if keys_values is None else found)
+            out = padded.spread_rows(out, places, batch * width).unflatten(0, (batch, width))
+            return out, *itertools.chain(*found)
+
+        inputs = rows, allowed, places, *itertools.chain(*past)
+        return self._run(graphs, encode, inputs, kind, keys_values)
+
+    def _graphs_for(self, kind: Hashable, rows: Tensor) -> TrainingGraphs | None:
+        """None where ``rows`` have to run without graphs."""
+        if not (self.cuda_graphs and rows.is_cuda and torch.is_grad_enabled()):
+            return None
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return None
+        graphs = self._training_graphs[kind]
+        return graphs if graphs.takes_one_more else None
+
+    def _run(
+        self,
+        graphs: TrainingGraphs | None,
+        encode: Encode,
+        inputs: Inputs,
+        settings: Hashable,
+        keys_values: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:
+        """``encode``'s first result; the others, a layer's keys and values each, are added to ``keys_values``."""
+        found = None if graphs is None else graphs.run(self, encode, inputs, settings)
+        out, *both = encode(*inputs) if found is None else found
+        if keys_values is not None:
+            keys_values.extend(zip(both[::2], both[1::2], strict=True))
+        return out

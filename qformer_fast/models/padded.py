@@ -48,7 +48,7 @@ def padded_layout(
         num_queries=num_queries,
         image_index=torch.arange(batch if num_queries else 0, device=device),
         text_offsets=torch.zeros(batch + 1, dtype=torch.int64, device=device) if text is None else text.offsets,
-        masks=torch.full((batch,), int(mask), device=device),
+        masks=torch.full((batch if text is None else len(text),), int(mask), device=device),
         num_text_rows=0 if text is None else text.num_rows,
         max_text_length=0 if text is None else text.max_length,
     )
@@ -83,22 +83,20 @@ def image_attention_mask(attention_mask: Tensor | None, image_embeds: Tensor, nu
     return None if bool(mask.all()) else mask
 
 
-def pack_text(embeds: Tensor, text: PackedText) -> Tensor:
-    """The rows (rows, hidden) that :func:`unpack_text` puts back to their places in (batch, width, hidden)."""
-    return embeds[_captions(text), text.position_ids]
+def places_of(text: PackedText, batch: int, width: int) -> Tensor:
+    """(rows,) int64: the place of each text row in (batch * width), ``batch * width`` for what fills up."""
+    captions = torch.arange(len(text), device=text.offsets.device)
+    captions = torch.repeat_interleave(captions, text.lengths, output_size=text.num_rows)
+    return (captions * width + text.position_ids).clamp(max=batch * width)
 
 
-def unpack_text(rows: Tensor, text: PackedText, width: int) -> Tensor:
-    """Text rows (rows, hidden) at their columns of (batch, width, hidden), zeros elsewhere."""
-    return rows.new_zeros(len(text), width, rows.shape[-1]).index_put((_captions(text), text.position_ids), rows)
+def gather_rows(padded: Tensor, places: Tensor | None) -> Tensor:
+    """The rows at ``places`` of (num_places, width), some row for what fills up; None: all."""
+    return padded if places is None else padded.index_select(0, places.clamp(max=len(padded) - 1))
 
 
 def spread_rows(rows: Tensor, places: Tensor | None, num_places: int) -> Tensor:
     """``rows`` (rows, width) at their places (num_places, width), zeros elsewhere; None: they are all there."""
-    return rows if places is None else rows.new_zeros(num_places, rows.shape[1]).index_copy(0, places, rows)
-
-
-def _captions(text: PackedText) -> Tensor:
-    """(rows,) int64, the caption of each row."""
-    captions = torch.arange(len(text), device=text.offsets.device)
-    return torch.repeat_interleave(captions, text.lengths, output_size=text.num_rows)
+    if places is None:
+        return rows
+    return rows.new_zeros(num_places + 1, rows.shape[1]).index_copy(0, places, rows)[:num_places]

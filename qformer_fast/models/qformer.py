@@ -246,7 +246,7 @@ class QFormerLayer(nn.Module):
         attention_dropout_p = config.attention_probs_dropout_prob if self.training else 0.0
         context = F.scaled_dot_product_attention(q, keys, values, allowed[:, None], attention_dropout_p)
         context = context.transpose(1, 2).flatten(2).flatten(0, 1)
-        out = F.linear(context if places is None else context[places], out_weight, out_bias)
+        out = F.linear(padded.gather_rows(context, places), out_weight, out_bias)
         hidden_dropout_p = config.hidden_dropout_prob if self.training else 0.0
         rows = ops.dropout_add_layer_norm(out, rows, *norm, eps=config.layer_norm_eps, dropout_p=hidden_dropout_p)
         return self.feed_forward(rows[:0], rows, weights), k, v
@@ -611,7 +611,9 @@ class QFormer(CheckpointMixin, nn.Module):
         if num_queries:
             query_output = rows[: layout.num_query_rows].unflatten(0, (batch, num_queries))
         if text is not None:
-            text_output = padded.unpack_text(rows[layout.num_query_rows :], text, text_width)
+            places = padded.places_of(text, batch, text_width)
+            text_output = padded.spread_rows(rows[layout.num_query_rows :], places, batch * text_width)
+            text_output = text_output.unflatten(0, (batch, text_width))
         parts = [part for part in (query_output, text_output) if part is not None]
         return QFormerOutput(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], query_output, text_output)
 
@@ -723,8 +725,8 @@ class QFormer(CheckpointMixin, nn.Module):
             rows (Tensor): (rows, hidden), text without its padding.
             past (Sequence): of each layer, self-attention keys and values (batch, nheads, past, headdim).
             allowed (Tensor): (batch, text, past + text) bool, True = may look.
-            places (Tensor, Optional): (rows,) int64, where each row lies in (batch * text). Default: `None`, all are
-                there.
+            places (Tensor, Optional): (rows,) int64, where each row lies in (batch * text), beyond it for what fills
+                up. Default: `None`, all are there.
             keys_values (list, Optional): is given each layer's keys and values of the text, (batch, nheads, text,
                 headdim), zeros where there is no row.
 

@@ -17,6 +17,7 @@ from qformer_fast import overlap
 from qformer_fast.config import Checkpointing
 from qformer_fast.layout import PackedText, SequenceLayout
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output, pairs_of
+from qformer_fast.models.graphed import room_for, round_up
 from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
 from qformer_fast.ops._seeds import seeds_ahead
@@ -141,7 +142,7 @@ class GraphedStage1:
                 for parameter, gradient, _ in self._attached:
                     parameter.grad = gradient
                 return capture.finish()
-            self._negative_rows[text_rows] = _round_up(negative_rows, bucket) + bucket
+            self._negative_rows[text_rows] = round_up(negative_rows, bucket) + bucket
             torch.cuda.set_rng_state(state, device)
 
     def _prepare_gradients(self) -> tuple[bool, list[Tensor]]:
@@ -185,17 +186,6 @@ class GraphedStage1:
             capture.record(self._pool, self._stream, self._beside)
         torch.cuda.set_rng_state(state, self.model.temp.device)
         return capture
-
-
-def _round_up(rows: int, bucket: int) -> int:
-    return -(-rows // bucket) * bucket
-
-
-def room_for(rows: int, bucket: int, known: set[int]) -> int:
-    """A multiple of ``bucket``, at least ``rows`` and less than two buckets more, if possible of the ``known``."""
-    room = _round_up(rows, bucket)
-    larger = room + bucket
-    return larger if room not in known and (larger in known or room > max(known, default=room)) else room
 
 
 def _with_own_leaves(model: nn.Module) -> nn.Module:

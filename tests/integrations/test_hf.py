@@ -719,7 +719,8 @@ class TestCuda:
                     torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
     def training_graphs(self, model):
-        return model.__dict__["_qformer_fast"].training_graphs._graphs
+        found = model.__dict__["_qformer_fast"].qformer._training_graphs
+        return [graphs for of_kind in found.values() for graphs in of_kind._graphs]
 
     @pytest.mark.parametrize("lora", [False, True])
     def test_training_graphs_train_as_without(self, lora, assert_gradients_close):
@@ -753,6 +754,34 @@ class TestCuda:
             torch.tensor(found["graphs"][0]), torch.tensor(found["plain"][0]), rtol=1e-3, atol=1e-4
         )
         assert_gradients_close(found["graphs"][1], found["plain"][1], 1e-2, zero=r"(query|key)\..*lora|query.bias")
+
+    def test_text_beside_queries_trains_as_cuda_graphs(self, assert_gradients_close):
+        """InstructBLIP's: captions of other lengths in each step, within one padded width."""
+        found = []
+        for replaced in (True, False):
+            torch.manual_seed(0)
+            model, run = instructblip(TINY)
+            qformer = spread(model).cuda().train().qformer
+            if replaced:
+                replace_qformer(model)
+            losses = []
+            for step in range(6):
+                torch.manual_seed(step)
+                queries = torch.randn(1, QUERIES, TINY["hidden_size"]).expand(3, -1, -1).cuda()
+                images = torch.randn(3, 9, TINY["encoder_hidden_size"]).cuda()
+                ids = torch.randint(1, 50, (3, 24)).cuda()
+                seen = (torch.arange(24) < torch.randint(1, 24, (3, 1))).long().cuda()
+                mask = torch.cat([torch.ones(3, QUERIES, dtype=torch.long, device="cuda"), seen], dim=1)
+                qformer.zero_grad()
+                out = qformer(ids, mask, query_embeds=queries, encoder_hidden_states=images).last_hidden_state
+                loss = scalar_on_gpu(out[:, :QUERIES])
+                loss.backward()
+                losses.append(float(loss))
+            found.append((losses, gradients(qformer)))
+            if replaced:
+                assert self.training_graphs(qformer)
+        torch.testing.assert_close(*(torch.tensor(losses) for losses, _ in found), rtol=1e-3, atol=1e-4)
+        assert_gradients_close(found[0][1], found[1][1], 1e-3)
 
     def test_a_forward_that_waits_is_not_written_over(self, assert_gradients_close):
         model, plain = tiny_qformer().cuda().train(), tiny_qformer().cuda().train()

@@ -1,6 +1,7 @@
 """The drop-in for LAVIS's Qformer.py against the original's own files."""
 
 import copy
+import itertools
 import logging
 import pickle
 import types
@@ -13,6 +14,8 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 
 from qformer_fast import Blip2QFormer, QFormerConfig, use_backend
 from qformer_fast.integrations.lavis import BertConfig, BertLMHeadModel, BertModel
+from qformer_fast.models.borrowed import BorrowedQFormer
+from qformer_fast.models.graphed import TrainingGraphs
 
 SIZES = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, encoder_hidden_size=48)
 CONFIG = QFormerConfig(**SIZES, num_query_tokens=8, vocab_size=31000)
@@ -440,6 +443,12 @@ def test_no_label_gives_nan_as_in_the_original(pair, batch):
         assert caption_call(model, batch, labels=torch.full_like(batch.ids, -100)).loss.isnan()
 
 
+def captured(qformer):
+    """The CUDA graphs of training."""
+    found = qformer.bert._kernels.find(qformer.bert)._training_graphs
+    return [graphs for of_kind in found.values() for graphs in of_kind._graphs]
+
+
 def gradients_of(model):
     return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in model.named_parameters()}
 
@@ -508,6 +517,32 @@ def test_stage1_forward_runs_unchanged(
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=0)
     assert_gradients_close(our_gradients, their_gradients, 1e-4)
+
+
+def test_stage1_forward_on_text_filled_up_as_for_cuda_graphs(
+    original, make_captions, spread_weights, assert_gradients_close, monkeypatch
+):
+    """Graphs themselves need a GPU; the rows that fill up their shapes do not."""
+    given, fill = [], TrainingGraphs.fill
+
+    def seen(graphs, text, width):
+        filled = fill(graphs, text, width)
+        given.append((text.num_rows, filled.num_rows))
+        return filled
+
+    monkeypatch.setattr(TrainingGraphs, "run", lambda *_: None)
+    monkeypatch.setattr(TrainingGraphs, "fill", seen)
+    monkeypatch.setattr(BorrowedQFormer, "_graphs_for", lambda self, kind, _: self._training_graphs[kind])
+    pair = stage1_pair(original, QFormerConfig(**SIZES, **NO_DROPOUT, num_query_tokens=8), spread_weights)
+    for lengths in ([2, 5, 32, 7, 12], [32, 3, 9, 30, 4]):
+        images, text = torch.randn(5, 17, 48), make_captions(lengths, 32)
+        (ours, our_gradients), (theirs, their_gradients) = (
+            run_stage1(original, model.train(), images, text, neighbours(5)) for model in pair
+        )
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=0)
+        assert_gradients_close(our_gradients, their_gradients, 1e-4)
+    assert len(given) == 6 and all(before < after and after % 16 == 0 for before, after in given)
 
 
 def test_stage1_forward_with_gradient_checkpointing(original, make_captions, spread_weights, assert_gradients_close):
@@ -980,7 +1015,53 @@ class TestOnAGPU:
                 queries_call(model, batch, use_cache=False).last_hidden_state.pow(3).sum().backward()
                 found.append({name: x for name, x in gradients_of(model).items() if "key.bias" not in name})
             assert_gradients_close(*found, 1e-4)
-        assert ours.bert._kernels.training_graphs._graphs
+        assert captured(ours)
+
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+    def test_stage1_trains_as_cuda_graphs(self, original, dtype, make_captions, spread_weights, assert_gradients_close):
+        """Four passes of a step wait for their backward at once; those with text come in two sizes."""
+        config = QFormerConfig(**SIZES, **NO_DROPOUT, num_query_tokens=8)
+        ours, theirs = (model.cuda().train() for model in stage1_pair(original, config, spread_weights))
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.02) for model in (ours, theirs)]
+        for lengths in [[2, 5, 32, 7, 12], [32, 3, 9, 30, 4]] * 4:
+            images = torch.randn(5, 17, 48, device="cuda")
+            text = [x.cuda() for x in make_captions(lengths, 32)]
+            found = []
+            for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+                optimizer.zero_grad()
+                with torch.autocast("cuda", dtype, enabled=dtype is not None):
+                    found.append(run_stage1(original, model, images, text, neighbours(5)))
+                optimizer.step()
+            (losses, gradients), (their_losses, their_gradients) = found
+            for name, value in their_losses.items():
+                band = 1e-3 if dtype is None else 0.1
+                torch.testing.assert_close(losses[name].float(), value.float(), rtol=band, atol=0)
+            if dtype is None:
+                assert_gradients_close(gradients, their_gradients, 1e-3)
+        assert len(captured(ours.Qformer)) == 7
+
+    def test_dropout_of_stage1s_cuda_graphs_is_drawn_anew(self, original, make_captions, spread_weights):
+        config = QFormerConfig(**SIZES, num_query_tokens=8)
+        model = stage1_pair(original, config, spread_weights)[0].cuda().train()
+        images, text = torch.randn(3, 17, 48, device="cuda"), [x.cuda() for x in make_captions([2, 5, 12], 32)]
+        losses = [
+            torch.stack(list(run_stage1(original, model, images, text, neighbours(3))[0].values())) for _ in range(5)
+        ]
+        assert len(captured(model.Qformer)) == 4
+        assert all(bool((a != b).all()) for a, b in itertools.pairwise(losses))
+
+    def test_encodings_that_wait_are_not_written_over(self, pair, batch, assert_gradients_close):
+        batch = types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
+        ours, theirs = (without_dropout(model.cuda()).train() for model in pair)
+        for _ in range(3):
+            found = []
+            for model in (ours, theirs):
+                model.zero_grad()
+                outs = [call(model, batch).last_hidden_state.pow(3).sum() for call in (match_call, text_call) * 2]
+                sum(scale * out for scale, out in enumerate(outs, 1)).backward()
+                found.append(gradients_of(model))
+            assert_gradients_close(*found, 1e-4)
+        assert len(captured(ours)) == 2
 
     @pytest.mark.parametrize("options", [dict(num_beams=1), dict(num_beams=3, max_length=12, min_length=4)])
     def test_generate_runs_unchanged(self, original, spread_weights, options):
