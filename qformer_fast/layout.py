@@ -43,6 +43,17 @@ def _rows_of(index: Tensor, offsets: Tensor, new_offsets: Tensor, num_rows: int)
     return rows + (offsets[index] - new_offsets[:-1])[sequence]
 
 
+def round_up(rows: int, bucket: int) -> int:
+    return -(-rows // bucket) * bucket
+
+
+def room_for(rows: int, bucket: int, known: set[int]) -> int:
+    """A multiple of ``bucket``, at least ``rows`` and less than two buckets more, if possible of the ``known``."""
+    room = round_up(rows, bucket)
+    larger = room + bucket
+    return larger if room not in known and (larger in known or room > max(known, default=room)) else room
+
+
 @dataclass(frozen=True, eq=False)
 class PackedText:
     """Captions without their padding.

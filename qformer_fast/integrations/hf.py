@@ -67,15 +67,15 @@ def replace_qformer(
     (quantised ones); hooks inside the Q-Former; dropout other than the config's; masks of other shapes than
     :meth:`QFormer.forward` lists.
 
-    Queries without text run as CUDA graphs: without gradients on weights packed once, with gradients from the second
-    call of a kind on. Without gradients a parameter's change is seen by its version; writing through ``.data`` is not,
-    unless a call in training mode comes between.
+    On a GPU calls run as CUDA graphs: with gradients from the second call of a kind on, texts of a padded width being
+    few kinds; without gradients queries without text, on weights packed once. Without gradients a parameter's change is
+    seen by its version; writing through ``.data`` is not, unless a call in training mode comes between.
 
     Args:
         model (nn.Module): changed in place.
         compute_dtype (torch.dtype, Optional): what the Q-Former computes in, whatever its parameters are, as under
             autocast; for models that keep it in fp32 (``_keep_in_fp32_modules``). Default: `None`, the parameters'.
-        cuda_graphs (bool): on a CUDA device, for queries without text, in inference and in training; backward can run
+        cuda_graphs (bool): on a CUDA device, in training, and in inference for queries without text; backward can run
             once only after a forward then. Default: True.
 
     Returns:

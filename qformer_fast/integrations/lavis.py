@@ -16,7 +16,8 @@ checkpoints load, parts can be taken away (``Qformer.cls = None``, ``layer.outpu
 - The decoder stays tied to the word embeddings under transformers 5, also after resizing and loading.
 - ``cross_attentions`` has None at layers without cross-attention, where the original puts keys and values.
 
-On a GPU queries without text and without ``use_cache`` run as CUDA graphs, see :func:`replace_qformer`. Without
+On a GPU training runs as CUDA graphs from the second time on that shapes come, and so do queries alone without
+gradients, see :func:`replace_qformer`; then backward through a call works once, without ``retain_graph``. Without
 gradients a parameter's change is seen by its version; writing through ``.data`` is not, unless ``train`` or ``eval`` is
 called after it.
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qformer_fast import backend as backends
 from qformer_fast.config import QFormerConfig
 from qformer_fast.layout import Mask, PackedText
 from qformer_fast.models import padded
 from qformer_fast.models.adapters import why_no_weight
 from qformer_fast.models.graphed import Encode, Inputs, TrainingGraphs
+from qformer_fast.models.padded import TextPlaces
 from qformer_fast.models.qformer import (
     CrossAttention,
     Dense,
@@ -23,6 +27,19 @@ from qformer_fast.models.qformer import (
     QKVProjection,
     SelfAttention,
 )
+
+
+class _Shape(NamedTuple):
+    """What :meth:`BorrowedQFormer._encode_padded` depends on besides tensors; its fields are of
+    :meth:`BorrowedQFormer.encode_embedded`.
+    """
+
+    batch: int
+    num_queries: int
+    text_width: int
+    max_text_length: int
+    mask: Mask
+    with_keys_values: bool
 
 
 class BorrowedQFormer(QFormer):
@@ -115,61 +132,68 @@ class BorrowedQFormer(QFormer):
             ValueError: sizes that disagree; the message names the argument.
         """
         batch = rows.shape[0] if image_embeds is None or not num_queries else image_embeds.shape[0]
-        text_width, readers = rows.shape[1] - num_queries, None
+        text_width, readers, text = rows.shape[1] - num_queries, None, None
         if num_queries:
             self.check_queries(rows[:, :num_queries], image_embeds, batch)
             readers = padded.image_attention_mask(image_mask, image_embeds, num_queries)
         text_mask, whole_mask = padded.split_attention_mask(attention_mask, batch, num_queries, text_width)
-        kind = num_queries > 0, text_width > 0, keys_values is not None
-        graphs = self._graphs_for(kind, rows) if whole_mask is None else None
-        position_ids = offsets = None
-        max_length = 0
+        call = num_queries > 0, text_width > 0, keys_values is not None
+        graphs = self._graphs_for(call, rows, image_embeds) if whole_mask is None else None
         if text_width:
             text = PackedText.places(text_mask, batch, text_width, rows.device)
             if graphs is not None and text_mask is not None:
                 text = graphs.fill(text, text_width)
-            position_ids, offsets, max_length = text.position_ids, text.offsets, text.max_length
-
-        def encode(
-            rows: Tensor,
-            image_embeds: Tensor | None,
-            readers: Tensor | None,
-            position_ids: Tensor | None,
-            offsets: Tensor | None,
-        ) -> tuple[Tensor, ...]:
-            text = None if offsets is None else PackedText(position_ids, position_ids, offsets, max_length)
-            layout = padded.padded_layout(mask, whole_mask, text, batch, num_queries, rows.device)
-            image_kv = self.image_kv(image_embeds, image_mask=readers) if num_queries else None
-            rows = rows.expand(batch, -1, -1)
-            parts = [rows[:, :num_queries].flatten(0, 1)] if num_queries else []
-            if text is not None:
-                places = padded.places_of(text, batch, text_width)
-                parts.append(padded.gather_rows(rows[:, num_queries:].flatten(0, 1), places))
-            packed = torch.cat(parts) if len(parts) > 1 else parts[0]
-            weights = self.encoder_weights(packed)
-            layer_inputs = None if keys_values is None else []
-            out = self.encode_rows(packed, layout, image_kv=image_kv, weights=weights, layer_inputs=layer_inputs)
-
-            def pad(rows: Tensor) -> Tensor:
-                """(rows, width) -> (batch, num_queries + text, width)"""
-                found = [rows[: layout.num_query_rows].unflatten(0, (batch, num_queries))] if num_queries else []
-                if text is not None:
-                    spread = padded.spread_rows(rows[layout.num_query_rows :], places, batch * text_width)
-                    found.append(spread.unflatten(0, (batch, text_width)))
-                return torch.cat(found, dim=1) if len(found) > 1 else found[0]
-
-            found = [pad(out)]
-            for layer, rows, layer_weights in zip(
-                self.encoder.layer, layer_inputs or (), weights.layers, strict=keys_values is not None
-            ):
-                both = layer.attention.project(rows, layer_weights.self_attention, keys_values_only=True)
-                heads = self.config.num_attention_heads, self.config.headdim
-                found += [pad(x.flatten(1)).unflatten(-1, heads).transpose(1, 2) for x in both]
-            return tuple(found)
-
-        return self._run(
-            graphs, encode, (rows, image_embeds, readers, position_ids, offsets), (kind, mask, max_length), keys_values
+        shape = _Shape(
+            batch, num_queries, text_width, 0 if text is None else text.max_length, mask, keys_values is not None
         )
+        places = (None, None, None) if text is None else (*TextPlaces.of(text, batch, text_width), text.offsets)
+        encode = functools.partial(self._encode_padded, shape, whole_mask)
+        return self._run(graphs, encode, (rows, image_embeds, readers, *places), shape, keys_values)
+
+    def _encode_padded(
+        self,
+        shape: _Shape,
+        attention_mask: Tensor | None,
+        rows: Tensor,
+        image_embeds: Tensor | None,
+        image_mask: Tensor | None,
+        source: Tensor | None,
+        target: Tensor | None,
+        text_offsets: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Rows of all texts' places, and where they are wanted each layer's keys and its values."""
+        batch, num_queries, text_width, max_text_length, mask, with_keys_values = shape
+        text = places = None
+        if text_offsets is not None:
+            places = TextPlaces(source, target)
+            # a layout reads neither ids nor positions
+            text = PackedText(source, source, text_offsets, max_text_length)
+        layout = padded.padded_layout(mask, attention_mask, text, batch, num_queries, rows.device)
+        image_kv = self.image_kv(image_embeds, image_mask=image_mask) if num_queries else None
+        rows = rows.expand(batch, -1, -1)
+        parts = [rows[:, :num_queries].flatten(0, 1)] if num_queries else []
+        if text is not None:
+            parts.append(padded.gather_rows(rows[:, num_queries:].flatten(0, 1), places))
+        packed = torch.cat(parts) if len(parts) > 1 else parts[0]
+        weights = self.encoder_weights(packed)
+        layer_inputs = [] if with_keys_values else None
+        out = self.encode_rows(packed, layout, image_kv=image_kv, weights=weights, layer_inputs=layer_inputs)
+
+        def pad(rows: Tensor) -> Tensor:
+            """(rows, width) -> (batch, num_queries + text, width)"""
+            found = [rows[: layout.num_query_rows].unflatten(0, (batch, num_queries))] if num_queries else []
+            if text is not None:
+                spread = padded.spread_rows(rows[layout.num_query_rows :], places, batch * text_width)
+                found.append(spread.unflatten(0, (batch, text_width)))
+            return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+        found = [pad(out)]
+        if with_keys_values:
+            heads = self.config.num_attention_heads, self.config.headdim
+            for layer, layer_rows, layer_weights in zip(self.encoder.layer, layer_inputs, weights.layers, strict=True):
+                both = layer.attention.project(layer_rows, layer_weights.self_attention, keys_values_only=True)
+                found += [pad(x.flatten(1)).unflatten(-1, heads).transpose(1, 2) for x in both]
+        return tuple(found)
 
     def encode_embedded_after(
         self,
@@ -193,35 +217,44 @@ class BorrowedQFormer(QFormer):
             Tensor: (batch, text, hidden), zeros at padding.
         """
         batch, width, _ = rows.shape
-        kind = "after", keys_values is not None
+        call, with_keys_values = ("after", keys_values is not None), keys_values is not None
         # computed again in backward, PyTorch's attention would drop other weights in a capture
         checkpointing = self.training and self.gradient_checkpointing != "none"
-        graphs = None if checkpointing else self._graphs_for(kind, rows)
-        places = None
+        graphs = None if checkpointing else self._graphs_for(call, rows, *itertools.chain(*past))
+        places = None, None
         if text_mask is not None:
             text = PackedText.places(text_mask, batch, width, rows.device)
             if graphs is not None:
                 text = graphs.fill(text, width)
-            places = padded.places_of(text, batch, width)
+            if graphs is not None or text.num_rows < batch * width:
+                places = TextPlaces.of(text, batch, width)
 
-        def encode(rows: Tensor, allowed: Tensor, places: Tensor | None, *past: Tensor) -> tuple[Tensor, ...]:
-            found: list[tuple[Tensor, Tensor]] = []
-            pairs = list(zip(past[::2], past[1::2], strict=True))
-            packed = padded.gather_rows(rows.flatten(0, 1), places)
-            out = self.encode_after(packed, pairs, allowed, places, None if keys_values is None else found)
+        def encode(
+            rows: Tensor, allowed: Tensor, source: Tensor | None, target: Tensor | None, *past: Tensor
+        ) -> tuple[Tensor, ...]:
+            places = None if source is None else TextPlaces(source, target)
+            found: list[tuple[Tensor, Tensor]] | None = [] if with_keys_values else None
+            both = list(zip(past[::2], past[1::2], strict=True))
+            out = self.encode_after(padded.gather_rows(rows.flatten(0, 1), places), both, allowed, places, found)
             out = padded.spread_rows(out, places, batch * width).unflatten(0, (batch, width))
-            return out, *itertools.chain(*found)
+            return out, *itertools.chain(*found or ())
 
-        inputs = rows, allowed, places, *itertools.chain(*past)
-        return self._run(graphs, encode, inputs, kind, keys_values)
+        return self._run(graphs, encode, (rows, allowed, *places, *itertools.chain(*past)), call, keys_values)
 
-    def _graphs_for(self, kind: Hashable, rows: Tensor) -> TrainingGraphs | None:
-        """None where ``rows`` have to run without graphs."""
+    def _graphs_for(self, call: Hashable, *inputs: Tensor | None) -> TrainingGraphs | None:
+        """Those of one way to call, for :meth:`_run`; None where it has to run without graphs."""
+        rows = inputs[0]
         if not (self.cuda_graphs and rows.is_cuda and torch.is_grad_enabled()):
             return None
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return None
-        graphs = self._training_graphs[kind]
+        # computed again in backward, PyTorch's dropout would differ in a capture
+        if self.training and self.gradient_checkpointing != "none" and not backends.chooses_kernels(rows):
+            return None
+        trained = itertools.chain(inputs, (x for layer in self.layers_read() for x in layer.parameters()))
+        if not any(x is not None and x.requires_grad for x in trained):
+            return None
+        graphs = self._training_graphs[call]
         return graphs if graphs.takes_one_more else None
 
     def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,29 +12,33 @@ import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
-from qformer_fast.layout import PackedText
+from qformer_fast.layout import PackedText, room_for
 from qformer_fast.models.adapters import state_of
 
 if TYPE_CHECKING:
     from qformer_fast.models.borrowed import BorrowedQFormer
 
 MAX_GRAPHS = 4
+MAX_KINDS_COUNTED = 64
 Place = tuple[dict[str, Tensor], str]
 Inputs = Sequence[Tensor | None]
 Encode = Callable[..., tuple[Tensor, ...]]
 
 
 class TrainingGraphs:
-    """Encodings with gradients of one call in a model, each kind captured the second time that it comes.
+    """Encodings with gradients of one way to call a model, each kind captured the second time that it comes.
 
     A kind is what a capture depends on: shapes, dtypes, where the parameters lie and which of them are trained,
     autocast, dropout. The graphs share memory, so one encoding at a time can wait for its backward; others run without.
+    Where there are more than ``MAX_GRAPHS`` kinds the one used longest ago makes room, and from then on a kind has to
+    come twice as often.
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs: collections.OrderedDict[Hashable, _Graph] = collections.OrderedDict()
         self._pool: Any = None
-        self._seen: collections.deque = collections.deque(maxlen=4 * MAX_GRAPHS)
+        self._times: collections.Counter = collections.Counter()
+        self._wanted_times = 2
         self._rooms: dict[tuple[int, int], set[int]] = collections.defaultdict(set)
         self._pending: Callable[[], object] = lambda: None
 
@@ -42,6 +47,7 @@ class TrainingGraphs:
 
     @property
     def takes_one_more(self) -> bool:
+        """Whether no encoding waits for its backward, without which :meth:`run` must not be called."""
         return self._pending() is None
 
     def fill(self, text: PackedText, width: int) -> PackedText:
@@ -50,7 +56,7 @@ class TrainingGraphs:
         rooms = self._rooms[len(text), width]
         room = room_for(text.num_rows, bucket, rooms)
         rooms.add(room)
-        return text.filled(room, 2 * bucket)
+        return dataclasses.replace(text, max_length=width).filled(room, 2 * bucket)
 
     def run(
         self, qformer: BorrowedQFormer, encode: Encode, inputs: Inputs, settings: Hashable
@@ -60,48 +66,52 @@ class TrainingGraphs:
         Args:
             qformer (BorrowedQFormer): whose layers ``encode`` runs.
             encode (Callable): reads ``inputs``, the layers' parameters and ``settings`` alone.
-            inputs (Sequence): tensors on the device, or None.
+            inputs (Sequence): tensors on one CUDA device, or None.
             settings (Hashable): what else it depends on.
         """
-        places = [
-            (x._parameters, name) for layer in qformer.layers_read() for x in layer.modules() for name in x._parameters
-        ]
+        layers = qformer.layers_read()
+        places = [(x._parameters, name) for layer in layers for x in layer.modules() for name in x._parameters]
         places = [place for place in places if place[0][place[1]] is not None]
         parameters = [place[name] for place, name in places]
-        if not any(x is not None and x.requires_grad for x in (*inputs, *parameters)):
-            return None
-        device = parameters[0].device.type
         key = (
             settings,
             *(None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in inputs),
             tuple((x.data_ptr(), x.requires_grad) for x in parameters),
-            tuple(map(state_of, qformer.layers_read())),
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            tuple(map(state_of, layers)),
+            torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
             (qformer.training, qformer.gradient_checkpointing, backends.asked_for()),
         )
-        if key not in self._graphs:
-            again = key in self._seen if len(self._graphs) < MAX_GRAPHS else key == self._seen[-1]
-            self._seen.append(key)
-            if not again:
-                return None
-            if len(self._graphs) == MAX_GRAPHS or self._pool is None:
-                self._graphs.clear()
-                self._pool = torch.cuda.graph_pool_handle()
-            self._graphs[key] = _Graph(encode, inputs, places, self._pool)
+        if key not in self._graphs and not self._capture(key, encode, inputs, places):
+            return None
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        if not graph.has_gradients:
+            return None
         waits = _Waits()
         self._pending = weakref.ref(waits)
-        return _Replay.apply(self._graphs[key], waits, *inputs, *parameters)
+        return _Replay.apply(graph, waits, *inputs, *parameters)
 
-
-def round_up(rows: int, bucket: int) -> int:
-    return -(-rows // bucket) * bucket
-
-
-def room_for(rows: int, bucket: int, known: set[int]) -> int:
-    """A multiple of ``bucket``, at least ``rows`` and less than two buckets more, if possible of the ``known``."""
-    room = round_up(rows, bucket)
-    larger = room + bucket
-    return larger if room not in known and (larger in known or room > max(known, default=room)) else room
+    def _capture(self, key: Hashable, encode: Encode, inputs: Inputs, places: list[Place]) -> bool:
+        """False where it is too early, or memory lacks."""
+        if len(self._times) == MAX_KINDS_COUNTED:
+            self._times.clear()
+        self._times[key] += 1
+        if self._times[key] < self._wanted_times:
+            return False
+        if len(self._graphs) == MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+            self._wanted_times *= 2
+            self._times.clear()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            self._graphs[key] = _Graph(encode, inputs, places, self._pool)
+        except torch.OutOfMemoryError:
+            self._graphs.clear()
+            self._pool = None
+            self._wanted_times *= 2
+            torch.cuda.empty_cache()
+            return False
+        return True
 
 
 class _Waits:
@@ -123,9 +133,13 @@ class _Graph:
             with torch.autocast("cuda", cache_enabled=False, **options):
                 return encode(*self.inputs)
 
-        def backward(douts: list[Tensor]) -> tuple[Tensor | None, ...]:
+        def backward(outs: tuple[Tensor, ...], douts: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+            both = [(out, dout) for out, dout in zip(outs, douts, strict=True) if dout is not None]
             with torch.autocast("cuda", enabled=False):
-                return torch.autograd.grad(outs, wanted, douts, allow_unused=True)
+                return torch.autograd.grad(*zip(*both, strict=True), wanted, allow_unused=True)
+
+        def zeros(outs: tuple[Tensor, ...]) -> list[Tensor | None]:
+            return [torch.zeros_like(x) if x.requires_grad else None for x in outs]
 
         stream = torch.cuda.Stream()
         try:
@@ -134,14 +148,18 @@ class _Graph:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # compiles kernels, which a capture can't
                 outs = forward()
-                backward([torch.zeros_like(x) for x in outs])
+                self.has_gradients = any(x.requires_grad for x in outs)
+                if self.has_gradients:
+                    backward(outs, zeros(outs))
                 del outs
             torch.cuda.current_stream().wait_stream(stream)
+            if not self.has_gradients:
+                return
             with torch.cuda.graph(self._forward, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 outs = forward()
-            self._douts = [torch.zeros_like(x) for x in outs]
+            self._douts = zeros(outs)
             with torch.cuda.graph(self._backward, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                gradients = iter(backward(self._douts))
+                gradients = iter(backward(outs, self._douts))
         finally:
             for (parameters, name), parameter in zip(places, before, strict=True):
                 parameters[name] = parameter
@@ -157,9 +175,14 @@ class _Graph:
         self._forward.replay()
         return tuple(x.clone() for x in self._outs)
 
+    def without_gradients(self, outs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Those of ``outs`` that depend on nothing that is trained."""
+        return [out for out, dout in zip(outs, self._douts, strict=True) if dout is None]
+
     def backward(self, douts: Sequence[Tensor | None]) -> list[Tensor | None]:
         for static, x in zip(self._douts, douts, strict=True):
-            static.zero_() if x is None else static.copy_(x)
+            if static is not None:
+                static.zero_() if x is None else static.copy_(x)
         self._backward.replay()
         # copies: autograd may keep a gradient, which the next replay would write over
         copies = iter(torch._foreach_mul([x for x in self._gradients if x is not None], 1.0))
@@ -171,7 +194,9 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, graph: _Graph, waits: _Waits, *inputs_and_parameters: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.graph, ctx.waits = graph, waits
-        return graph.forward(*inputs_and_parameters[: len(graph.inputs)])
+        outs = graph.forward(*inputs_and_parameters[: len(graph.inputs)])
+        ctx.mark_non_differentiable(*graph.without_gradients(outs))
+        return outs
 
     @staticmethod
     @torch.autograd.function.once_differentiable

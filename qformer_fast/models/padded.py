@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +44,10 @@ def padded_layout(
     num_queries: int,
     device: torch.device,
 ) -> SequenceLayout:
-    """The layout of a padded batch in which sequence i looks at image i; ``attention_mask`` covers all its rows."""
+    """The layout of a padded batch in which sequence i looks at image i; ``attention_mask`` covers all its rows.
+
+    Captions of ``text`` after the first ``batch`` are sequences without queries.
+    """
     layout = SequenceLayout(
         num_queries=num_queries,
         image_index=torch.arange(batch if num_queries else 0, device=device),
@@ -83,20 +87,34 @@ def image_attention_mask(attention_mask: Tensor | None, image_embeds: Tensor, nu
     return None if bool(mask.all()) else mask
 
 
-def places_of(text: PackedText, batch: int, width: int) -> Tensor:
-    """(rows,) int64: the place of each text row in (batch * width), ``batch * width`` for what fills up."""
-    captions = torch.arange(len(text), device=text.offsets.device)
-    captions = torch.repeat_interleave(captions, text.lengths, output_size=text.num_rows)
-    return (captions * width + text.position_ids).clamp(max=batch * width)
+class TextPlaces(NamedTuple):
+    """Where packed text rows lie in padded texts (batch * width).
+
+    Args:
+        source (Tensor): (rows,) int64, where each row comes from; what fills up copies a row of the text.
+        target (Tensor): (rows,) int64, where it goes; ``batch * width``, beyond the texts, for what fills up.
+    """
+
+    source: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, text: PackedText, batch: int, width: int) -> TextPlaces:
+        """Of ``batch`` captions and, after them, those that fill up."""
+        captions = torch.arange(len(text), device=text.offsets.device)
+        captions = torch.repeat_interleave(captions, text.lengths, output_size=text.num_rows)
+        target = (captions * width + text.position_ids).clamp(max=batch * width)
+        source = torch.where(target < batch * width, target, target[:1]).clamp(max=batch * width - 1)
+        return cls(source, target)
 
 
-def gather_rows(padded: Tensor, places: Tensor | None) -> Tensor:
-    """The rows at ``places`` of (num_places, width), some row for what fills up; None: all."""
-    return padded if places is None else padded.index_select(0, places.clamp(max=len(padded) - 1))
+def gather_rows(padded: Tensor, places: TextPlaces | None) -> Tensor:
+    """The packed rows of (batch * width, hidden); None: all are there."""
+    return padded if places is None else padded.index_select(0, places.source)
 
 
-def spread_rows(rows: Tensor, places: Tensor | None, num_places: int) -> Tensor:
-    """``rows`` (rows, width) at their places (num_places, width), zeros elsewhere; None: they are all there."""
+def spread_rows(rows: Tensor, places: TextPlaces | None, num_places: int) -> Tensor:
+    """``rows`` (rows, hidden) at their places (batch * width, hidden), zeros elsewhere; None: all are there."""
     if places is None:
         return rows
-    return rows.new_zeros(num_places + 1, rows.shape[1]).index_copy(0, places, rows)[:num_places]
+    return rows.new_zeros(num_places + 1, rows.shape[1]).index_copy(0, places.target, rows)[:num_places]

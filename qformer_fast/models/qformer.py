@@ -231,7 +231,12 @@ class QFormerLayer(nn.Module):
         return self.feed_forward(rows[:0], rows, weights)
 
     def look_back(
-        self, rows: Tensor, past: tuple[Tensor, Tensor], allowed: Tensor, places: Tensor | None, weights: LayerWeights
+        self,
+        rows: Tensor,
+        past: tuple[Tensor, Tensor],
+        allowed: Tensor,
+        places: padded.TextPlaces | None,
+        weights: LayerWeights,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Text after rows whose keys and values are ``past``; arguments as :meth:`QFormer.encode_after`.
 
@@ -611,7 +616,7 @@ class QFormer(CheckpointMixin, nn.Module):
         if num_queries:
             query_output = rows[: layout.num_query_rows].unflatten(0, (batch, num_queries))
         if text is not None:
-            places = padded.places_of(text, batch, text_width)
+            places = padded.TextPlaces.of(text, batch, text_width)
             text_output = padded.spread_rows(rows[layout.num_query_rows :], places, batch * text_width)
             text_output = text_output.unflatten(0, (batch, text_width))
         parts = [part for part in (query_output, text_output) if part is not None]
@@ -716,7 +721,7 @@ class QFormer(CheckpointMixin, nn.Module):
         rows: Tensor,
         past: Sequence[tuple[Tensor, Tensor]],
         allowed: Tensor,
-        places: Tensor | None = None,
+        places: padded.TextPlaces | None = None,
         keys_values: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Embedded text that looks back at rows which were encoded before; attention runs through PyTorch's.
@@ -725,8 +730,7 @@ class QFormer(CheckpointMixin, nn.Module):
             rows (Tensor): (rows, hidden), text without its padding.
             past (Sequence): of each layer, self-attention keys and values (batch, nheads, past, headdim).
             allowed (Tensor): (batch, text, past + text) bool, True = may look.
-            places (Tensor, Optional): (rows,) int64, where each row lies in (batch * text), beyond it for what fills
-                up. Default: `None`, all are there.
+            places (TextPlaces, Optional): where each row lies in (batch * text). Default: `None`, all are there.
             keys_values (list, Optional): is given each layer's keys and values of the text, (batch, nheads, text,
                 headdim), zeros where there is no row.
 

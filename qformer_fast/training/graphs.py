@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from qformer_fast import overlap
 from qformer_fast.config import Checkpointing
-from qformer_fast.layout import PackedText, SequenceLayout
+from qformer_fast.layout import PackedText, SequenceLayout, room_for, round_up
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output, pairs_of
-from qformer_fast.models.graphed import room_for, round_up
 from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
 from qformer_fast.ops._seeds import seeds_ahead

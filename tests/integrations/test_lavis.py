@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import pickle
+import re
 import types
 
 import pytest
@@ -532,7 +533,7 @@ def test_stage1_forward_on_text_filled_up_as_for_cuda_graphs(
 
     monkeypatch.setattr(TrainingGraphs, "run", lambda *_: None)
     monkeypatch.setattr(TrainingGraphs, "fill", seen)
-    monkeypatch.setattr(BorrowedQFormer, "_graphs_for", lambda self, kind, _: self._training_graphs[kind])
+    monkeypatch.setattr(BorrowedQFormer, "_graphs_for", lambda self, call, *_: self._training_graphs[call])
     pair = stage1_pair(original, QFormerConfig(**SIZES, **NO_DROPOUT, num_query_tokens=8), spread_weights)
     for lengths in ([2, 5, 32, 7, 12], [32, 3, 9, 30, 4]):
         images, text = torch.randn(5, 17, 48), make_captions(lengths, 32)
@@ -1050,6 +1051,38 @@ class TestOnAGPU:
         assert len(captured(model.Qformer)) == 4
         assert all(bool((a != b).all()) for a, b in itertools.pairwise(losses))
 
+    @pytest.mark.parametrize(
+        ("trained", "call", "options"),
+        [
+            ("crossattention", text_call, {}),
+            (r"layer\.[123]\.", queries_call, dict(use_cache=True)),
+            (r"layer\.3\.", caption_call, dict(use_cache=True, labels=None)),
+        ],
+        ids=["nothing", "queries and a cache", "text after a cache"],
+    )
+    def test_cuda_graphs_where_not_all_that_comes_out_is_trained(
+        self, pair, batch, trained, call, options, assert_gradients_close
+    ):
+        batch = types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
+        ours, theirs = (without_dropout(model.cuda()).train() for model in pair)
+        for _ in range(3):
+            found = []
+            for model in (ours, theirs):
+                model.zero_grad()
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(bool(re.search(trained, name)))
+                out = call(model, batch, **options)
+                rows = out.logits if "logits" in out else out.last_hidden_state
+                past = [x for both in out.past_key_values or () for x in both]
+                outs = [x[:, :1] for x in (rows, *past) if x.requires_grad]
+                found.append((len(outs), {}))
+                if outs:
+                    sum(x.pow(3).sum() for x in outs).backward()
+                    found[-1] = len(outs), gradients_of(model)
+            assert found[0][0] == found[1][0]
+            if found[0][1]:
+                assert_gradients_close(found[0][1], found[1][1], 1e-4)
+
     def test_encodings_that_wait_are_not_written_over(self, pair, batch, assert_gradients_close):
         batch = types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
         ours, theirs = (without_dropout(model.cuda()).train() for model in pair)
@@ -1057,8 +1090,8 @@ class TestOnAGPU:
             found = []
             for model in (ours, theirs):
                 model.zero_grad()
-                outs = [call(model, batch).last_hidden_state.pow(3).sum() for call in (match_call, text_call) * 2]
-                sum(scale * out for scale, out in enumerate(outs, 1)).backward()
+                outs = [call(model, batch).last_hidden_state[:, 0] for call in (match_call, text_call) * 2]
+                sum(scale * out.pow(3).sum() for scale, out in enumerate(outs, 1)).backward()
                 found.append(gradients_of(model))
             assert_gradients_close(*found, 1e-4)
         assert len(captured(ours)) == 2

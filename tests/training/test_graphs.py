@@ -8,8 +8,8 @@ import torch
 
 from qformer_fast import Blip2QFormer, QFormerConfig, overlap
 from qformer_fast.backend import available, use_backend
+from qformer_fast.layout import room_for
 from qformer_fast.models.blip2_qformer import pairs_of
-from qformer_fast.models.graphed import room_for
 from qformer_fast.models.packing import GradientBuffers
 from qformer_fast.training import graphs
 from qformer_fast.training.graphs import (
