@@ -134,9 +134,11 @@ class _Graph:
                 return encode(*self.inputs)
 
         def backward(outs: tuple[Tensor, ...], douts: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-            both = [(out, dout) for out, dout in zip(outs, douts, strict=True) if dout is not None]
+            trained, grad_outputs = zip(
+                *((out, x) for out, x in zip(outs, douts, strict=True) if x is not None), strict=True
+            )
             with torch.autocast("cuda", enabled=False):
-                return torch.autograd.grad(*zip(*both, strict=True), wanted, allow_unused=True)
+                return torch.autograd.grad(trained, wanted, grad_outputs, allow_unused=True)
 
         def zeros(outs: tuple[Tensor, ...]) -> list[Tensor | None]:
             return [torch.zeros_like(x) if x.requires_grad else None for x in outs]

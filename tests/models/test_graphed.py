@@ -1,4 +1,4 @@
-"""When encodings of a drop-in are captured, without a GPU: a stand-in counts captures and leaves the work to PyTorch."""
+"""When a drop-in's encodings are captured, without a GPU: a stand-in counts captures and leaves the work to PyTorch."""
 
 import pytest
 import torch
