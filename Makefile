@@ -43,7 +43,7 @@ clean: ## remove everything that the other targets made
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+	$(BIN)/python -m pip install --quiet --editable ".[captioning,demo,test]"
 	touch $@
 
 $(VENV)/extension: setup.py $(wildcard csrc/*) | $(VENV)/installed

@@ -162,8 +162,10 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     def seconds(run: Callable, module: torch.nn.Module, forward: Callable) -> float:
         return seconds_in_a_row(functools.partial(run, module, forward), IN_A_ROW[device], device)
 
-    # peak_gib: what a step takes, its module's parameters and, held between steps, the graphs' gradients and pool
+    # peak_gib: what a step takes, its module's parameters and, held between steps, the pools of its graphs and the
+    # gradients of "graphs"
     results: dict[str, dict[str, Any]] = {}
+    checked = pools = _graph_pools(device)
     for name, row in list(rows.items()):
         if not _fits(functools.partial(seconds, forward_backward, *row)):
             del row
@@ -177,7 +179,9 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             seconds(forward_backward, *row)
             peak = torch.cuda.max_memory_allocated() - before
             held = sum(p.nbytes for p in row[0].parameters())
-            held += held + _graph_pools() if name == "graphs" else 0
+            held += held + checked if name == "graphs" else 0
+            before, pools = pools, _graph_pools(device)
+            held += pools - before
             results[name]["peak_gib"] = round((peak + held) / 2**30, 2)
         if name == "graphs" or name in COMPILED_ROWS:
             plain = "packed" if name == "graphs" else name.removesuffix("_compiled")
@@ -230,9 +234,11 @@ def _gflop(run: Callable[[], None]) -> float | None:
     return round(flops.get_total_flops() / 1e9, 1) if fits else None
 
 
-def _graph_pools() -> int:
+def _graph_pools(device: str) -> int:
     """Bytes that CUDA graphs hold, which no statistic of live tensors counts."""
-    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
+    return device == "cuda" and sum(
+        s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)
+    )
 
 
 def bench_batch(options: argparse.Namespace, size: int) -> dict[str, Any]:

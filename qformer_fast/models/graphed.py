@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import gc
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,7 +106,8 @@ class TrainingGraphs:
             self._times.clear()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            self._graphs[key] = _Graph(encode, inputs, places, self._pool)
+            with no_garbage_collection():
+                self._graphs[key] = _Graph(encode, inputs, places, self._pool)
         except torch.OutOfMemoryError:
             self._graphs.clear()
             self._pool = None
@@ -112,6 +115,19 @@ class TrainingGraphs:
             torch.cuda.empty_cache()
             return False
         return True
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """What is collected may free device memory or destroy graphs, which would end the capture at hand."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Waits:

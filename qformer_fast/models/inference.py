@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from qformer_fast import backend as backends
 from qformer_fast import reference
 from qformer_fast.layout import Mask, SequenceLayout
+from qformer_fast.models.graphed import no_garbage_collection
 from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.padded import padded_layout
 from qformer_fast.ops._checks import autocast_dtype
@@ -280,7 +281,10 @@ class _Graph:
             encode()  # compiles kernels, which a capture can't
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with (
+            no_garbage_collection(),
+            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             self.out = encode()
 
     def replay(self, query_embeds: Tensor) -> None:

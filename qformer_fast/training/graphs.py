@@ -17,6 +17,7 @@ from qformer_fast import overlap
 from qformer_fast.config import Checkpointing
 from qformer_fast.layout import PackedText, SequenceLayout, room_for, round_up
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output, pairs_of
+from qformer_fast.models.graphed import no_garbage_collection
 from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
 from qformer_fast.ops._seeds import seeds_ahead
@@ -181,7 +182,7 @@ class GraphedStage1:
         model = _with_own_leaves(self.model)
         capture = _Capture(model, self.dtype, shape, self._images[kind], inputs[1], self._gradients)
         capture.load(*inputs)
-        with _no_garbage_collection(), _expandable_segments():
+        with no_garbage_collection(), _expandable_segments():
             capture.record(self._pool, self._stream, self._beside)
         torch.cuda.set_rng_state(state, self.model.temp.device)
         return capture
@@ -220,19 +221,6 @@ def _expandable_segments() -> Iterator[None]:
         yield
     finally:
         torch._C._accelerator_setAllocatorSettings(",".join([*options, "expandable_segments:False"]))
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """What is collected may free device memory or destroy graphs, which would end the capture at hand."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
