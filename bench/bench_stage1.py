@@ -165,7 +165,7 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     # peak_gib: what a step takes, its module's parameters and, held between steps, the pools of its graphs and the
     # gradients of "graphs"
     results: dict[str, dict[str, Any]] = {}
-    checked = pools = _graph_pools(device)
+    checked = pools = _graph_pools() if device == "cuda" else 0
     for name, row in list(rows.items()):
         if not _fits(functools.partial(seconds, forward_backward, *row)):
             del row
@@ -180,8 +180,8 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             peak = torch.cuda.max_memory_allocated() - before
             held = sum(p.nbytes for p in row[0].parameters())
             held += held + checked if name == "graphs" else 0
-            before, pools = pools, _graph_pools(device)
-            held += pools - before
+            held += _graph_pools() - pools
+            pools = _graph_pools()
             results[name]["peak_gib"] = round((peak + held) / 2**30, 2)
         if name == "graphs" or name in COMPILED_ROWS:
             plain = "packed" if name == "graphs" else name.removesuffix("_compiled")
@@ -234,11 +234,9 @@ def _gflop(run: Callable[[], None]) -> float | None:
     return round(flops.get_total_flops() / 1e9, 1) if fits else None
 
 
-def _graph_pools(device: str) -> int:
+def _graph_pools() -> int:
     """Bytes that CUDA graphs hold, which no statistic of live tensors counts."""
-    return device == "cuda" and sum(
-        s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)
-    )
+    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def bench_batch(options: argparse.Namespace, size: int) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from qformer_fast.data.files import read_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -82,10 +83,7 @@ def _read_folder(folder: Path) -> list[Pair]:
 
 
 def _read_json(path: Path) -> list[Pair]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"pairs: {path} is no JSON: {error}") from error
+    entries = read_json(path, "pairs")
     if not isinstance(entries, list):
         raise ValueError(f"pairs: {path} must hold a list, got {type(entries).__name__}")
     pairs = []

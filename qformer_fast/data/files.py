@@ -11,6 +11,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 CHECKSUMS = "checksums.json"
 CHUNK_BYTES = 1 << 24
@@ -68,6 +69,27 @@ def crc32(path: Path) -> int:
     return checksum
 
 
+def read_json(path: str | os.PathLike, name: str, *, unique_keys: bool = False) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path (path): of the file.
+        name (str): what errors call the file.
+        unique_keys (bool): refuse an object with a key twice, of which JSON readers keep the last. Default: False.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: no JSON, a key twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: no file at {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+    except ValueError as error:
+        raise ValueError(f"{name}: {path} is no JSON: {error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, or replaces one, in one go."""
     write_bytes(path, text.encode("utf-8"))
@@ -82,6 +104,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r} comes twice")
+        content[key] = value
+    return content
 
 
 def _to_disk(path: Path) -> None:

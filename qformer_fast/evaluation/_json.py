@@ -1,40 +1,12 @@
-"""Annotation and result files of the evaluations, with errors that name the file and the entry."""
+"""Checks of annotations and results, with errors that name the entry."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 Id = int | str
 ID = (int, str)
-
-
-def read_json(path: str | os.PathLike, name: str, *, unique_keys: bool = False) -> Any:
-    """The content of a JSON file.
-
-    Args:
-        path (path): of the file.
-        name (str): what errors call the file.
-        unique_keys (bool): refuse an object with a key twice, of which JSON readers keep the last. Default: False.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: no JSON, a key twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: no file at {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
-    except ValueError as error:
-        raise ValueError(f"{name}: {path} is no JSON: {error}") from error
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def member(content: Any, key: str, where: str) -> Any:
@@ -87,15 +59,6 @@ def check_same_ids(found: Collection[Id], expected: Collection[Id], name: str, o
 def shown(value: Any, length: int = 200) -> str:
     text = repr(value)
     return text if len(text) <= length else text[:length] + "..."
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {key!r} comes twice")
-        content[key] = value
-    return content
 
 
 def _kind_name(kind: type | tuple[type, ...]) -> str:

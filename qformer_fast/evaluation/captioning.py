@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+from qformer_fast.data.files import read_json, write_text
 from qformer_fast.evaluation._json import (
     ID,
     Id,
@@ -22,11 +24,9 @@ from qformer_fast.evaluation._json import (
     check_same_ids,
     entries,
     member,
-    read_json,
     shown,
-    write_json,
 )
-from qformer_fast.evaluation.karpathy import SPLITS, _karpathy_entries, _lavis_entries
+from qformer_fast.evaluation.karpathy import SPLITS, listed_images
 
 BLEU = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
 METRICS = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")
@@ -149,10 +149,8 @@ def read_references(path: str | os.PathLike, *, split: str = "test") -> CaptionS
     content = read_json(path, "annotations")
     if isinstance(content, dict) and "annotations" in content:
         found = _read_coco(content, where)
-    elif isinstance(content, list):
-        found = _with_numbers(_lavis_entries(Path(path), content))
     else:
-        found = _with_numbers(_karpathy_entries(Path(path), member(content, "images", where), split))
+        found = _with_numbers(listed_images(content, path, split))
     if not found.references:
         raise ValueError(f"{where} has no image" + (f' of split "{split}"' if isinstance(content, dict) else ""))
     for image_id, captions in found.references.items():
@@ -178,7 +176,8 @@ def write_captions(path: str | os.PathLike, candidates: Mapping[Id, str]) -> Non
     """Writes what :func:`read_captions` reads and evaluation servers take."""
     for image_id, caption in candidates.items():
         _check_candidate(caption, image_id)
-    write_json(path, [{"image_id": image_id, "caption": caption} for image_id, caption in candidates.items()])
+    captions = [{"image_id": image_id, "caption": caption} for image_id, caption in candidates.items()]
+    write_text(Path(path), json.dumps(captions))
 
 
 def _evaluate(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qformer_fast.data.captions import clean_caption
+from qformer_fast.data.files import read_json
+from qformer_fast.evaluation._json import shown
 
 SPLITS = ("train", "restval", "val", "test")
 
@@ -53,24 +53,12 @@ def read_karpathy(path: str | os.PathLike, *, split: str = "test") -> CaptionedI
         FileNotFoundError: nothing there. ValueError: no such file, another split, one without images, a missing field,
             an image twice or without captions, a caption without a word; the message names the entry.
     """
-    path = Path(path)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    if not path.exists():
-        raise FileNotFoundError(f"annotations: no file at {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"annotations: {path} is no JSON: {error}") from error
-    if isinstance(content, list):
-        entries = _lavis_entries(path, content)
-    elif isinstance(content, dict) and isinstance(content.get("images"), list):
-        entries = _karpathy_entries(path, content["images"], split)
-    else:
-        raise ValueError(f'annotations: {path} must hold a list, or "images" with a list, got {_shown(content)}')
+    content = read_json(path, "annotations")
     images: dict[str, int] = {}
     captions, image_index = [], []
-    for where, image, texts in entries:
+    for where, image, texts in listed_images(content, path, split):
         if image in images:
             raise ValueError(f"annotations: {where} names {image} again; each image must have one entry")
         if not texts:
@@ -84,23 +72,37 @@ def read_karpathy(path: str | os.PathLike, *, split: str = "test") -> CaptionedI
     return CaptionedImages(list(images), captions, image_index)
 
 
-def _lavis_entries(path: Path, entries: list[Any]) -> Iterator[tuple[str, str, list[Any]]]:
+def listed_images(content: Any, path: str | os.PathLike, split: str) -> Iterator[tuple[str, str, list[Any]]]:
+    """Of each image in the content of a file of :func:`read_karpathy`: the words that name its entry, its path, and its
+    captions as they are.
+
+    Raises:
+        ValueError: no such file, an entry without a field.
+    """
+    if isinstance(content, list):
+        return _lavis_entries(path, content)
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        return _karpathy_entries(path, content["images"], split)
+    raise ValueError(f'annotations: {path} must hold a list, or "images" with a list, got {shown(content)}')
+
+
+def _lavis_entries(path: str | os.PathLike, entries: list[Any]) -> Iterator[tuple[str, str, list[Any]]]:
     for number, entry in enumerate(entries):
         where = f"{path}, entry {number}"
         if not isinstance(entry, dict) or not {"image", "caption"} <= entry.keys():
-            raise ValueError(f'annotations: {where} must have "image" and "caption", got {_shown(entry)}')
+            raise ValueError(f'annotations: {where} must have "image" and "caption", got {shown(entry)}')
         captions = entry["caption"]
         yield where, str(entry["image"]), captions if isinstance(captions, list) else [captions]
 
 
-def _karpathy_entries(path: Path, entries: list[Any], split: str) -> Iterator[tuple[str, str, list[Any]]]:
+def _karpathy_entries(path: str | os.PathLike, entries: list[Any], split: str) -> Iterator[tuple[str, str, list[Any]]]:
     for number, entry in enumerate(entries):
         where = f"{path}, image {number}"
         if not isinstance(entry, dict) or not {"filename", "split", "sentences"} <= entry.keys():
-            raise ValueError(f'annotations: {where} must have "filename", "split" and "sentences", got {_shown(entry)}')
+            raise ValueError(f'annotations: {where} must have "filename", "split" and "sentences", got {shown(entry)}')
         sentences = entry["sentences"]
         if not isinstance(sentences, list) or not all(isinstance(x, dict) and "raw" in x for x in sentences):
-            raise ValueError(f'annotations: {where} must have "raw" in each of its sentences, got {_shown(sentences)}')
+            raise ValueError(f'annotations: {where} must have "raw" in each of its sentences, got {shown(sentences)}')
         if entry["split"] == split:
             parts = [part for part in (entry.get("filepath"), entry["filename"]) if part]
             yield where, "/".join(parts), [sentence["raw"] for sentence in sentences]
@@ -111,8 +113,3 @@ def _cleaned(text: Any, where: str) -> str:
     if not cleaned:
         raise ValueError(f"annotations: {where} must have captions with a word in them, got {text!r}")
     return cleaned
-
-
-def _shown(value: Any, length: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= length else text[:length] + "..."

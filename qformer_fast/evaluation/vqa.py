@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from qformer_fast.data.files import read_json, write_text
 from qformer_fast.evaluation._json import (
     ID,
     Id,
@@ -17,9 +20,7 @@ from qformer_fast.evaluation._json import (
     check_same_ids,
     entries,
     member,
-    read_json,
     shown,
-    write_json,
 )
 
 PUNCTUATION = frozenset(r""";/[]"{}()=+\_-><@`,?!""")
@@ -251,7 +252,8 @@ def read_answers(path: str | os.PathLike) -> dict[Id, str]:
 def write_answers(path: str | os.PathLike, predictions: dict[Id, str]) -> None:
     """Writes what :func:`read_answers` reads and evaluation servers take."""
     _check_texts(predictions, "predictions")
-    write_json(path, [{"question_id": key, "answer": answer} for key, answer in predictions.items()])
+    answers = [{"question_id": key, "answer": answer} for key, answer in predictions.items()]
+    write_text(Path(path), json.dumps(answers))
 
 
 def _without_punctuation(text: str) -> str:

@@ -617,12 +617,11 @@ class BertModel(BertPreTrainedModel):
         if image_embeds is not None:
             image_embeds = image_embeds if autocast else image_embeds.to(norm.dtype)
         alone = query_embeds is not None and call.attention_mask is None and keys_values is None
-        if alone:
-            image_mask = padded.image_attention_mask(image_mask, image_embeds, call.num_queries)
-            alone = image_mask is None
         if alone and not (qformer.training or torch.is_grad_enabled()):
-            out = qformer.encode_queries(query_embeds.to(norm.dtype), image_embeds)
-            return out.to(torch.float32 if autocast else norm.dtype)
+            image_mask = padded.image_attention_mask(image_mask, image_embeds, call.num_queries)
+            if image_mask is None:
+                out = qformer.encode_queries(query_embeds.to(norm.dtype), image_embeds)
+                return out.to(torch.float32 if autocast else norm.dtype)
         rows = embed()
         if call.past is not None:
             mask = call.attention_mask

@@ -103,7 +103,10 @@ class TextPlaces(NamedTuple):
         """Of ``batch`` captions and, after them, those that fill up."""
         captions = torch.arange(len(text), device=text.offsets.device)
         captions = torch.repeat_interleave(captions, text.lengths, output_size=text.num_rows)
-        target = (captions * width + text.position_ids).clamp(max=batch * width)
+        target = captions * width + text.position_ids
+        if len(text) == batch:
+            return cls(target, target)
+        target = target.clamp(max=batch * width)
         source = torch.where(target < batch * width, target, target[:1]).clamp(max=batch * width - 1)
         return cls(source, target)
 

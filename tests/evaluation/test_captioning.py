@@ -330,7 +330,7 @@ def changed(**fields) -> dict:
     ("read", "content", "message"),
     [
         (read_references, "{", "annotations: {} is no JSON"),
-        (read_references, "3", 'annotations: {} must hold "images" with a list, got 3'),
+        (read_references, "3", 'annotations: {} must hold a list, or "images" with a list, got 3'),
         (read_references, [], "annotations: {} has no image"),
         (read_references, {"images": []}, 'annotations: {} has no image of split "test"'),
         (read_references, {"annotations": []}, 'annotations: {} must hold "images" with a list, got'),

@@ -985,9 +985,17 @@ class TestOnAGPU:
     def _no_tf32(self, monkeypatch):
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
+    @pytest.fixture
+    def batch(self, batch):
+        return types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
+
+    @pytest.fixture
+    def trained(self, pair):
+        """Ours and the original's, to be trained without dropout."""
+        return [without_dropout(model.cuda()).train() for model in pair]
+
     @torch.no_grad()
     def test_the_four_calls_equal_the_original(self, pair, batch):
-        batch = types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
         assert_calls_agree(pair[0].cuda(), pair[1].cuda(), batch)
 
     def test_stage1_forward_in_bf16_is_as_close_to_fp32_as_the_originals(self, original, make_captions, spread_weights):
@@ -1005,10 +1013,9 @@ class TestOnAGPU:
             error, plain = ((found[x][name].float() - high).norm() for x in ("ours", "low"))
             assert error <= 3 * plain + 2e-3 * high.norm(), (name, error, plain, high.norm())
 
-    def test_training_of_queries_alone_runs_as_cuda_graphs(self, pair, batch, assert_gradients_close):
+    def test_training_of_queries_alone_runs_as_cuda_graphs(self, trained, batch, assert_gradients_close):
         """As blip2_opt.py and MiniGPT-4 call it: without text and without a cache."""
-        batch = types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
-        ours, theirs = (without_dropout(model.cuda()).train() for model in pair)
+        ours, theirs = trained
         for _ in range(4):
             found = []
             for model in (ours, theirs):
@@ -1052,7 +1059,7 @@ class TestOnAGPU:
         assert all(bool((a != b).all()) for a, b in itertools.pairwise(losses))
 
     @pytest.mark.parametrize(
-        ("trained", "call", "options"),
+        ("wanted", "call", "options"),
         [
             ("crossattention", text_call, {}),
             (r"layer\.[123]\.", queries_call, dict(use_cache=True)),
@@ -1061,16 +1068,15 @@ class TestOnAGPU:
         ids=["nothing", "queries and a cache", "text after a cache"],
     )
     def test_cuda_graphs_where_not_all_that_comes_out_is_trained(
-        self, pair, batch, trained, call, options, assert_gradients_close
+        self, trained, batch, wanted, call, options, assert_gradients_close
     ):
-        batch = types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
-        ours, theirs = (without_dropout(model.cuda()).train() for model in pair)
+        ours, theirs = trained
         for _ in range(3):
             found = []
             for model in (ours, theirs):
                 model.zero_grad()
                 for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(bool(re.search(trained, name)))
+                    parameter.requires_grad_(bool(re.search(wanted, name)))
                 out = call(model, batch, **options)
                 rows = out.logits if "logits" in out else out.last_hidden_state
                 past = [x for both in out.past_key_values or () for x in both]
@@ -1084,9 +1090,8 @@ class TestOnAGPU:
             if found[0][1]:
                 assert_gradients_close(found[0][1], found[1][1], 1e-4)
 
-    def test_encodings_that_wait_are_not_written_over(self, pair, batch, assert_gradients_close):
-        batch = types.SimpleNamespace(**{name: x.cuda() for name, x in vars(batch).items()})
-        ours, theirs = (without_dropout(model.cuda()).train() for model in pair)
+    def test_encodings_that_wait_are_not_written_over(self, trained, batch, assert_gradients_close):
+        ours, theirs = trained
         for _ in range(3):
             found = []
             for model in (ours, theirs):
