@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +11,11 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
-from tqdm import tqdm
 
 from qformer_fast import doctor
+from qformer_fast.assemble import build_dataset, build_model, encode_pictures, image_tokens, load_encoder
 from qformer_fast.config import QFormerConfig
-from qformer_fast.data.batches import PairDataset, read_pixels
+from qformer_fast.data.batches import read_pixels
 from qformer_fast.data.captions import clean_caption, image_folder, read_pairs
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.files import write_bytes, write_text
@@ -26,13 +23,10 @@ from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 from qformer_fast.demo.run import DemoConfig
 from qformer_fast.demo.run import main as run_demo
 from qformer_fast.evaluation import explain
-from qformer_fast.evaluation.karpathy import CaptionedImages, read_karpathy
-from qformer_fast.evaluation.retrieval import IMAGE_BATCH_SIZE, PAIR_BATCH_SIZE, CachedTokens, ImageTokens, Score
+from qformer_fast.evaluation.karpathy import read_karpathy
+from qformer_fast.evaluation.retrieval import IMAGE_BATCH_SIZE, PAIR_BATCH_SIZE, Score
 from qformer_fast.evaluation.retrieval import evaluate as evaluate_retrieval
-from qformer_fast.integrations.checkpoints import load_checkpoint
-from qformer_fast.models.blip2 import ImageEncoder
-from qformer_fast.models.blip2_qformer import Blip2QFormer, init_from_bert
-from qformer_fast.training.config import DataConfig, ModelConfig, TrainConfig
+from qformer_fast.training.config import ModelConfig, TrainConfig
 from qformer_fast.training.loop import AUTOCAST, check_output_dir, resolve_device, train
 
 
@@ -241,48 +235,6 @@ def _train(config: TrainConfig, used: str) -> None:
         print(json.dumps(entries[-1]))
 
 
-def load_encoder(name: str | None, pretrained: str | None, *, random: bool) -> ImageEncoder:
-    """The frozen image encoder of a configuration.
-
-    Raises:
-        ValueError: no encoder named, or one without weights although random ones were not asked for.
-    """
-    if name is None:
-        raise ValueError("encoder must name an open_clip model when there is no feature_cache, got None")
-    if pretrained is None and not random:
-        raise ValueError(f"encoder_pretrained must name weights of {name} (or set random_encoder), got None")
-    return ImageEncoder(name, pretrained=pretrained)
-
-
-def build_dataset(config: DataConfig, encoder: ImageEncoder | None) -> PairDataset:
-    """Pairs with cached tokens, or with the pixels that ``encoder`` takes."""
-    pairs, tokenizer = read_pairs(config.pairs), load_tokenizer(config.tokenizer)
-    if encoder is not None:
-        root = config.image_root or image_folder(config.pairs)
-        return PairDataset(pairs, tokenizer, transform=encoder.transform, image_root=root, max_length=config.max_length)
-    return PairDataset(pairs, tokenizer, cache=open_cache(config), max_length=config.max_length)
-
-
-def open_cache(config: DataConfig | RetrievalConfig) -> FeatureCache:
-    """The feature cache of a configuration, which must be of the encoder that it names, if any."""
-    expect = {name: value for name in ("encoder", "encoder_pretrained") if (value := getattr(config, name)) is not None}
-    return FeatureCache(config.feature_cache, expect=expect)
-
-
-def build_model(config: ModelConfig) -> Blip2QFormer:
-    """A new model, from BERT's weights or from a checkpoint where the configuration names one; prints what was
-    found.
-    """
-    if config.checkpoint is not None and os.path.isdir(config.checkpoint):
-        return Blip2QFormer.from_pretrained(config.checkpoint)
-    model = Blip2QFormer(config.qformer, embed_dim=config.embed_dim, local_gradients=config.local_gradients)
-    if config.bert is not None:
-        print(f"BERT weights: {init_from_bert(model, load_checkpoint(config.bert))}")
-    if config.checkpoint is not None:
-        print(f"checkpoint: {model.load_lavis_state_dict(load_checkpoint(config.checkpoint), strict=False)}")
-    return model
-
-
 def extract_features(config: ExtractConfig) -> FeatureCache:
     """Runs the encoder over every picture once, in the order in which the pairs first name them."""
     keys = list(dict.fromkeys(pair.image for pair in read_pairs(config.pairs)))
@@ -292,14 +244,6 @@ def extract_features(config: ExtractConfig) -> FeatureCache:
     metadata = {"encoder": config.encoder, "encoder_pretrained": config.encoder_pretrained}
     batches = encode_pictures(encoder, root, keys, config.batch_size)
     return FeatureCache.create(config.output, keys, batches, metadata=metadata, dtype=config.dtype)
-
-
-def encode_pictures(encoder: ImageEncoder, root: Path, names: Sequence[str], batch_size: int) -> Iterator[Tensor]:
-    """Tokens of the pictures ``names`` in ``root``, (batch, tokens, width) on the encoder's device."""
-    device = next(encoder.parameters()).device
-    for start in tqdm(range(0, len(names), batch_size), unit="batch", disable=None):
-        pixels = [read_pixels(root / name, encoder.transform) for name in names[start : start + batch_size]]
-        yield encoder(torch.stack(pixels).to(device))
 
 
 def _evaluate_retrieval(config: RetrievalConfig) -> None:
@@ -316,7 +260,14 @@ def _evaluate_retrieval(config: RetrievalConfig) -> None:
     with torch.autocast(device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
         result |= evaluate_retrieval(
             model,
-            _image_tokens(config, data, device),
+            image_tokens(
+                config,
+                data.images,
+                Path(config.image_root or Path(config.annotations).parent),
+                batch_size=config.image_batch_size,
+                device=device,
+                dtype=AUTOCAST.get(config.precision),
+            ),
             *text,
             data.relevant,
             k=config.k,
@@ -343,25 +294,6 @@ def _recall_table(result: dict[str, Any]) -> str:
     memory = f", peak {result['peak_gib']} GiB" if "peak_gib" in result else ""
     lines.append(f"re-ranked {result['pairs']} pairs, {result['pairs_per_second']:.0f} a second{memory}")
     return "\n".join(lines)
-
-
-def _image_tokens(config: RetrievalConfig, data: CaptionedImages, device: torch.device) -> ImageTokens:
-    """Of the cache, or of the pictures, encoded once."""
-    if config.feature_cache is not None:
-        cache = open_cache(config)
-        if missing := [name for name in data.images if name not in cache]:
-            raise ValueError(f"annotations name {len(missing)} images that the feature cache lacks: {missing[:5]}")
-        return CachedTokens(cache, data.images)
-    encoder = load_encoder(config.encoder, config.encoder_pretrained, random=config.random_encoder)
-    encoder.to(device, AUTOCAST.get(config.precision))
-    root = Path(config.image_root or Path(config.annotations).parent)
-    out = None
-    for number, tokens in enumerate(encode_pictures(encoder, root, data.images, config.image_batch_size)):
-        if out is None:
-            out = tokens.new_empty(len(data.images), *tokens.shape[1:], device="cpu")
-        first = number * config.image_batch_size
-        out[first : first + len(tokens)] = tokens
-    return out
 
 
 def _explain(config: ExplainConfig) -> None:

@@ -37,6 +37,8 @@ _FROM_LAVIS = [
     (r"^Qformer\.cls\.predictions\.", "lm_head."),
     (r"^Qformer\.bert\.(.*\.(?:cross)?attention)\.self\.", r"qformer.\1.attention."),
     (r"^Qformer\.bert\.", "qformer."),
+    (r"^(?:opt|t5|llm)_proj\.", "language_projection."),
+    (r"^(?:opt|t5|llm)_model\.", "language_model."),
     (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
     (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
@@ -50,6 +52,8 @@ _TO_LAVIS = [
     (r"^lm_head\.", "Qformer.cls.predictions."),
     (r"^qformer\.(.*\.(?:cross)?attention)\.attention\.", r"Qformer.bert.\1.self."),
     (r"^qformer\.", "Qformer.bert."),
+    (r"^language_projection\.", "opt_proj."),
+    (r"^language_model\.", "opt_model."),
     (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
     (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
@@ -133,10 +137,12 @@ def convert(state_dict: Mapping[str, Tensor], source: str, target: str) -> State
     """Renames a whole-model state dict from one format to another; tensors are shared, not copied.
 
     Args:
-        state_dict (Mapping): of LAVIS ``Blip2Qformer``, Hugging Face ``Blip2ForImageTextRetrieval`` or
-            ``InstructBlip*``, or :class:`Blip2QFormer`.
+        state_dict (Mapping): of LAVIS ``Blip2Qformer``, ``Blip2OPT`` or ``Blip2T5``, of Hugging Face
+            ``Blip2ForImageTextRetrieval``, ``Blip2ForConditionalGeneration`` or ``InstructBlip*``, or of
+            :class:`Blip2QFormer` or :class:`Blip2OPT`.
         source (str): "lavis", "hf" (BLIP-2's or InstructBLIP's) or "qformer_fast".
-        target (str): "lavis", "hf", "instructblip" or "qformer_fast". What has no home in Hugging Face's models
+        target (str): "lavis" (a language model and its projection under ``Blip2OPT``'s names), "hf", "instructblip" or
+            "qformer_fast". What has no home in Hugging Face's models
             (``temp``, ``lm_head.*``) keeps its name here, which their ``load_state_dict(strict=False)`` reports as
             unexpected.
 
@@ -206,7 +212,7 @@ def _some(names: list[str], shown: int = 8) -> str:
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
-_FROZEN = re.compile(r"^(vision_model|visual_encoder|language_model|opt_model|t5_model|llm_model)\.")
+_FROZEN = re.compile(r"^(vision_model|visual_encoder|language_model)\.")
 
 
 def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool) -> LoadReport:
@@ -288,12 +294,13 @@ class CheckpointMixin:
                 os.replace(Path(scratch) / name, folder / name)
 
     @classmethod
-    def from_pretrained(cls: type[Model], path_or_id: str | os.PathLike) -> Model:
+    def from_pretrained(cls: type[Model], path_or_id: str | os.PathLike, **options: Any) -> Model:
         """A model in eval mode from :meth:`save_pretrained`'s folder, or from a Hugging Face BLIP-2 checkpoint.
 
         Args:
             path_or_id (str or path): a folder, or the id of a model on the Hugging Face hub. What a checkpoint lacks
                 keeps fresh values, and a warning names it.
+            options: arguments of the constructor beside ``config``, instead of those that were saved.
 
         Raises:
             FileNotFoundError: no config there. ValueError: another class's checkpoint, a truncated file.
@@ -309,15 +316,21 @@ class CheckpointMixin:
         if description.pop("model_type") == "qformer_fast":
             if description.pop("class") != cls.__name__:
                 raise ValueError(f"{folder} must hold a {cls.__name__}, but its config.json names another class")
-            model = cls(QFormerConfig(**description.pop("qformer")), **description)
+            model = cls(QFormerConfig(**description.pop("qformer")), **(description | options))
             load_into(model, load_checkpoint(folder / "model.safetensors"), strict=True)
         else:
-            config = AutoConfig.from_pretrained(folder)
-            model = cls(QFormerConfig.from_hf(config), **cls.options_from_hf(config))
-            report = model.load_hf_state_dict(load_checkpoint(folder), strict=False)
-            if report.missing or report.unexpected:
-                warnings.warn(f"{path_or_id}: {report}", stacklevel=2)
+            model = cls.from_hf_folder(folder, **options)
         return model.eval()
+
+    @classmethod
+    def from_hf_folder(cls: type[Model], folder: Path, **options: Any) -> Model:
+        """:meth:`from_pretrained` of a Hugging Face checkpoint."""
+        config = AutoConfig.from_pretrained(folder)
+        model = cls(QFormerConfig.from_hf(config), **(cls.options_from_hf(config) | options))
+        report = model.load_hf_state_dict(load_checkpoint(folder), strict=False)
+        if report.missing or report.unexpected:
+            warnings.warn(f"{folder}: {report}", stacklevel=3)
+        return model
 
     def init_options(self) -> dict[str, Any]:
         """Arguments of the constructor beside ``config``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Stage1Output:
         itm_labels (Tensor): (3*batch,), 1 = match.
         negatives (tuple): (image_index, text_index), each (batch,): of each text the negative image, of each image the
             negative text.
+        query_output (Tensor, Optional): (batch, queries, hidden), which saw the images and no text, with gradients;
+            None where backward ran already.
     """
 
     loss: Tensor
@@ -51,6 +53,7 @@ class Stage1Output:
     itm_logits: Tensor
     itm_labels: Tensor
     negatives: tuple[Tensor, Tensor]
+    query_output: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,21 +163,11 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         return {"embed_dim": config.image_text_hidden_size, "ln_vision_eps": config.vision_config.layer_norm_eps}
 
     def gradient_checkpointing_enable(self, level: Checkpointing = "layer") -> None:
-        """Computes parts again in backward instead of keeping them; works with all three losses.
-
-        Args:
-            level (str): "layer" keeps each layer's input alone; "feed_forward" drops what the feed-forward sub-layers
-                keep, the widest of it all. Default: "layer".
-
-        Raises:
-            ValueError: another level.
-        """
-        if level not in get_args(Checkpointing):
-            raise ValueError(f"level must be one of {get_args(Checkpointing)}, got {level!r}")
-        self.qformer.gradient_checkpointing = level
+        """See :meth:`QFormer.gradient_checkpointing_enable`; works with all three losses."""
+        self.qformer.gradient_checkpointing_enable(level)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.qformer.gradient_checkpointing = "none"
+        self.qformer.gradient_checkpointing_disable()
 
     @property
     def groups(self) -> list[Group]:
@@ -262,6 +255,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             itm_logits=itm_logits.detach(),
             itm_labels=self.match_labels(batch),
             negatives=(image_index, text_index),
+            query_output=first.query_rows.unflatten(0, (batch, -1)),
         )
 
     def pack_captions(self, input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> PackedText:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -328,6 +328,23 @@ class QFormer(CheckpointMixin, nn.Module):
     def forget_packed_weights(self) -> None:
         self.query_encoder.forget()
         self._weights = Kept()
+
+    def gradient_checkpointing_enable(self, level: Checkpointing = "layer") -> None:
+        """Computes parts again in backward instead of keeping them.
+
+        Args:
+            level (str): "layer" keeps each layer's input alone; "feed_forward" drops what the feed-forward sub-layers
+                keep, the widest of it all. Default: "layer".
+
+        Raises:
+            ValueError: another level.
+        """
+        if level not in get_args(Checkpointing):
+            raise ValueError(f"level must be one of {get_args(Checkpointing)}, got {level!r}")
+        self.gradient_checkpointing = level
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing = "none"
 
     @property
     def dropout_p(self) -> float:

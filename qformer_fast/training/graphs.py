@@ -422,7 +422,7 @@ class _Capture:
         if self.shape.adds:
             self.graphs[1].replay()
         self.graphs[2].replay()
-        out = dict(vars(self.out))
+        out = {name: x for name, x in vars(self.out).items() if x is not None}
         negatives = tuple(index.clone() for index in out.pop("negatives"))
         return Stage1Output(**{name: x.clone() for name, x in out.items()}, negatives=negatives)
 

@@ -1,0 +1,134 @@
+"""Text for a frozen language model: prompts, targets and labels, as stage 2 of the original makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageText:
+    """What a language model is trained on, as :meth:`LanguageTokenizer.targets` makes it; all int64.
+
+    Args:
+        input_ids, attention_mask (Tensor): (batch, length), right-padded.
+        labels (Tensor): (batch, length), or of an encoder-decoder (batch, target length); -100 is not predicted.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+class LanguageTokenizer:
+    """A language model's tokenizer, as LAVIS uses OPT's and T5's (506965b, blip2_opt.py:71-150, blip2_t5.py:95-150).
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): without a padding token it pads with its end token.
+        encoder_decoder (bool): the model reads prompts in its encoder. Default: False.
+        end (str): what a causal model's text ends with; its first token ends generation. Default: a new line.
+        max_length (int): of a prompt with its text in tokens, and of an encoder-decoder's each. Default: 32.
+
+    Raises:
+        ValueError: a tokenizer that can't pad, a max_length below 1, an end without a token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        encoder_decoder: bool = False,
+        end: str = "\n",
+        max_length: int = 32,
+    ):
+        if tokenizer.pad_token is None and tokenizer.eos_token is None:
+            raise ValueError("tokenizer must have a pad_token or an eos_token, got neither")
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        self.tokenizer, self.encoder_decoder, self.max_length = tokenizer, encoder_decoder, max_length
+        self.end = "" if encoder_decoder else end
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token is not None else tokenizer.eos_token_id
+        ends = tokenizer(self.end, add_special_tokens=False)["input_ids"] if self.end else [tokenizer.eos_token_id]
+        if not ends:
+            raise ValueError(f"end must be text that the tokenizer has tokens for, got {end!r}")
+        self.end_token_id: int = ends[0]
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, max_length: int = 32) -> LanguageTokenizer:
+        """Of a model in a folder or on the Hugging Face hub.
+
+        Raises:
+            OSError: nothing there.
+        """
+        encoder_decoder = AutoConfig.from_pretrained(name).is_encoder_decoder
+        return cls(AutoTokenizer.from_pretrained(name), encoder_decoder=encoder_decoder, max_length=max_length)
+
+    def targets(self, texts: Sequence[str], prompts: Sequence[str] | str = "") -> LanguageText:
+        """Text to be predicted, after prompts that are not.
+
+        A causal model reads "prompt text" and ``end`` and predicts what follows the prompt's own tokens; without a
+        prompt that includes the tokenizer's first special token. An encoder-decoder reads the prompt and predicts the
+        text.
+
+        Args:
+            texts (Sequence): (batch,) strings.
+            prompts (Sequence or str): of each text, or of all. Default: "", none.
+
+        Raises:
+            ValueError: no text, another number of prompts, a prompt that leaves no room for text.
+        """
+        prompts = self._one_each(prompts, len(texts))
+        if self.encoder_decoder:
+            (ids, mask), (targets, kept) = self._padded(prompts), self._padded(texts)
+            return LanguageText(ids, mask, targets.masked_fill(kept == 0, IGNORED))
+        whole = [f"{prompt} {text}".lstrip() + self.end for prompt, text in zip(prompts, texts, strict=True)]
+        ids, mask = self._padded(whole)
+        labels = ids.masked_fill(mask == 0, IGNORED)
+        for row, prompt in enumerate(prompts):
+            if prompt:
+                labels[row, : len(self.tokenizer(prompt)["input_ids"])] = IGNORED
+                if bool((labels[row] == IGNORED).all()):
+                    raise ValueError(f"prompts must leave room for text in {self.max_length} tokens, got {prompt!r}")
+        return LanguageText(ids, mask, labels)
+
+    def prompts(self, prompts: Sequence[str] | str = "", count: int | None = None) -> tuple[Tensor, Tensor]:
+        """input_ids and attention_mask (batch, length) int64 to generate after, left-padded for a causal model.
+
+        Args:
+            prompts (Sequence or str): one each, or one of all ``count``.
+            count (int, Optional): how many. Default: `None`, as many as there are prompts.
+        """
+        if count is None:
+            if isinstance(prompts, str):
+                raise ValueError(f"count must say how many prompts {prompts!r} stands for, got None")
+            count = len(prompts)
+        return self._padded(self._one_each(prompts, count), left=not self.encoder_decoder, truncate=False)
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Texts of generated tokens (batch, length), stripped."""
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _one_each(self, prompts: Sequence[str] | str, count: int) -> list[str]:
+        if count == 0:
+            raise ValueError("texts must hold at least one, got none")
+        prompts = [prompts] * count if isinstance(prompts, str) else list(prompts)
+        if len(prompts) != count:
+            raise ValueError(f"prompts must be one string or {count}, one each, got {len(prompts)}")
+        return [prompt.strip() for prompt in prompts]
+
+    def _padded(self, texts: Sequence[str], *, left: bool = False, truncate: bool = True) -> tuple[Tensor, Tensor]:
+        options = {"truncation": True, "max_length": self.max_length} if truncate else {}
+        rows = self.tokenizer(list(texts), **options)["input_ids"]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            place = slice(width - len(row), width) if left else slice(len(row))
+            ids[number, place], mask[number, place] = torch.tensor(row, dtype=torch.int64), 1
+        return ids, mask
