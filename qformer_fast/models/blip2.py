@@ -20,16 +20,20 @@ class ImageEncoder(nn.Module):
     Args:
         name (str): an open_clip model with a transformer image tower, say "ViT-L-14" or "EVA02-L-14".
         pretrained (str, Optional): an open_clip tag or the path of a checkpoint. Default: `None`, random weights.
+        image_size (int, Optional): rows and columns of the pixels, position embeddings interpolated to it, as BLIP-2 is
+            fine-tuned on larger pictures. Default: `None`, the model's own.
 
     Raises:
         ValueError: a name that open_clip does not know, or an image tower without transformer tokens.
     """
 
-    def __init__(self, name: str, *, pretrained: str | None = None):
+    def __init__(self, name: str, *, pretrained: str | None = None, image_size: int | None = None):
         super().__init__()
         if name not in open_clip.list_models():
             raise ValueError(f"name must be one of open_clip's models (open_clip.list_models()), got {name!r}")
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, force_image_size=image_size
+        )
         self.name, self.pretrained = name, pretrained
         self.visual = model.visual
         self.transform: Callable = transform

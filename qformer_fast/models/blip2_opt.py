@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from qformer_fast.config import Checkpointing, QFormerConfig
 from qformer_fast.integrations.checkpoints import CheckpointMixin, StateDict, load_into
-from qformer_fast.layout import Mask, SequenceLayout
+from qformer_fast.layout import Mask, PackedText, round_up
 from qformer_fast.models.blip2_qformer import Blip2QFormer
+from qformer_fast.models.graphed import TrainingGraphs, can_capture
 from qformer_fast.models.language import LanguageProjection, load_language_model
+from qformer_fast.models.padded import padded_layout
 from qformer_fast.models.qformer import QFormer, in_eval_mode
+
+WIDTH_STEP = 8
+"""Texts of widths between two multiples of it share CUDA graphs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +49,9 @@ class Blip2OPT(CheckpointMixin, nn.Module):
         language_model (PreTrainedModel or str): it is frozen; a str names a folder or an id on the hub.
         language_model_dropout (bool): see :class:`LanguageProjection`. Default: False.
         ln_vision_eps (float): as of :class:`Blip2QFormer`. Default: 1e-5.
+
+    On a GPU the Q-Former's training runs as CUDA graphs from the second step of a shape on, and its inference always;
+    ``model.cuda_graphs = False`` turns the former off.
     """
 
     def __init__(
@@ -64,6 +73,8 @@ class Blip2OPT(CheckpointMixin, nn.Module):
             config.hidden_size, language_model, dropout=language_model_dropout
         )
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
+        self.cuda_graphs = True
+        self._graphs = TrainingGraphs()
 
     @classmethod
     def from_stage1(
@@ -147,28 +158,43 @@ class Blip2OPT(CheckpointMixin, nn.Module):
         Raises:
             ValueError: text without a text branch, sizes that disagree.
         """
-        if qformer_input_ids is None:
+        no_gradients = not (self.training or torch.is_grad_enabled())
+        if qformer_input_ids is None and no_gradients:
             return self.qformer.encode_queries(self.query_tokens, image_embeds, norm=self.ln_vision)
         images, device = len(image_embeds), image_embeds.device
-        text = self.qformer.pack_text(qformer_input_ids, qformer_attention_mask).to(device)
-        if len(text) != images:
-            raise ValueError(f"qformer_input_ids must have batch size {images} as image_embeds, got {len(text)}")
-        layout = SequenceLayout.build(
-            num_queries=self.query_tokens.shape[1],
-            image_index=torch.arange(images),
-            text_lengths=text.lengths,
-            masks=Mask.BIDIRECTIONAL,
-            num_images=images,
-            device=device,
+        layers = [*self.qformer.layers_read(), self.ln_vision]
+        inputs, max_length = [self.query_tokens, image_embeds], 0
+        graphed = self.cuda_graphs and self._graphs.takes_one_more and can_capture(self.qformer, layers, inputs)
+        if qformer_input_ids is not None:
+            text = self.qformer.pack_text(qformer_input_ids, qformer_attention_mask)
+            if len(text) != images:
+                raise ValueError(f"qformer_input_ids must have batch size {images} as image_embeds, got {len(text)}")
+            if graphed:
+                text = self._graphs.fill(text, round_up(qformer_input_ids.shape[1], WIDTH_STEP))
+            text, max_length = text.to(device), text.max_length
+            layers += self.qformer.embeddings.children()
+            inputs += [text.input_ids, text.position_ids, text.offsets]
+        encode = functools.partial(self._encode, max_length)
+        found = self._graphs.run(self.qformer, layers, encode, inputs, max_length) if graphed else None
+        (query_output,) = encode(*inputs) if found is None else found
+        return query_output
+
+    def _encode(
+        self, max_length: int, query_tokens: Tensor, image_embeds: Tensor, *packed: Tensor
+    ) -> tuple[Tensor, ...]:
+        """:meth:`encode_images` of packed text: its ids, positions and offsets, or none of them."""
+        text = PackedText(*packed, max_length) if packed else None
+        layout = padded_layout(
+            Mask.BIDIRECTIONAL, None, text, len(image_embeds), query_tokens.shape[1], image_embeds.device
         )
         rows = self.qformer.encode(
             layout,
-            query_embeds=self.query_tokens,
+            query_embeds=query_tokens,
             text=text,
             image_kv=self.qformer.image_kv(image_embeds, norm=self.ln_vision),
-            text_index=text.offsets.new_empty(0),
+            text_index=None if text is None else text.offsets.new_empty(0),
         )
-        return rows.unflatten(0, (images, -1))
+        return (rows.unflatten(0, (len(image_embeds), -1)),)
 
     def forward(
         self,

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qformer_fast import backend as backends
 from qformer_fast.config import QFormerConfig
 from qformer_fast.layout import Mask, PackedText
 from qformer_fast.models import padded
 from qformer_fast.models.adapters import why_no_weight
-from qformer_fast.models.graphed import Encode, Inputs, TrainingGraphs
+from qformer_fast.models.graphed import Encode, Inputs, TrainingGraphs, can_capture
 from qformer_fast.models.padded import TextPlaces
 from qformer_fast.models.qformer import (
     CrossAttention,
@@ -92,10 +91,6 @@ class BorrowedQFormer(QFormer):
             self.forget_packed_weights()
             for module in (self, *self._own):
                 module.training = training
-
-    def layers_read(self) -> list[nn.Module]:
-        """The owner's linear layers and LayerNorms as they are now."""
-        return [modules[name] for modules, name in self._leaves]
 
     def why_not(self) -> str | None:
         """Why the layers as they are now can't be run here, or None."""
@@ -243,16 +238,7 @@ class BorrowedQFormer(QFormer):
 
     def _graphs_for(self, call: Hashable, *inputs: Tensor | None) -> TrainingGraphs | None:
         """Those of one way to call, for :meth:`_run`; None where it has to run without graphs."""
-        rows = inputs[0]
-        if not (self.cuda_graphs and rows.is_cuda and torch.is_grad_enabled()):
-            return None
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            return None
-        # computed again in backward, PyTorch's dropout would differ in a capture
-        if self.training and self.gradient_checkpointing != "none" and not backends.chooses_kernels(rows):
-            return None
-        trained = itertools.chain(inputs, (x for layer in self.layers_read() for x in layer.parameters()))
-        if not any(x is not None and x.requires_grad for x in trained):
+        if not (self.cuda_graphs and can_capture(self, self.layers_read(), inputs)):
             return None
         graphs = self._training_graphs[call]
         return graphs if graphs.takes_one_more else None
@@ -266,7 +252,7 @@ class BorrowedQFormer(QFormer):
         keys_values: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
         """``encode``'s first result; the others, a layer's keys and values each, are added to ``keys_values``."""
-        found = None if graphs is None else graphs.run(self, encode, inputs, settings)
+        found = None if graphs is None else graphs.run(self, self.layers_read(), encode, inputs, settings)
         out, *both = encode(*inputs) if found is None else found
         if keys_values is not None:
             keys_values.extend(zip(both[::2], both[1::2], strict=True))

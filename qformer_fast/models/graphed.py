@@ -6,19 +6,20 @@ import collections
 import contextlib
 import dataclasses
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qformer_fast import backend as backends
 from qformer_fast.layout import PackedText, room_for
 from qformer_fast.models.adapters import state_of
 
 if TYPE_CHECKING:
-    from qformer_fast.models.borrowed import BorrowedQFormer
+    from qformer_fast.models.qformer import QFormer
 
 MAX_GRAPHS = 4
 MAX_KINDS_COUNTED = 64
@@ -61,17 +62,17 @@ class TrainingGraphs:
         return dataclasses.replace(text, max_length=width).filled(room, 2 * bucket)
 
     def run(
-        self, qformer: BorrowedQFormer, encode: Encode, inputs: Inputs, settings: Hashable
+        self, qformer: QFormer, layers: Sequence[nn.Module], encode: Encode, inputs: Inputs, settings: Hashable
     ) -> tuple[Tensor, ...] | None:
         """``encode(*inputs)``, or None where it has to run without graphs.
 
         Args:
-            qformer (BorrowedQFormer): whose layers ``encode`` runs.
+            qformer (QFormer): what ``encode`` runs.
+            layers (Sequence): those whose parameters it reads.
             encode (Callable): reads ``inputs``, the layers' parameters and ``settings`` alone.
             inputs (Sequence): tensors on one CUDA device, or None.
             settings (Hashable): what else it depends on.
         """
-        layers = qformer.layers_read()
         places = [(x._parameters, name) for layer in layers for x in layer.modules() for name in x._parameters]
         places = [place for place in places if place[0][place[1]] is not None]
         parameters = [place[name] for place, name in places]
@@ -115,6 +116,19 @@ class TrainingGraphs:
             torch.cuda.empty_cache()
             return False
         return True
+
+
+def can_capture(qformer: QFormer, layers: Sequence[nn.Module], inputs: Inputs) -> bool:
+    """Whether :meth:`TrainingGraphs.run` may be asked: something is trained, on a GPU, and nothing else captures."""
+    if not (inputs[0].is_cuda and torch.is_grad_enabled()):
+        return False
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return False
+    # computed again in backward, PyTorch's dropout would differ in a capture
+    if qformer.training and qformer.gradient_checkpointing != "none" and not backends.chooses_kernels(inputs[0]):
+        return False
+    trained = itertools.chain(inputs, (x for layer in layers for x in layer.parameters()))
+    return any(x is not None and x.requires_grad for x in trained)
 
 
 @contextlib.contextmanager

@@ -535,7 +535,7 @@ class QFormer(CheckpointMixin, nn.Module):
         """The parameters of the layers and of the queries' LayerNorm; None where a layer is not PyTorch's own class, so
         that its weight may depend on anything.
         """
-        layers = [modules[name] for modules, name in self._leaves]
+        layers = self.layers_read()
         if len(layers) != len(self._layers_seen) or not all(map(operator.is_, layers, self._layers_seen)):
             plain = all(type(layer) in PLAIN for layer in layers)
             self._places = (
@@ -543,6 +543,10 @@ class QFormer(CheckpointMixin, nn.Module):
             )
             self._layers_seen = layers
         return None if self._places is None else [parameters[name] for parameters, name in self._places]
+
+    def layers_read(self) -> list[nn.Module]:
+        """The encoder's linear layers and LayerNorms and the queries' LayerNorm as they are now."""
+        return [modules[name] for modules, name in self._leaves]
 
     def _find_leaves(self) -> list[tuple[dict[str, nn.Module], str]]:
         """The encoder's linear layers and LayerNorms, each as the modules that it is among and its name there."""
