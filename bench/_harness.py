@@ -134,6 +134,11 @@ def seconds_in_a_row(run: Callable[[], Any], times: int, device: str) -> float:
     return (time.perf_counter() - begin) / times
 
 
+def graph_pools() -> int:
+    """Bytes that CUDA graphs hold, which no statistic of live tensors counts."""
+    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
+
+
 def bytes_floor(case: Case, inputs: Inputs, out: Tensor, mode: str, dropout_p: float) -> int:
     """The fewest bytes that any implementation moves: each input read once, each output written once.
 

@@ -21,7 +21,7 @@ import _original
 import torch
 from _breakdown import measure_breakdown
 from _floor import stage1_products, time_floor
-from _harness import Setup, seconds_in_a_row
+from _harness import Setup, graph_pools, seconds_in_a_row
 from _machine import write_result
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,7 +165,7 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
     # peak_gib: what a step takes, its module's parameters and, held between steps, the pools of its graphs and the
     # gradients of "graphs"
     results: dict[str, dict[str, Any]] = {}
-    checked = pools = _graph_pools() if device == "cuda" else 0
+    checked = pools = graph_pools() if device == "cuda" else 0
     for name, row in list(rows.items()):
         if not _fits(functools.partial(seconds, forward_backward, *row)):
             del row
@@ -180,8 +180,8 @@ def measure(rows, autocast, repeats: int, device: str) -> dict[str, dict[str, An
             peak = torch.cuda.max_memory_allocated() - before
             held = sum(p.nbytes for p in row[0].parameters())
             held += held + checked if name == "graphs" else 0
-            held += _graph_pools() - pools
-            pools = _graph_pools()
+            held += graph_pools() - pools
+            pools = graph_pools()
             results[name]["peak_gib"] = round((peak + held) / 2**30, 2)
         if name == "graphs" or name in COMPILED_ROWS:
             plain = "packed" if name == "graphs" else name.removesuffix("_compiled")
@@ -232,11 +232,6 @@ def _gflop(run: Callable[[], None]) -> float | None:
     with use_backend("reference"), FlopCounterMode(display=False) as flops:
         fits = _fits(run)
     return round(flops.get_total_flops() / 1e9, 1) if fits else None
-
-
-def _graph_pools() -> int:
-    """Bytes that CUDA graphs hold, which no statistic of live tensors counts."""
-    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def bench_batch(options: argparse.Namespace, size: int) -> dict[str, Any]:

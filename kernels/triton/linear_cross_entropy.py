@@ -16,7 +16,7 @@ from qformer_fast.reference.losses import weight_gradient_dtype
 
 # below every logit, and finite: the difference of two stays a number
 LOWEST = tl.constexpr(-1e38)
-# the vocabulary is padded to a multiple: cuBLAS takes its slowest kernels for rows that 16 bytes do not divide
+# a vocabulary whose rows of logits 16 bytes do not divide is padded to a multiple: cuBLAS takes its slowest kernels there
 COLUMNS = 64
 # rows of all chunks but the last are a multiple: their pointers are alike, and no kernel compiles twice
 ROWS = 16
@@ -272,10 +272,11 @@ def _chunk_by_chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills ``losses`` and returns gradient_scale times dx in x.dtype, dweight, and dbias in fp32."""
     rows, vocab = x.shape[0], weight.shape[0]
-    width = triton.cdiv(vocab, COLUMNS) * COLUMNS
+    group = 16 // x.element_size()
+    width = vocab if vocab % group == 0 else triton.cdiv(vocab, COLUMNS) * COLUMNS
     settings = dict(launch.settings("linear_cross_entropy_fwd", x.device))
     chunk = chunk_rows(rows, settings.pop("CHUNK_ROWS"))
-    settings |= {"GROUP": 16 // x.element_size(), "SMOOTHED": label_smoothing > 0}
+    settings |= {"GROUP": group, "SMOOTHED": label_smoothing > 0}
 
     dx = torch.empty_like(x) if with_gradients[0] else x.new_empty(0)
     dtype = weight_gradient_dtype(x, weight, with_gradients)
@@ -284,9 +285,12 @@ def _chunk_by_chunk(
     if not rows:
         return dx, dweight.zero_()[:vocab], dbias.zero_()
 
-    weight_rows = x.new_empty(width, x.shape[1])
-    weight_rows[:vocab] = weight
-    weight_rows[vocab:] = 0.0
+    if width == vocab:
+        weight_rows = weight.to(x.dtype)
+    else:
+        weight_rows = x.new_empty(width, x.shape[1])
+        weight_rows[:vocab] = weight
+        weight_rows[vocab:] = 0.0
     bias_row = None if bias is None else F.pad(bias.to(x.dtype), (0, width - vocab))
     buffer = x.new_empty(min(chunk, rows), width)
     for start in range(0, rows, chunk):

@@ -83,7 +83,7 @@ class LanguageProjection(nn.Linear):
     def loss(self, query_output: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """Next-token loss of text after the images' prefix (blip2_opt.py:95-150, blip2_t5.py:95-150 of LAVIS 506965b).
 
-        Only positions with a label reach the head. Labels on the CPU cost no wait for the device.
+        Only positions with a label reach the head. Text on the CPU costs no wait for the device.
 
         Args:
             query_output (Tensor): (batch, queries, hidden).
@@ -110,12 +110,17 @@ class LanguageProjection(nn.Linear):
         if self.encoder_decoder:
             prepared = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
             inputs["decoder_input_ids"] = prepared.to(device, non_blocking=True)
+        elif attention_mask.device.type == "cpu" and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+            # no token looks at the padding after it; with a mask the model would wait for the device to look at it
+            del inputs["attention_mask"]
         head = self.language_model.get_output_embeddings()
         with self._own_precision(device):
             rows = self._head_inputs(head, inputs)
             if not self.encoder_decoder:
                 rows = rows[:, num_queries - 1 : -1]
             rows = rows.flatten(0, 1).index_select(0, kept.to(device, non_blocking=True))
+        # under autocast plain PyTorch's losses are fp32 too
+        with torch.autocast(device.type, rows.dtype, enabled=rows.dtype != torch.float32):
             return ops.linear_cross_entropy(rows, head.weight, head.bias, targets)
 
     def _head_inputs(self, head: nn.Linear, inputs: dict[str, Tensor]) -> Tensor:
@@ -168,7 +173,9 @@ class LanguageProjection(nn.Linear):
         words = self.language_model.get_input_embeddings()(input_ids.to(device, non_blocking=True))
         queries = attention_mask.new_ones(query_output.shape[:2])
         mask = torch.cat([queries, attention_mask], dim=1).to(device, non_blocking=True)
-        return {"inputs_embeds": torch.cat([self(query_output).to(words.dtype), words], dim=1), "attention_mask": mask}
+        prefix = self(query_output).to(words.dtype)
+        with torch.autocast(device.type, enabled=False):  # which joins no bf16 rows where it is fp16
+            return {"inputs_embeds": torch.cat([prefix, words], dim=1), "attention_mask": mask}
 
     def _own_precision(self, device: torch.device) -> Any:
         """Outside autocast where the language model's parameters are 16 bits wide, whose rows stay that wide then."""
