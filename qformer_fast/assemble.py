@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedModel
 
-from qformer_fast.data.batches import PairDataset, read_pixels
+from qformer_fast.config import QFormerConfig
+from qformer_fast.data.batches import LanguageDataset, PairDataset, read_pixels
 from qformer_fast.data.captions import image_folder, read_pairs
+from qformer_fast.data.examples import read_examples
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.data.files import read_json
+from qformer_fast.data.language import LanguageTokenizer
 from qformer_fast.data.tokenizer import load_tokenizer
 from qformer_fast.evaluation.retrieval import CachedTokens, ImageTokens
-from qformer_fast.integrations.checkpoints import load_checkpoint
+from qformer_fast.integrations.checkpoints import load_checkpoint, load_into
 from qformer_fast.models.blip2 import ImageEncoder
+from qformer_fast.models.blip2_joint import Blip2Joint
+from qformer_fast.models.blip2_opt import Blip2OPT
 from qformer_fast.models.blip2_qformer import Blip2QFormer, init_from_bert
-from qformer_fast.training.config import DataConfig, ModelConfig
+from qformer_fast.models.language import load_language_model
+from qformer_fast.training.config import DataConfig, LanguageConfig, ModelConfig
+
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+LANGUAGE_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
+ENCODER_FIELDS = ("encoder", "encoder_pretrained", "image_size")
 
 
-class ImageSource(Protocol):
-    """Where a configuration says that image tokens come from: a feature cache, or an encoder over pictures."""
+class EncoderSource(Protocol):
+    """The image encoder that a configuration names."""
 
-    feature_cache: str | None
     encoder: str | None
     encoder_pretrained: str | None
     random_encoder: bool
+    image_size: int | None
 
 
-def load_encoder(name: str | None, pretrained: str | None, *, random: bool) -> ImageEncoder:
+class ImageSource(EncoderSource, Protocol):
+    """Where a configuration says that image tokens come from: a feature cache, or the encoder over pictures."""
+
+    feature_cache: str | None
+
+
+def load_encoder(
+    name: str | None, pretrained: str | None, *, random: bool, image_size: int | None = None
+) -> ImageEncoder:
     """The frozen image encoder of a configuration.
 
     Raises:
@@ -41,28 +63,84 @@ def load_encoder(name: str | None, pretrained: str | None, *, random: bool) -> I
         raise ValueError("encoder must name an open_clip model when there is no feature_cache, got None")
     if pretrained is None and not random:
         raise ValueError(f"encoder_pretrained must name weights of {name} (or set random_encoder), got None")
-    return ImageEncoder(name, pretrained=pretrained)
+    return ImageEncoder(name, pretrained=pretrained, image_size=image_size)
 
 
-def build_dataset(config: DataConfig, encoder: ImageEncoder | None) -> PairDataset:
-    """Pairs with cached tokens, or with the pixels that ``encoder`` takes."""
-    pairs, tokenizer = read_pairs(config.pairs), load_tokenizer(config.tokenizer)
-    if encoder is not None:
-        root = config.image_root or image_folder(config.pairs)
-        return PairDataset(pairs, tokenizer, transform=encoder.transform, image_root=root, max_length=config.max_length)
-    return PairDataset(pairs, tokenizer, cache=open_cache(config), max_length=config.max_length)
+def source_encoder(source: EncoderSource) -> ImageEncoder:
+    """:func:`load_encoder` of a configuration."""
+    return load_encoder(
+        source.encoder, source.encoder_pretrained, random=source.random_encoder, image_size=source.image_size
+    )
+
+
+def build_dataset(
+    config: DataConfig, encoder: ImageEncoder | None, language: LanguageConfig | None = None
+) -> PairDataset | LanguageDataset:
+    """Pairs, or with ``language`` examples, with cached tokens or with the pixels that ``encoder`` takes."""
+    if encoder is None:
+        images = {"cache": open_cache(config)}
+    else:
+        images = {"transform": encoder.transform, "image_root": config.image_root or image_folder(config.pairs)}
+    if language is None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        return PairDataset(read_pairs(config.pairs), tokenizer, **images, max_length=config.max_length)
+    told = language.keep_text and language.prompt != ""
+    tokenizer = load_tokenizer(config.tokenizer) if told or language.joint else None
+    return LanguageDataset(
+        read_examples(config.pairs, language.prompt),
+        LanguageTokenizer.from_pretrained(language.model, max_length=language.max_length),
+        **images,
+        qformer_tokenizer=tokenizer if told else None,
+        qformer_max_length=config.max_length,
+        captions_tokenizer=tokenizer if language.joint else None,
+    )
 
 
 def open_cache(source: ImageSource) -> FeatureCache:
     """The feature cache of a configuration, which must be of the encoder that it names, if any."""
-    expect = {name: value for name in ("encoder", "encoder_pretrained") if (value := getattr(source, name)) is not None}
+    expect = {name: value for name in ENCODER_FIELDS if (value := getattr(source, name)) is not None}
     return FeatureCache(source.feature_cache, expect=expect)
 
 
-def build_model(config: ModelConfig) -> Blip2QFormer:
-    """A new model, from BERT's weights or from a checkpoint where the configuration names one; prints what was
-    found.
+def build_model(config: ModelConfig, language: LanguageConfig | None = None) -> Blip2QFormer | Blip2OPT | Blip2Joint:
+    """A model of stage 1, with ``language`` of stage 2 or of both, from BERT's weights or from a checkpoint where the
+    configuration names one; prints what was found.
+
+    Raises:
+        ValueError: a checkpoint that does not fit, or lacks what ``language`` asks for.
     """
+    if language is None:
+        return _build_stage1(config)
+    language_model = load_language_model(language.model, language.dtype)
+    source = _build_source(config, language_model)
+    options = {"language_model": language_model, "language_model_dropout": language.dropout}
+    if not language.joint:
+        if language.keep_text and not source.config.use_qformer_text_input:
+            raise ValueError(f"language.keep_text must be False, {config.checkpoint} has no text branch; got True")
+        return Blip2OPT.from_stage1(source, keep_text=language.keep_text, **options)
+    if isinstance(source, Blip2OPT):
+        raise ValueError(f"language.joint must be False, {config.checkpoint} has no heads of stage 1; got True")
+    model = Blip2Joint(source.config, **(source.init_options() | options))
+    load_into(model, source.state_dict(), strict=False)
+    return model
+
+
+def _build_source(config: ModelConfig, language_model: PreTrainedModel) -> Blip2QFormer | Blip2OPT | Blip2Joint:
+    """What a model with a language model starts from: the checkpoint's own kind, or a new model of stage 1."""
+    if config.checkpoint is None:
+        return _build_stage1(config)
+    if os.path.isdir(config.checkpoint):
+        saved = saved_class(config.checkpoint)
+    else:
+        saved = "Blip2OPT" if _has_projection(load_checkpoint(config.checkpoint)) else "Blip2QFormer"
+    if saved == "Blip2Joint":
+        return Blip2Joint.from_pretrained(config.checkpoint, language_model=language_model)
+    if saved == "Blip2OPT":
+        return build_generator(config.checkpoint, language_model=language_model, qformer=config.qformer)
+    return _build_stage1(config)
+
+
+def _build_stage1(config: ModelConfig) -> Blip2QFormer:
     if config.checkpoint is not None and os.path.isdir(config.checkpoint):
         return Blip2QFormer.from_pretrained(config.checkpoint)
     model = Blip2QFormer(config.qformer, embed_dim=config.embed_dim, local_gradients=config.local_gradients)
@@ -75,10 +153,8 @@ def build_model(config: ModelConfig) -> Blip2QFormer:
 
 def encode_pictures(encoder: ImageEncoder, root: Path, names: Sequence[str], batch_size: int) -> Iterator[Tensor]:
     """Tokens of the pictures ``names`` in ``root``, (batch, tokens, width) on the encoder's device."""
-    device = next(encoder.parameters()).device
     for start in tqdm(range(0, len(names), batch_size), unit="batch", disable=None):
-        pixels = [read_pixels(root / name, encoder.transform) for name in names[start : start + batch_size]]
-        yield encoder(torch.stack(pixels).to(device))
+        yield _encode(encoder, root, names[start : start + batch_size])
 
 
 def image_tokens(
@@ -103,11 +179,8 @@ def image_tokens(
         ValueError: images that the cache lacks, a picture that can't be read; the message names them.
     """
     if source.feature_cache is not None:
-        cache = open_cache(source)
-        if missing := [name for name in names if name not in cache]:
-            raise ValueError(f"annotations name {len(missing)} images that the feature cache lacks: {missing[:5]}")
-        return CachedTokens(cache, names)
-    encoder = load_encoder(source.encoder, source.encoder_pretrained, random=source.random_encoder).to(device, dtype)
+        return CachedTokens(_cache_of(source, names), names)
+    encoder = source_encoder(source).to(device, dtype)
     out = None
     for number, tokens in enumerate(encode_pictures(encoder, root, names, batch_size)):
         if out is None:
@@ -115,3 +188,110 @@ def image_tokens(
         first = number * batch_size
         out[first : first + len(tokens)] = tokens
     return out
+
+
+def token_reader(
+    source: ImageSource,
+    names: Sequence[str],
+    root: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Callable[[Sequence[str]], Tensor]:
+    """As :func:`image_tokens`, for data sets whose tokens fill no memory: a function that reads the tokens (images,
+    tokens, width) of some of ``names``, or encodes their pictures, each time that it is called.
+
+    Raises:
+        ValueError: images that the cache or the folder lacks; the message names them.
+    """
+    if source.feature_cache is not None:
+        return _cache_of(source, names).rows
+    if missing := [name for name in names if not (root / name).is_file()]:
+        raise ValueError(f"annotations name {len(missing)} images that are not in {root}: {missing[:5]}")
+    return functools.partial(_encode, source_encoder(source).to(device, dtype), root)
+
+
+def build_generator(
+    checkpoint: str, *, language_model: PreTrainedModel | str | None = None, qformer: QFormerConfig | None = None
+) -> Blip2OPT | Blip2QFormer:
+    """A trained model that writes text about images, in eval mode: of stage 2, or of stage 1, whose text branch does.
+
+    Args:
+        checkpoint (str): a folder of ``save_pretrained`` (of :class:`Blip2Joint` the language model writes), a folder
+            or a hub id of Hugging Face's BLIP-2 or InstructBLIP, or a LAVIS file.
+        language_model (PreTrainedModel or str, Optional): itself, a folder or a hub id. Default: `None`, the one that
+            the checkpoint names or holds; a LAVIS file does neither.
+        qformer (QFormerConfig, Optional): sizes of a LAVIS file's model; the file says whether it has a text branch.
+            Default: `None`, BLIP-2's.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: a checkpoint that does not fit, no language model where one is
+            needed, one where none can be taken.
+    """
+    if checkpoint.endswith(CHECKPOINT_SUFFIXES):
+        return _generator_of_file(checkpoint, language_model, qformer or QFormerConfig())
+    saved = saved_class(checkpoint)
+    if saved in ("Blip2OPT", "Blip2Joint"):
+        named = read_json(Path(checkpoint) / "config.json", "checkpoint")["language_model"]
+        if language_model is None and named is None:
+            raise ValueError(f"language_model must be given, since {checkpoint} does not name its own, got None")
+        kind = Blip2OPT if saved == "Blip2OPT" else Blip2Joint
+        model = kind.from_pretrained(checkpoint, language_model=language_model or named)
+        return model if saved == "Blip2OPT" else Blip2OPT.from_stage1(model, model.language_projection.language_model)
+    if language_model is not None:
+        raise ValueError(f"language_model must be left out for {checkpoint}, a {saved}, got {language_model!r}")
+    if saved == "Blip2QFormer":
+        return Blip2QFormer.from_pretrained(checkpoint)
+    if not saved.endswith("ForConditionalGeneration"):
+        raise ValueError(f"checkpoint must be of a model that writes text, got {checkpoint}, a {saved}")
+    return Blip2OPT.from_pretrained(checkpoint)
+
+
+def saved_class(checkpoint: str) -> str:
+    """The name of the class that a folder's or a hub id's ``config.json`` tells.
+
+    Raises:
+        OSError: nothing there. ValueError: no such file.
+    """
+    file = Path(checkpoint) / "config.json"
+    if file.is_file() and (content := read_json(file, "checkpoint")).get("model_type") == "qformer_fast":
+        return content["class"]
+    return (AutoConfig.from_pretrained(checkpoint).architectures or ["model of no known class"])[0]
+
+
+def _generator_of_file(
+    path: str, language_model: PreTrainedModel | str | None, qformer: QFormerConfig
+) -> Blip2OPT | Blip2QFormer:
+    weights = load_checkpoint(path)
+    stage2 = _has_projection(weights)
+    if not stage2 and language_model is not None:
+        raise ValueError(f"checkpoint must hold one of {LANGUAGE_PROJECTIONS} for a language_model, {path} does not")
+    if not stage2:
+        return build_model(ModelConfig(qformer=qformer, checkpoint=path)).eval()
+    if language_model is None:
+        raise ValueError(f"language_model must be given, since {path} does not name its own, got None")
+    has_text = "Qformer.bert.embeddings.word_embeddings.weight" in weights
+    model = Blip2OPT(dataclasses.replace(qformer, use_qformer_text_input=has_text), language_model).eval()
+    report = model.load_lavis_state_dict(weights, strict=False)
+    if report.missing:
+        raise ValueError(f"checkpoint {path} must hold the whole Q-Former: {report}")
+    print(f"checkpoint: {report}")
+    return model
+
+
+def _has_projection(weights: Mapping[str, Tensor]) -> bool:
+    """Whether a LAVIS file is of stage 2."""
+    return any(name.endswith("_proj.weight") and name.startswith(LANGUAGE_PROJECTIONS) for name in weights)
+
+
+def _cache_of(source: ImageSource, names: Sequence[str]) -> FeatureCache:
+    """The feature cache, which must have the images ``names``."""
+    cache = open_cache(source)
+    if missing := [name for name in names if name not in cache]:
+        raise ValueError(f"annotations name {len(missing)} images that the feature cache lacks: {missing[:5]}")
+    return cache
+
+
+def _encode(encoder: ImageEncoder, root: Path, names: Sequence[str]) -> Tensor:
+    pixels = torch.stack([read_pixels(root / name, encoder.transform) for name in names])
+    return encoder(pixels.to(next(encoder.parameters()).device))

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from qformer_fast import Blip2QFormer, QFormerConfig, cli
+from qformer_fast.assemble import load_encoder
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 from qformer_fast.demo import emoji_pairs
@@ -101,7 +102,7 @@ def log(folder):
 def test_features_are_the_encoders(cache, pictures, weights):
     features = FeatureCache(cache, expect={"encoder": "tiny-vit", "encoder_pretrained": str(weights)})
     assert features.keys == ["blue.png", "green.png", "grey.png", "red.png"]
-    tiny = cli.load_encoder("tiny-vit", str(weights), random=False)
+    tiny = load_encoder("tiny-vit", str(weights), random=False)
     with Image.open(pictures / "grey.png") as picture:
         expected = tiny(tiny.transform(picture)[None])[0]
     assert (features.tokens, features.width) == (5, 64)
@@ -229,6 +230,19 @@ def test_random_encoders_must_be_asked_for(pictures, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_pictures_may_be_larger_than_the_encoders(train, pictures, weights, tmp_path, capsys):
+    """At 48 x 48 tiny-vit, whose own size is 32, has nine patches instead of four."""
+    assert run("extract-features", pairs=pictures, output=tmp_path / "large", image_size=48, **encoder(weights)) == 0
+    features = FeatureCache(tmp_path / "large")
+    assert features.tokens == 10 and features.metadata["image_size"] == 48
+    assert train(output="pixels", data={"image_size": 48, **encoder(weights)}) == 0
+    assert train(output="features", data={"image_size": 48, "feature_cache": tmp_path / "large"}) == 0
+    for a, b in zip(log(tmp_path / "pixels"), log(tmp_path / "features"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)  # the cache is fp16
+    assert train(output="small", data={"image_size": 32, "feature_cache": tmp_path / "large"}) == 1
+    assert "must have image_size = 32, got 48" in capsys.readouterr().err
+
+
 def test_an_unreadable_picture_leaves_no_cache(pictures, weights, tmp_path, capsys):
     (pictures / "red.png").write_bytes(b"no picture")
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -243,6 +257,14 @@ def test_pictures_may_lie_elsewhere(pictures, weights, tmp_path):
     pairs = tmp_path / "annotations" / "pairs.json"
     pairs.write_text(json.dumps([{"image": "red.png", "caption": "red", "image_id": "1"}]))
     options = dict(pairs=pairs, output=tmp_path / "new", image_root=pictures, **encoder(weights))
+    assert run("extract-features", **options) == 0
+    assert FeatureCache(tmp_path / "new").keys == ["red.png"]
+
+
+def test_features_of_questions_pictures(pictures, weights, tmp_path):
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps([{"image": "red.png", "question": "what colour?", "answer": "red"}] * 2))
+    options = dict(pairs=questions, output=tmp_path / "new", image_root=pictures, **encoder(weights))
     assert run("extract-features", **options) == 0
     assert FeatureCache(tmp_path / "new").keys == ["red.png"]
 
@@ -295,7 +317,7 @@ def test_retrieval_is_evaluated_from_pixels_and_from_features(evaluate, cache, p
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "recall.json").read_text())
     model = Blip2QFormer.from_pretrained(tmp_path / "model").eval()
-    tiny = cli.load_encoder("tiny-vit", str(weights), random=False)
+    tiny = load_encoder("tiny-vit", str(weights), random=False)
     pixels = [cli.read_pixels(pictures / f"{name}.png", tiny.transform) for name in ("red", "blue", "grey")]
     captions = ["a red one", "all red", "blue", "very blue", "x"]
     text = tokenize(load_tokenizer(), captions)
@@ -360,7 +382,7 @@ def test_a_lavis_file_is_evaluated_like_its_folder(evaluate, cache, tmp_path):
 def test_an_evaluation_must_be_named(capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate"])
-    assert "{retrieval}" in capsys.readouterr().err
+    assert "{captioning,vqa,retrieval}" in capsys.readouterr().err
 
 
 def test_doctor_prints_text_and_json(capsys):

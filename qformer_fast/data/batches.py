@@ -1,11 +1,11 @@
-"""Batches of image-caption pairs in an order that depends on the seed and the position alone."""
+"""Batches of images with text in an order that depends on the seed and the position alone."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from qformer_fast.data.captions import Pair
+from qformer_fast.data.examples import Example
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.data.language import LanguageTokenizer
 from qformer_fast.data.tokenizer import encode, pad
+
+Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a training step takes.
+    """What a training step of stage 1 takes.
 
     Args:
         images (Tensor): image tokens (batch, tokens, width) from a cache, or pixels (batch, 3, height, width).
@@ -36,10 +40,86 @@ class Batch:
     image_ids: Tensor
 
     def pin_memory(self) -> Batch:
-        return Batch(*(x.pin_memory() for x in vars(self).values()))
+        return _pinned(self)
 
 
-class PairDataset(Dataset):
+@dataclass(frozen=True, eq=False)
+class LanguageBatch:
+    """What a training step with a frozen language model takes; text is (batch, length) int64.
+
+    Args:
+        images, image_ids: as of :class:`Batch`.
+        input_ids, attention_mask, labels (Tensor): prompts and texts in the language model's tokens, see
+            :class:`qformer_fast.data.language.LanguageText`.
+        qformer_input_ids, qformer_attention_mask (Tensor, Optional): the prompts in BERT's tokens.
+        caption_input_ids, caption_attention_mask (Tensor, Optional): the texts in BERT's tokens.
+    """
+
+    images: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    qformer_input_ids: Tensor | None
+    qformer_attention_mask: Tensor | None
+    caption_input_ids: Tensor | None
+    caption_attention_mask: Tensor | None
+    image_ids: Tensor
+
+    def pin_memory(self) -> LanguageBatch:
+        return _pinned(self)
+
+
+class ImageTextDataset(Dataset):
+    """Images with a text each; an index is a list of their numbers and gives a batch.
+
+    Args:
+        kind (str): what errors call them.
+        images (Sequence): keys of the cache, or paths in ``image_root``.
+        image_ids (Sequence): equal where they show one image.
+        cache (FeatureCache, Optional): where the images are keys.
+        transform (Callable, Optional): picture to pixels (3, height, width), say ``ImageEncoder.transform``; one of
+            ``cache`` and ``transform`` must be given.
+        image_root (path): the folder that the images are in, for ``transform``.
+
+    Raises:
+        ValueError: no image, both or neither of ``cache`` and ``transform``, images that the cache lacks.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        images: Sequence[str],
+        image_ids: Sequence[str],
+        *,
+        cache: FeatureCache | None,
+        transform: Transform | None,
+        image_root: str | os.PathLike,
+    ):
+        if len(images) == 0:
+            raise ValueError(f"{kind} must hold at least one image with a text, got none")
+        if (cache is None) == (transform is None):
+            raise ValueError("cache or transform must be given, one of them, got both or neither")
+        if cache is not None:
+            missing = sorted({image for image in images if image not in cache})
+            if missing:
+                raise ValueError(f"{kind} name {len(missing)} images that the feature cache lacks: {missing[:5]}")
+        self.cache, self.transform, self.image_root = cache, transform, Path(image_root)
+        self._images = list(images)
+        numbers = {image_id: number for number, image_id in enumerate(dict.fromkeys(image_ids))}
+        self.image_ids = torch.tensor([numbers[image_id] for image_id in image_ids])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self, indices: list[int]) -> Tensor:
+        """Image tokens (len(indices), tokens, width) of the cache, or pixels (len(indices), 3, height, width)."""
+        names = [self._images[i] for i in indices]
+        if self.cache is not None:
+            return self.cache.rows(names)
+        return torch.stack([read_pixels(self.image_root / name, self.transform) for name in names])
+
+
+class PairDataset(ImageTextDataset):
     """Image-caption pairs; an index is a list of pair numbers and gives a :class:`Batch`.
 
     All captions are tokenized at once, so that one without a word is found now and not in the middle of a run.
@@ -47,15 +127,11 @@ class PairDataset(Dataset):
     Args:
         pairs (Sequence): of :class:`Pair`.
         tokenizer: from :func:`load_tokenizer`.
-        cache (FeatureCache, Optional): where the pairs' images are keys.
-        transform (Callable, Optional): picture to pixels (3, height, width), say ``ImageEncoder.transform``; one of
-            ``cache`` and ``transform`` must be given.
-        image_root (path): the folder that the pairs' images are in, for ``transform``. Default: the current one.
+        cache, transform, image_root: see :class:`ImageTextDataset`. Default of the last: the current folder.
         max_length (int): of captions in tokens. Default: 32.
 
     Raises:
-        ValueError: no pair, both or neither of ``cache`` and ``transform``, images that the cache lacks, a caption
-            without a word.
+        ValueError: what :class:`ImageTextDataset` refuses, a caption without a word.
     """
 
     def __init__(
@@ -64,39 +140,103 @@ class PairDataset(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         *,
         cache: FeatureCache | None = None,
-        transform: Callable[[Image.Image], Tensor] | None = None,
+        transform: Transform | None = None,
         image_root: str | os.PathLike = ".",
         max_length: int = 32,
     ):
-        if len(pairs) == 0:
-            raise ValueError("pairs must hold at least one image-caption pair, got none")
-        if (cache is None) == (transform is None):
-            raise ValueError("cache or transform must be given, one of them, got both or neither")
-        if cache is not None:
-            missing = sorted({pair.image for pair in pairs if pair.image not in cache})
-            if missing:
-                raise ValueError(f"pairs name {len(missing)} images that the feature cache lacks: {missing[:5]}")
-        self.pairs, self.cache, self.transform, self.image_root = list(pairs), cache, transform, Path(image_root)
-        encoded = encode(tokenizer, [pair.caption for pair in pairs], max_length=max_length)
-        self._token_ids = torch.tensor(list(itertools.chain.from_iterable(encoded)), dtype=torch.int32)
-        self._starts = list(itertools.accumulate(map(len, encoded), initial=0))
-        numbers = {image_id: number for number, image_id in enumerate(dict.fromkeys(p.image_id for p in pairs))}
-        self.image_ids = torch.tensor([numbers[pair.image_id] for pair in pairs])
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        images, image_ids = [pair.image for pair in pairs], [pair.image_id for pair in pairs]
+        super().__init__("pairs", images, image_ids, cache=cache, transform=transform, image_root=image_root)
+        self.pairs = list(pairs)
+        self._captions = _Rows(encode(tokenizer, [pair.caption for pair in pairs], max_length=max_length))
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        names = [self.pairs[i].image for i in indices]
-        if self.cache is not None:
-            images = self.cache.rows(names)
-        else:
-            images = torch.stack([read_pixels(self.image_root / name, self.transform) for name in names])
-        ids, mask = pad([self._token_ids[self._starts[i] : self._starts[i + 1]] for i in indices])
-        return Batch(images, ids, mask, self.image_ids[indices])
+        return Batch(self.images(indices), *pad(self._captions[indices]), self.image_ids[indices])
 
 
-def read_pixels(path: str | os.PathLike, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+class LanguageDataset(ImageTextDataset):
+    """Images with what a language model is to say of them; an index is a list of example numbers and gives a
+    :class:`LanguageBatch`.
+
+    All text is tokenized at once, so that what can't be is found now and not in the middle of a run.
+
+    Args:
+        examples (Sequence): of :class:`Example`.
+        language (LanguageTokenizer): the language model's.
+        cache, transform, image_root: see :class:`ImageTextDataset`. Default of the last: the current folder.
+        qformer_tokenizer (Optional): from :func:`load_tokenizer`: the prompts also go to the Q-Former, as [CLS] prompt
+            [SEP] (InstructBLIP). Default: `None`, they do not.
+        qformer_max_length (int): of prompts and captions in BERT's tokens. Default: 32.
+        captions_tokenizer (Optional): from :func:`load_tokenizer`: the texts also come in BERT's tokens, for
+            :class:`qformer_fast.models.blip2_joint.Blip2Joint`. Default: `None`, they do not.
+
+    Raises:
+        ValueError: what :class:`ImageTextDataset` and :meth:`LanguageTokenizer.target_rows` refuse, a prompt for the
+            Q-Former or a caption without a word.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        language: LanguageTokenizer,
+        *,
+        cache: FeatureCache | None = None,
+        transform: Transform | None = None,
+        image_root: str | os.PathLike = ".",
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
+        qformer_max_length: int = 32,
+        captions_tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        images = [example.image for example in examples]
+        image_ids = [example.image_id or example.image for example in examples]
+        super().__init__("examples", images, image_ids, cache=cache, transform=transform, image_root=image_root)
+        self.examples, self.language = list(examples), language
+        texts, prompts = [example.text for example in examples], [example.prompt for example in examples]
+        if silent := [i for i, text in enumerate(texts) if not text.strip()]:
+            raise ValueError(f"examples must each have a text, none in {len(silent)} of them: {silent[:5]}")
+        self._input_ids, self._labels = map(_Rows, language.target_rows(texts, prompts))
+        self._prompts, self._captions = None, None
+        if qformer_tokenizer is not None:
+            if untold := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
+                raise ValueError(
+                    f"examples must each have a prompt for the Q-Former, none in {len(untold)} of them: {untold[:5]}"
+                )
+            self._prompts = _Rows(encode(qformer_tokenizer, prompts, max_length=qformer_max_length))
+        if captions_tokenizer is not None:
+            self._captions = _Rows(encode(captions_tokenizer, texts, max_length=qformer_max_length))
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether batches hold prompts for the Q-Former."""
+        return self._prompts is not None
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether batches hold the texts in BERT's tokens."""
+        return self._captions is not None
+
+    def __getitem__(self, indices: list[int]) -> LanguageBatch:
+        text = self.language.pad(self._input_ids[indices], self._labels[indices])
+        prompts = (None, None) if self._prompts is None else pad(self._prompts[indices])
+        captions = (None, None) if self._captions is None else pad(self._captions[indices])
+        return LanguageBatch(self.images(indices), *vars(text).values(), *prompts, *captions, self.image_ids[indices])
+
+
+class _Rows:
+    """Token ids of many texts in one tensor, which processes share; a list of numbers gives the rows of these texts."""
+
+    def __init__(self, rows: Sequence[Sequence[int]]):
+        self._ids = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int32)
+        self._starts = list(itertools.accumulate(map(len, rows), initial=0))
+
+    def __getitem__(self, indices: Iterable[int]) -> list[Tensor]:
+        return [self._ids[self._starts[i] : self._starts[i + 1]] for i in indices]
+
+
+def _pinned(batch: Batch | LanguageBatch) -> Batch | LanguageBatch:
+    return type(batch)(*(None if x is None else x.pin_memory() for x in vars(batch).values()))
+
+
+def read_pixels(path: str | os.PathLike, transform: Transform) -> Tensor:
     """A picture in RGB through ``transform``.
 
     Raises:
@@ -138,7 +278,9 @@ class ShuffledBatches(Sampler[list[int]]):
             epoch, first = epoch + 1, 0
 
 
-def batch_loader(dataset: PairDataset, order: ShuffledBatches, *, num_workers: int, pin_memory: bool) -> DataLoader:
+def batch_loader(
+    dataset: ImageTextDataset, order: ShuffledBatches, *, num_workers: int, pin_memory: bool
+) -> DataLoader:
     """Batches in ``order``; the same ones whatever ``num_workers``, and without touching the global random state.
 
     Workers leave SIGINT and SIGTERM, which often go to all processes of a run, to the main process, whose last

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qformer_fast.data.files import read_json
 
@@ -36,6 +37,15 @@ def clean_caption(text: str, *, max_words: int = 50) -> str:
     return " ".join(words[:max_words])
 
 
+def clean_question(text: str, *, max_words: int = 50) -> str:
+    """Lower case without the signs ``.!"()*#:;~``, the question mark kept, cut to ``max_words``.
+
+    Replaces LAVIS ``BlipQuestionProcessor.pre_question`` (blip_processors.py:87-102).
+    """
+    words = re.sub(r"[.!\"()*#:;~]", "", text.lower()).rstrip(" ").split(" ")
+    return " ".join(words[:max_words])
+
+
 def read_pairs(path: str | os.PathLike) -> list[Pair]:
     """Pairs of a JSON list, or of a folder of pictures.
 
@@ -56,11 +66,36 @@ def read_pairs(path: str | os.PathLike) -> list[Pair]:
     if path.is_dir():
         pairs = _read_folder(path)
     elif path.exists():
-        pairs = _read_json(path)
+        pairs = pairs_of(read_entries(path), path)
     else:
         raise FileNotFoundError(f"pairs: no file or folder at {path}")
     if not pairs:
         raise ValueError(f"pairs must hold at least one image-caption pair, found none in {path}")
+    return pairs
+
+
+def read_entries(path: Path) -> list[Any]:
+    """A JSON list, not yet looked at.
+
+    Raises:
+        ValueError: no JSON, or no list.
+    """
+    entries = read_json(path, "pairs")
+    if not isinstance(entries, list):
+        raise ValueError(f"pairs: {path} must hold a list, got {type(entries).__name__}")
+    return entries
+
+
+def pairs_of(entries: list[Any], path: Path) -> list[Pair]:
+    """:func:`read_pairs` of the entries of the file at ``path``."""
+    pairs = []
+    for number, entry in enumerate(entries):
+        where = f"{path}, entry {number}"
+        if not isinstance(entry, dict) or not {"image", "caption"} <= entry.keys():
+            raise ValueError(f'pairs: {where} must have "image" and "caption", got {entry!r}')
+        image = str(entry["image"])
+        captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
+        pairs += [_pair(image, caption, str(entry.get("image_id", image)), where=where) for caption in captions]
     return pairs
 
 
@@ -79,21 +114,6 @@ def _read_folder(folder: Path) -> list[Pair]:
         lines = [line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
         name = image.relative_to(folder).as_posix()
         pairs += [_pair(name, line, name, where=str(captions)) for line in lines]
-    return pairs
-
-
-def _read_json(path: Path) -> list[Pair]:
-    entries = read_json(path, "pairs")
-    if not isinstance(entries, list):
-        raise ValueError(f"pairs: {path} must hold a list, got {type(entries).__name__}")
-    pairs = []
-    for number, entry in enumerate(entries):
-        where = f"{path}, entry {number}"
-        if not isinstance(entry, dict) or not {"image", "caption"} <= entry.keys():
-            raise ValueError(f'pairs: {where} must have "image" and "caption", got {entry!r}')
-        image = str(entry["image"])
-        captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
-        pairs += [_pair(image, caption, str(entry.get("image_id", image)), where=where) for caption in captions]
     return pairs
 
 

@@ -83,19 +83,31 @@ class LanguageTokenizer:
         Raises:
             ValueError: no text, another number of prompts, a prompt that leaves no room for text.
         """
+        return self.pad(*self.target_rows(texts, prompts))
+
+    def target_rows(
+        self, texts: Sequence[str], prompts: Sequence[str] | str = ""
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The input ids and the labels of :meth:`targets`, which :meth:`pad` makes of them, without padding."""
         prompts = self._one_each(prompts, len(texts))
         if self.encoder_decoder:
-            (ids, mask), (targets, kept) = self._padded(prompts), self._padded(texts)
-            return LanguageText(ids, mask, targets.masked_fill(kept == 0, IGNORED))
-        whole = [f"{prompt} {text}".lstrip() + self.end for prompt, text in zip(prompts, texts, strict=True)]
-        ids, mask = self._padded(whole)
-        labels = ids.masked_fill(mask == 0, IGNORED)
-        for row, prompt in enumerate(prompts):
-            if prompt:
-                labels[row, : len(self.tokenizer(prompt)["input_ids"])] = IGNORED
-                if bool((labels[row] == IGNORED).all()):
-                    raise ValueError(f"prompts must leave room for text in {self.max_length} tokens, got {prompt!r}")
-        return LanguageText(ids, mask, labels)
+            return self._encoded(prompts), self._encoded(texts)
+        ids = self._encoded(
+            [f"{prompt} {text}".lstrip() + self.end for prompt, text in zip(prompts, texts, strict=True)]
+        )
+        distinct = list(dict.fromkeys(prompts))
+        lengths = dict(zip(distinct, map(len, self.tokenizer(distinct)["input_ids"]), strict=True)) | {"": 0}
+        labels = []
+        for row, prompt in zip(ids, prompts, strict=True):
+            length = lengths[prompt]
+            if length >= len(row):
+                raise ValueError(f"prompts must leave room for text in {self.max_length} tokens, got {prompt!r}")
+            labels.append([IGNORED] * length + row[length:])
+        return ids, labels
+
+    def pad(self, ids: Sequence[Sequence[int] | Tensor], labels: Sequence[Sequence[int] | Tensor]) -> LanguageText:
+        """Rows of :meth:`target_rows`, right-padded to the longest."""
+        return LanguageText(*_padded(ids, self.pad_token_id), _padded(labels, IGNORED)[0])
 
     def prompts(self, prompts: Sequence[str] | str = "", count: int | None = None) -> tuple[Tensor, Tensor]:
         """input_ids and attention_mask (batch, length) int64 to generate after, left-padded for a causal model.
@@ -108,7 +120,8 @@ class LanguageTokenizer:
             if isinstance(prompts, str):
                 raise ValueError(f"count must say how many prompts {prompts!r} stands for, got None")
             count = len(prompts)
-        return self._padded(self._one_each(prompts, count), left=not self.encoder_decoder, truncate=False)
+        rows = self.tokenizer(self._one_each(prompts, count))["input_ids"]
+        return _padded(rows, self.pad_token_id, left=not self.encoder_decoder)
 
     def decode(self, ids: Tensor) -> list[str]:
         """Texts of generated tokens (batch, length), stripped."""
@@ -122,13 +135,16 @@ class LanguageTokenizer:
             raise ValueError(f"prompts must be one string or {count}, one each, got {len(prompts)}")
         return [prompt.strip() for prompt in prompts]
 
-    def _padded(self, texts: Sequence[str], *, left: bool = False, truncate: bool = True) -> tuple[Tensor, Tensor]:
-        options = {"truncation": True, "max_length": self.max_length} if truncate else {}
-        rows = self.tokenizer(list(texts), **options)["input_ids"]
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            place = slice(width - len(row), width) if left else slice(len(row))
-            ids[number, place], mask[number, place] = torch.tensor(row, dtype=torch.int64), 1
-        return ids, mask
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+
+
+def _padded(rows: Sequence[Sequence[int] | Tensor], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows filled up with ``value``, and where they are: (batch, length) int64."""
+    width = max(map(len, rows))
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        padded[number, place], mask[number, place] = torch.as_tensor(row), 1
+    return padded, mask

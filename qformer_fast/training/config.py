@@ -11,15 +11,15 @@ from qformer_fast.config import Checkpointing, QFormerConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The stage-1 model.
+    """The Q-Former and its heads.
 
     Args:
         qformer (QFormerConfig): sizes.
         embed_dim (int): width of the ITC features.
         local_gradients (bool): ITC gradients as in the original.
         bert (str, Optional): BERT weights that the model starts from, a file or a folder.
-        checkpoint (str, Optional): a stage-1 checkpoint that it starts from: a folder of ``save_pretrained``, whose
-            sizes are taken instead of these, or a LAVIS file.
+        checkpoint (str, Optional): a checkpoint that it starts from: a folder of ``save_pretrained``, whose sizes are
+            taken instead of these, or a LAVIS file; of stage 1, or with a language model also of stage 2.
     """
 
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
@@ -30,20 +30,46 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LanguageConfig:
+    """A frozen language model behind the Q-Former: stage 2, or both stages at once.
+
+    Args:
+        model (str): a folder, or an id on the Hugging Face hub, of a causal or an encoder-decoder model.
+        dtype (str): of its parameters: "float32", "float16", "bfloat16", or "auto", the checkpoint's.
+        prompt (str): what it is told before a caption; for questions a template with one "{}" for the question.
+        keep_text (bool): keep the Q-Former's text branch, to which the prompts go too where there are any.
+        joint (bool): train stage 1's losses with the language model's.
+        dropout (bool): its dropout is on, as in the original.
+        max_length (int): of a prompt with its text in its tokens, and of an encoder-decoder's each.
+    """
+
+    model: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    prompt: str = ""
+    keep_text: bool = False
+    joint: bool = False
+    dropout: bool = False
+    max_length: int = 32
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Pairs and where their image tokens come from.
 
     Args:
-        pairs (str): a JSON list or a folder, see :func:`qformer_fast.data.captions.read_pairs`.
+        pairs (str): a JSON list or a folder, see :func:`qformer_fast.data.captions.read_pairs`, and for a language
+            model :func:`qformer_fast.data.examples.read_examples`.
         feature_cache (str, Optional): a folder of :class:`FeatureCache`. Default: `None`, images are encoded as they
             come.
         encoder (str, Optional): an open_clip model; needed without a feature cache, and with one what the cache must be
             of.
         encoder_pretrained (str, Optional): its open_clip tag or a file, likewise.
         random_encoder (bool): accept an encoder with random weights.
+        image_size (int, Optional): pictures' rows and columns; with a feature cache what it must be of. Default:
+            `None`, the encoder's own.
         image_root (str, Optional): the folder that the pairs' images are in. Default: `None`, that of ``pairs``.
         tokenizer (str, Optional): see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
-        max_length (int): of captions in tokens.
+        max_length (int): of captions, and of prompts for the Q-Former, in BERT's tokens.
         num_workers (int): processes that read data.
     """
 
@@ -52,6 +78,7 @@ class DataConfig:
     encoder: str | None = None
     encoder_pretrained: str | None = None
     random_encoder: bool = False
+    image_size: int | None = None
     image_root: str | None = None
     tokenizer: str | None = None
     max_length: int = 32
@@ -99,13 +126,14 @@ class RunConfig:
     Args:
         output_dir (str): log and checkpoints.
         steps (int): optimizer steps in all.
-        batch_size (int): pairs a forward pass, which is the pool of negatives.
+        batch_size (int): pairs a forward pass, which is stage 1's pool of negatives.
         accumulation (int): forward passes an optimizer step.
         precision (str): "fp32", or autocast to "bf16" or "fp16" (with loss scaling).
         device (str): "auto" takes a GPU where there is one.
         seed (int): of weights, dropout, negatives and the order of the data; at least 0.
         gradient_checkpointing (str): "none", or what backward computes again to save memory: "feed_forward" or "layer".
-        cuda_graphs (bool): replay forward and backward as CUDA graphs; needs a GPU. For hosts slower than their GPU.
+        cuda_graphs (bool): replay stage 1's forward and backward as CUDA graphs; needs a GPU. For hosts slower than
+            their GPU.
         save_every, log_every (int): optimizer steps.
         keep (int): checkpoints kept.
         resume (bool): go on from the last checkpoint in ``output_dir``.
@@ -142,9 +170,18 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything of ``qformer-fast train``."""
+    """Everything of ``qformer-fast train``.
+
+    Args:
+        language (LanguageConfig, Optional): Default: `None`, stage 1 is trained.
+    """
 
     data: DataConfig
     run: RunConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    language: LanguageConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if self.language is not None and self.language.joint and self.language.keep_text:
+            raise ValueError("language.keep_text must be False with language.joint, which has it anyway; got True")

@@ -1,4 +1,4 @@
-"""The stage-1 training loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -17,17 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qformer_fast.data.batches import Batch, PairDataset, ShuffledBatches, batch_loader
+from qformer_fast.data.batches import ImageTextDataset, ShuffledBatches, batch_loader
 from qformer_fast.data.files import write_text
-from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
 from qformer_fast.training.checkpoint import list_checkpoints, load_checkpoint_state, save_checkpoint
 from qformer_fast.training.config import OptimizerConfig, RunConfig
-from qformer_fast.training.graphs import GraphedStage1
 from qformer_fast.training.optimizer import build_optimizer, lr_at
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LOSSES = ("loss_itc", "loss_itm", "loss_itg")
-METRICS = ("loss", *LOSSES, "r1_i2t", "r1_t2i", "itm_accuracy")
+from qformer_fast.training.stages import AUTOCAST, Stage, autocast, build_stage
 
 Entry = dict[str, float | int]
 
@@ -40,8 +35,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def train(
-    model: Blip2QFormer,
-    dataset: PairDataset,
+    model: nn.Module,
+    dataset: ImageTextDataset,
     run: RunConfig,
     optimizer_config: OptimizerConfig | None = None,
     *,
@@ -57,8 +52,10 @@ def train(
     one runs.
 
     Args:
-        model (Blip2QFormer): moved to the device; trainable parameters are those that require grad.
-        dataset (PairDataset): pairs with cached tokens, or with pixels.
+        model (nn.Module): a :class:`Blip2QFormer`, :class:`Blip2OPT` or :class:`Blip2Joint`, moved to the device;
+            trainable parameters are those that require grad.
+        dataset (ImageTextDataset): with cached tokens, or with pixels: a :class:`PairDataset` for stage 1, otherwise a
+            :class:`LanguageDataset`.
         run (RunConfig): length, precision, places.
         optimizer_config (OptimizerConfig, Optional): Default: `None`, the paper's.
         encoder (nn.Module, Optional): pixels to image tokens; needed when the dataset gives pixels. Moved to the
@@ -68,13 +65,15 @@ def train(
 
     Returns:
         list: the entries of ``log.jsonl``, earlier ones of a resumed run included: step (from 1), epoch (from 0, of the
-        step's last batch), lr, the losses, in-batch r1_i2t and r1_t2i, itm_accuracy (means over the step's forward
-        passes), grad_norm (before clipping), temp, samples_per_second.
+        step's last batch), lr, loss, grad_norm (before clipping), samples_per_second; of stage 1 and of both stages
+        also the losses that ``loss`` is the sum of, in-batch r1_i2t and r1_t2i, itm_accuracy and temp. Losses and
+        metrics are means over the step's forward passes.
 
     Raises:
         ValueError: checkpoints in ``output_dir`` but ``run.resume`` is False, or of a run with another seed or batch; a
-            damaged checkpoint; TensorBoard asked for and not installed; CUDA graphs without a GPU.
-            FloatingPointError: a loss or gradient that is NaN or Inf; names it and the step.
+            damaged checkpoint; TensorBoard asked for and not installed; CUDA graphs without a GPU or not of stage 1; a
+            data set for another kind of model. FloatingPointError: a loss or gradient that is NaN or Inf; names it and
+            the step.
     """
     check_output_dir(run)
     optimizer_config = optimizer_config or OptimizerConfig()
@@ -91,8 +90,8 @@ def train(
         model.gradient_checkpointing_enable(run.gradient_checkpointing)
     optimizer = build_optimizer(model, optimizer_config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    graphed = GraphedStage1(model, dtype=AUTOCAST.get(run.precision)) if run.cuda_graphs else None
-    scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+    stage = build_stage(model, dataset, run)
+    scaler = torch.amp.GradScaler(device.type, enabled=stage.scales_loss)
     identity = dict(seed=run.seed, batch_size=run.batch_size, accumulation=run.accumulation, pairs=len(dataset))
     identity["trainable_parameters"] = sum(p.numel() for p in parameters)
     step = 0
@@ -115,27 +114,21 @@ def train(
         _stop_signals() as stopped,
         tqdm(total=run.steps, initial=step, unit="step", disable=None) as progress,
     ):
-        metrics_reader = _MetricsReader(log, progress, output_dir, check_norm=not scaler.is_enabled())
+        metrics_reader = _MetricsReader(stage, log, progress, output_dir, check_norm=not scaler.is_enabled())
         while step < run.steps and not stopped.is_set():
             lr = lr_at(step, run.steps, optimizer_config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            metrics = torch.zeros(len(METRICS), device=device)
+            metrics = torch.zeros(len(stage.metrics), device=device)
+            share = scaler.scale(torch.full((), 1 / run.accumulation, device=device))
             for _ in range(run.accumulation):
                 batch = next(loader)
-                images = _image_tokens(encoder, batch, device, run.precision)
-                captions = batch.input_ids, batch.attention_mask, batch.image_ids
-                if graphed is not None:
-                    share = torch.full((), 1 / run.accumulation, device=device)
-                    out = graphed(images, *captions, scale=scaler.scale(share))
-                else:
-                    with _autocast(device, run.precision):
-                        out = model(images, *captions)
-                    scaler.scale(out.loss / run.accumulation).backward()
-                metrics += _metrics(out, batch.image_ids.to(device, non_blocking=True)) / run.accumulation
+                images = _image_tokens(encoder, batch.images, device, run.precision)
+                metrics += stage.step(images, batch, share) / run.accumulation
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            values = torch.cat([metrics, torch.stack([grad_norm, model.temp.detach()])])
+            scalars = [model.get_parameter(name).detach() for name in stage.scalars]
+            values = torch.cat([metrics, torch.stack([grad_norm, *scalars])])
             if not scaler.is_enabled():
                 # fused AdamW leaves the weights alone where this is 1; with loss scaling the scaler sets it
                 optimizer.found_inf = 1.0 - values.isfinite().all().float()
@@ -174,39 +167,26 @@ def check_output_dir(run: RunConfig) -> None:
         )
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
-
-
-def _image_tokens(encoder: nn.Module | None, batch: Batch, device: torch.device, precision: str) -> Tensor:
-    images = batch.images.to(device, non_blocking=True)
+def _image_tokens(encoder: nn.Module | None, images: Tensor, device: torch.device, precision: str) -> Tensor:
+    images = images.to(device, non_blocking=True)
     if encoder is None:
         return images.float() if precision == "fp32" else images
-    with _autocast(device, precision):
+    with autocast(device, precision):
         return encoder(images)
-
-
-def _metrics(out: Stage1Output, image_ids: Tensor) -> Tensor:
-    """The values of METRICS in one tensor; a retrieval counts when it shows the same image."""
-
-    def recall(similarity: Tensor) -> Tensor:
-        return (image_ids[similarity.argmax(1)] == image_ids).float().mean()
-
-    accuracy = (out.itm_logits.argmax(1) == out.itm_labels).float().mean()
-    losses = [getattr(out, name).detach().float() for name in ("loss", *LOSSES)]
-    return torch.stack([*losses, recall(out.sim_i2t), recall(out.sim_t2i), accuracy])
 
 
 class _MetricsReader:
     """Reads a step's metrics once the next step is on its way, so that the host does not wait for the device."""
 
-    def __init__(self, log: _Log, progress: tqdm, output_dir: Path, *, check_norm: bool):
+    def __init__(self, stage: Stage, log: _Log, progress: tqdm, output_dir: Path, *, check_norm: bool):
         self._log, self._progress, self._output_dir = log, progress, output_dir
-        self._finite = (*LOSSES, "grad_norm") if check_norm else LOSSES
+        self._names = (*stage.metrics, "grad_norm", *stage.scalars)
+        self._finite = (*stage.losses, "grad_norm") if check_norm else stage.losses
+        self._shown = [name for name in (*stage.losses, "r1_i2t", "itm_accuracy") if name in self._names]
         self._pending: tuple[Tensor, torch.cuda.Event | None, Entry, bool] | None = None
 
     def push(self, values: Tensor, about: Entry, *, logs: bool) -> None:
-        """Takes a step's METRICS, gradient norm and temperature, and reads those of the step before."""
+        """Takes a step's metrics, gradient norm and scalars, and reads those of the step before."""
         self.flush()
         on_host, copied = values.to("cpu", non_blocking=True), None
         if values.is_cuda:
@@ -225,7 +205,7 @@ class _MetricsReader:
         (values, copied, about, logs), self._pending = self._pending, None
         if copied is not None:
             copied.synchronize()
-        entry: Entry = dict(zip((*METRICS, "grad_norm", "temp"), values.tolist(), strict=True))
+        entry: Entry = dict(zip(self._names, values.tolist(), strict=True))
         for name in self._finite:
             if not math.isfinite(entry[name]):
                 last = list_checkpoints(self._output_dir)
@@ -235,7 +215,7 @@ class _MetricsReader:
                 )
         if logs:
             self._log.write(about | entry)
-            self._progress.set_postfix({name: f"{entry[name]:.3f}" for name in (*LOSSES, "r1_i2t", "itm_accuracy")})
+            self._progress.set_postfix({name: f"{entry[name]:.3f}" for name in self._shown})
 
 
 class _Log:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from qformer_fast.data.batches import PairDataset, ShuffledBatches, batch_loader
-from qformer_fast.data.captions import Pair, clean_caption, image_folder, read_pairs
+from qformer_fast.data.captions import Pair, clean_caption, clean_question, image_folder, read_pairs
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 
@@ -57,6 +57,13 @@ def test_clean_caption_is_the_originals():
     assert clean_caption('A "Cat"; sleeps (well)! #nap *  ~ on: it.') == "a cat sleeps well nap on it"
     assert clean_caption("word " * 60).split() == ["word"] * 50
     assert clean_caption("it's 3-fold, isn't it?") == "it's 3-fold, isn't it?"
+
+
+def test_clean_question_is_the_originals():
+    # unlike a caption's, the signs leave no space and spaces inside stay
+    assert clean_question("What's the dog's (pet's) NAME; #1:  Rex?!  ") == "what's the dog's pet's name 1  rex?"
+    assert clean_question("what.is*it") == "whatisit"
+    assert clean_question("word " * 60).split(" ") == ["word"] * 50
 
 
 def test_pairs_of_a_json_list(tmp_path):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torchvision.transforms.functional import to_tensor
 
 from qformer_fast import Blip2QFormer, ImageEncoder, QFormerConfig, cli
+from qformer_fast.assemble import load_encoder
 from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 from qformer_fast.evaluation import explain
 
@@ -199,7 +200,7 @@ def test_the_command_draws_and_prints(run, tmp_path, model, capsys):
     assert run(tensors="out/maps.safetensors") == 0
     printed = re.search(r"match ([\d.]+) \(ITM\), cosine (-?[\d.]+) \(ITC\)", capsys.readouterr().out)
     match, cosine = map(float, printed.groups())
-    encoder = cli.load_encoder("tiny-wide", "tiny-wide.pt", random=False)
+    encoder = load_encoder("tiny-wide", "tiny-wide.pt", random=False)
     pixels = cli.read_pixels("noise.png", encoder.transform)
     expected = explain.explain(model, encoder, pixels, *tokenize(load_tokenizer(), ["a grey picture"]))
     assert (match, cosine) == pytest.approx((expected.match_probability, expected.cosine), abs=1e-4)

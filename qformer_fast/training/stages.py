@@ -1,0 +1,162 @@
+"""What differs between the models that the loop trains: inputs, losses and metrics."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qformer_fast.data.batches import Batch, ImageTextDataset, LanguageBatch, LanguageDataset, PairDataset
+from qformer_fast.data.language import LanguageText
+from qformer_fast.models.blip2_joint import Blip2Joint
+from qformer_fast.models.blip2_opt import Blip2OPT, Stage2Output
+from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
+from qformer_fast.training.config import RunConfig
+from qformer_fast.training.graphs import GraphedStage1
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+RETRIEVAL = ("r1_i2t", "r1_t2i", "itm_accuracy")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+
+
+class Stage:
+    """How the loop trains one kind of model.
+
+    Args:
+        model (nn.Module): on its device.
+        dataset (ImageTextDataset): what its batches come from.
+        run (RunConfig): precision and graphs.
+
+    ``scales_loss`` says whether gradients pass through fp16, where small ones would be lost.
+
+    Raises:
+        ValueError: a data set for another kind of model, CUDA graphs where there are none.
+    """
+
+    dataset_class: ClassVar[type[ImageTextDataset]]
+    losses: ClassVar[tuple[str, ...]]
+    """What the loss is the sum of, or the loss itself: named where it is not finite, and shown beside the progress."""
+    metrics: ClassVar[tuple[str, ...]]
+    """What :meth:`step` measures."""
+    scalars: ClassVar[tuple[str, ...]] = ()
+    """0-dim parameters that the log shows."""
+    has_graphs: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, dataset: ImageTextDataset, run: RunConfig):
+        name = type(model).__name__
+        if not isinstance(dataset, self.dataset_class):
+            expected, got = self.dataset_class.__name__, type(dataset).__name__
+            raise ValueError(f"dataset must be a {expected} for a {name}, got a {got}")
+        if run.cuda_graphs and not self.has_graphs:
+            raise ValueError(f"run.cuda_graphs must be False for a {name}, since they are stage 1's; got True")
+        self.model, self.run = model, run
+        self.device = next(model.parameters()).device
+        self.scales_loss = run.precision == "fp16"
+
+    def step(self, images: Tensor, batch: Any, scale: Tensor) -> Tensor:
+        """Forward, and backward of ``scale`` times the loss.
+
+        Returns:
+            Tensor: (len(metrics),) fp32.
+        """
+        with autocast(self.device, self.run.precision):
+            out = self.forward(images, batch)
+        (out.loss * scale).backward()
+        return self.measure(out, batch)
+
+    def forward(self, images: Tensor, batch: Any) -> Any:
+        """The model's output, with a ``loss``."""
+        raise NotImplementedError
+
+    def measure(self, out: Any, batch: Any) -> Tensor:
+        """The values of ``metrics``."""
+        raise NotImplementedError
+
+
+class Stage1(Stage):
+    """Contrast, matching and captions on pairs."""
+
+    dataset_class = PairDataset
+    losses = ("loss_itc", "loss_itm", "loss_itg")
+    metrics = ("loss", *losses, *RETRIEVAL)
+    scalars = ("temp",)
+    has_graphs = True
+
+    def __init__(self, model: Blip2QFormer, dataset: ImageTextDataset, run: RunConfig):
+        super().__init__(model, dataset, run)
+        self.graphed = GraphedStage1(model, dtype=AUTOCAST.get(run.precision)) if run.cuda_graphs else None
+
+    def step(self, images: Tensor, batch: Batch, scale: Tensor) -> Tensor:
+        if self.graphed is None:
+            return super().step(images, batch, scale)
+        out = self.graphed(images, batch.input_ids, batch.attention_mask, batch.image_ids, scale=scale)
+        return self.measure(out, batch)
+
+    def forward(self, images: Tensor, batch: Batch) -> Stage1Output:
+        return self.model(images, batch.input_ids, batch.attention_mask, batch.image_ids)
+
+    def measure(self, out: Stage1Output, batch: Batch) -> Tensor:
+        """A retrieval counts when it shows the same image."""
+        image_ids = batch.image_ids.to(self.device, non_blocking=True)
+
+        def recall(similarity: Tensor) -> Tensor:
+            return (image_ids[similarity.argmax(1)] == image_ids).float().mean()
+
+        accuracy = (out.itm_logits.argmax(1) == out.itm_labels).float().mean()
+        losses = [getattr(out, name).detach().float() for name in ("loss", *self.losses)]
+        return torch.stack([*losses, recall(out.sim_i2t), recall(out.sim_t2i), accuracy])
+
+
+class Stage2(Stage):
+    """A frozen language model's loss on examples."""
+
+    dataset_class = LanguageDataset
+    losses = metrics = ("loss",)
+
+    def __init__(self, model: Blip2OPT, dataset: LanguageDataset, run: RunConfig):
+        super().__init__(model, dataset, run)
+        if dataset.has_prompts and not model.config.use_qformer_text_input:
+            raise ValueError("dataset must have no prompts for the Q-Former of a model without a text branch")
+        self.scales_loss |= model.language_model.dtype == torch.float16
+
+    def forward(self, images: Tensor, batch: LanguageBatch) -> Stage2Output:
+        text = batch.input_ids, batch.attention_mask, batch.labels
+        return self.model(images, *text, batch.qformer_input_ids, batch.qformer_attention_mask)
+
+    def measure(self, out: Stage2Output, batch: LanguageBatch) -> Tensor:
+        return out.loss.detach().float()[None]
+
+
+class Joint(Stage1):
+    """Both stages on examples, whose texts also come as stage 1's captions."""
+
+    dataset_class = LanguageDataset
+    losses = (*Stage1.losses, "loss_lm")
+    metrics = ("loss", *losses, *RETRIEVAL)
+    has_graphs = False
+
+    def __init__(self, model: Blip2Joint, dataset: LanguageDataset, run: RunConfig):
+        super().__init__(model, dataset, run)
+        if not dataset.has_captions:
+            raise ValueError("dataset must be given a captions_tokenizer for a Blip2Joint, got None")
+        self.scales_loss |= model.language_projection.language_model.dtype == torch.float16
+
+    def forward(self, images: Tensor, batch: LanguageBatch) -> Stage1Output:
+        text = LanguageText(batch.input_ids, batch.attention_mask, batch.labels)
+        return self.model(images, batch.caption_input_ids, batch.caption_attention_mask, text, batch.image_ids)
+
+
+def build_stage(model: nn.Module, dataset: ImageTextDataset, run: RunConfig) -> Stage:
+    """The stage of a model's kind.
+
+    Raises:
+        ValueError: a model that the loop does not train, and what :class:`Stage` refuses.
+    """
+    for kind, stage in ((Blip2Joint, Joint), (Blip2OPT, Stage2), (Blip2QFormer, Stage1)):
+        if isinstance(model, kind):
+            return stage(model, dataset, run)
+    raise ValueError(f"model must be a Blip2QFormer, Blip2OPT or Blip2Joint, got a {type(model).__name__}")
