@@ -1,7 +1,8 @@
-"""What two linear layers make of the same frozen features: the line that the Q-Former has to beat."""
+"""The lines that the Q-Former has to beat: what simple means make of the same features, or without any image."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
+from qformer_fast.data.examples import Example
 from qformer_fast.data.tokenizer import minilm_folder, tokenize
 from qformer_fast.integrations.checkpoints import load_checkpoint
 
@@ -79,6 +81,33 @@ def train_linear_heads(images: Tensor, texts: Tensor, concepts: Tensor, *, seed:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(rows of a, rows of b)"""
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+def nearest(queries: Tensor, tokens: Tensor) -> Tensor:
+    """Which picture's tokens, averaged, have the largest cosine with each query's: (queries,) int64.
+
+    Args:
+        queries, tokens (Tensor): (pictures, tokens, width), floating.
+    """
+    return cosine(queries.mean(1, dtype=torch.float32), tokens.mean(1, dtype=torch.float32)).argmax(1)
+
+
+def majority_answer(examples: Sequence[Example]) -> str:
+    """The most frequent text, the first of several."""
+    [(answer, _)] = Counter(example.text for example in examples).most_common(1)
+    return answer
+
+
+def majority_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
+    """Of each test example the most frequent training answer to the same question, whatever the image shows; of a
+    question that training had none of, the most frequent answer.
+    """
+    asked = defaultdict(list)
+    for example in train:
+        asked[example.prompt].append(example)
+    answers = {prompt: majority_answer(examples) for prompt, examples in asked.items()}
+    overall = majority_answer(train)
+    return [answers.get(example.prompt, overall) for example in test]
 
 
 class _Standardise(nn.Module):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from qformer_fast.data.examples import Example
 
 IMAGE_SIZE = 224
 
@@ -32,6 +36,24 @@ class Picture:
     vendor: str
     source: str
     mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions about pictures, which are in training or in test but not in both.
+
+    Args:
+        pictures (list): their keys are the examples' images.
+        render (Callable): draws one, 224 x 224 RGB.
+        train, test (list): of :class:`Example`, the text the answer, the prompt with the question in it.
+        about (str): where they are from.
+    """
+
+    pictures: list[Picture]
+    render: Callable[[Picture], Image.Image]
+    train: list[Example]
+    test: list[Example]
+    about: str
 
 
 def mirrored(pictures: Sequence[Picture]) -> list[Picture]:

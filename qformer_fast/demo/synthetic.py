@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qformer_fast.demo.pictures import IMAGE_SIZE, Picture
+from qformer_fast.data.examples import Example
+from qformer_fast.demo.easy_vqa import PROMPT
+from qformer_fast.demo.pictures import IMAGE_SIZE, Picture, Questions, split_by_base
 
 COLOURS = {
     "red": "#d62828", "green": "#2a9d3f", "blue": "#2563eb", "yellow": "#facc15", "orange": "#f97316",
@@ -39,6 +42,22 @@ def load_pictures() -> list[Picture]:
             )
         )
     return pictures
+
+
+def load_questions() -> Questions:
+    """Four questions about each of the pictures, which are split as the demo's drawings are; two are yes or no."""
+    pictures, chance = load_pictures(), random.Random(0)
+
+    def ask(picture: Picture) -> list[Example]:
+        colour, shape, _, _ = picture.source.split(",")
+        asked = [("what colour is the shape?", colour), ("what shape is it?", shape)]
+        for word, words in ((colour, [*COLOURS]), (shape, SHAPES)):
+            named = chance.choice([word, chance.choice(words)])
+            asked.append((f"is it {named} ?", "yes" if named == word else "no"))
+        return [Example(picture.key, answer, PROMPT.format(question)) for question, answer in asked]
+
+    train, test = ([example for picture in part for example in ask(picture)] for part in split_by_base(pictures))
+    return Questions(pictures, render, train, test, about="questions that the demo made up about its shapes")
 
 
 def render(picture: Picture) -> Image.Image:

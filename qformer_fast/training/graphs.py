@@ -24,6 +24,8 @@ from qformer_fast.ops._seeds import seeds_ahead
 from qformer_fast.reference import standardized_width
 
 MAX_LENGTH_STEP = 16
+SPARE_BUCKETS = 2
+"""Room for negative captions beyond what was seen: so much that a batch which needs more is one in thousands."""
 
 
 class _Shape(NamedTuple):
@@ -125,7 +127,7 @@ class GraphedStage1:
         inputs = (image_embeds, text, same_image, scale)
         adds, zeros = self._prepare_gradients()
         while True:
-            room = self._negative_rows.setdefault(text_rows, text_rows + bucket)
+            room = self._negative_rows.setdefault(text_rows, text_rows + SPARE_BUCKETS * bucket)
             sizes = image_embeds.shape, text_rows, 2 * bucket, room, max_length
             shape = _Shape(*sizes, model.training, adds, model.qformer.gradient_checkpointing)
             state = torch.cuda.get_rng_state(device)
@@ -142,7 +144,7 @@ class GraphedStage1:
                 for parameter, gradient, _ in self._attached:
                     parameter.grad = gradient
                 return capture.finish()
-            self._negative_rows[text_rows] = round_up(negative_rows, bucket) + bucket
+            self._negative_rows[text_rows] = round_up(negative_rows, bucket) + SPARE_BUCKETS * bucket
             torch.cuda.set_rng_state(state, device)
 
     def _prepare_gradients(self) -> tuple[bool, list[Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from qformer_fast.data.features import FeatureCache
-from qformer_fast.demo import baseline, emoji_pairs, run, synthetic
+from qformer_fast.demo import baseline, emoji_pairs, run, stage1, synthetic
 from qformer_fast.demo.features import EfficientNetTokens, RandomPatchTokens, cached_tokens
 from qformer_fast.demo.pictures import split_by_base
 
@@ -33,6 +33,8 @@ def demo(tmp_path_factory):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdout", printed)
+        # the kernels under Triton's interpreter take half a minute
+        patch.delenv("TRITON_INTERPRET", raising=False)
         results = run.main(config)
     return folder, config, results, printed.getvalue()
 
@@ -74,8 +76,8 @@ def test_report_is_self_contained(page) -> None:
     assert "<script" not in page and "@import" not in page and "url(" not in page
     images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
     sizes = [Image.open(io.BytesIO(base64.b64decode(image))).size for image in images]
-    assert sizes.count((160, 160)) == run.EXAMPLES
-    assert len(sizes) == run.EXAMPLES + 2
+    assert sizes.count((160, 160)) == stage1.EXAMPLES
+    assert len(sizes) == stage1.EXAMPLES + 2
 
 
 def test_report_shows_the_results(demo, page) -> None:
@@ -90,7 +92,8 @@ def test_report_shows_the_results(demo, page) -> None:
         assert what in text and licence in text
 
 
-def test_history_is_logged_and_the_cache_is_used_again(demo, capsys) -> None:
+def test_history_is_logged_and_the_cache_is_used_again(demo, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     folder, config, results, _ = demo
     log = [json.loads(line) for line in (folder / "out" / "training" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
@@ -151,9 +154,9 @@ def test_linear_heads_learn_a_linear_relation() -> None:
 def test_verdict_says_it_either_way() -> None:
     better, worse = {"i2t R@1": 20.0, "t2i R@1": 21.0}, {"i2t R@1": 18.0, "t2i R@1": 22.0}
     rows = {"Q-Former, contrast (ITC)": better, "linear heads": worse}
-    sentence = run._verdict(rows, 70, torch.device("cpu"))
+    sentence = stage1._verdict(rows, 70, torch.device("cpu"))
     assert "above at i2t R@1 (20.0 v. 18.0)" in sentence
     assert "NOT above at t2i R@1 (21.0 v. 22.0)" in sentence
     assert "ends its training after 70 steps" in sentence
     rows["linear heads"] = {"i2t R@1": 18.0, "t2i R@1": 20.0}
-    assert "NOT" not in run._verdict(rows, 70, torch.device("cpu"))
+    assert "NOT" not in stage1._verdict(rows, 70, torch.device("cpu"))
