@@ -13,7 +13,15 @@ from qformer_fast import ops
 from qformer_fast.data.language import IGNORED
 
 # what models do to the head's product before they take its softmax: such a loss is no linear cross-entropy
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 
 
 def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -44,11 +52,13 @@ class LanguageProjection(nn.Linear):
             (LAVIS 506965b, blip2_opt.py:71-90). Default: False.
 
     Raises:
-        ValueError: a model without a linear head, or one whose logits are more than its head's product.
+        ValueError: no model, one without a linear head, or one whose logits are more than its head's product.
     """
 
     def __init__(self, hidden_size: int, language_model: PreTrainedModel, *, dropout: bool = False):
-        head, config = language_model.get_output_embeddings(), language_model.config
+        if not isinstance(language_model, nn.Module):
+            raise ValueError(f"language_model must be a model of transformers, got {type(language_model).__name__}")
+        head, config = language_model.get_output_embeddings(), language_model.config.get_text_config(decoder=True)
         if not isinstance(head, nn.Linear):
             raise ValueError(f"language_model must have a linear LM head, got {type(head).__name__}")
         for name in LOGIT_CHANGES:
@@ -120,7 +130,7 @@ class LanguageProjection(nn.Linear):
                 rows = rows[:, num_queries - 1 : -1]
             rows = rows.flatten(0, 1).index_select(0, kept.to(device, non_blocking=True))
         # under autocast plain PyTorch's losses are fp32 too
-        with torch.autocast(device.type, rows.dtype, enabled=rows.dtype != torch.float32):
+        with torch.autocast(device.type, rows.dtype, enabled=rows.dtype.itemsize == 2):
             return ops.linear_cross_entropy(rows, head.weight, head.bias, targets)
 
     def _head_inputs(self, head: nn.Linear, inputs: dict[str, Tensor]) -> Tensor:

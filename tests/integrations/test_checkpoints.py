@@ -1,11 +1,21 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2VisionConfig
+from transformers import (
+    Blip2Config,
+    Blip2ForImageTextRetrieval,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from qformer_fast import Blip2QFormer, QFormer, QFormerConfig, convert, load_checkpoint
+from qformer_fast import Blip2OPT, Blip2QFormer, QFormer, QFormerConfig, convert, load_checkpoint
 from qformer_fast.integrations.checkpoints import LoadReport
 
 
@@ -65,6 +75,73 @@ def test_instructblip_names_and_back(tiny_config):
     theirs = convert(state, "qformer_fast", "instructblip")
     assert "qformer.embeddings.layernorm.weight" in theirs and "qformer.layernorm.weight" not in theirs
     bitwise_equal(convert(theirs, "hf", "qformer_fast"), state)
+
+
+STAGE2_NAMES = {
+    "query_tokens": ("query_tokens", "query_tokens"),
+    "ln_vision.weight": ("ln_vision.weight", "vision_model.post_layernorm.weight"),
+    "Qformer.bert.embeddings.LayerNorm.bias": ("qformer.layernorm.bias", "qformer.layernorm.bias"),
+    "Qformer.bert.encoder.layer.0.crossattention.self.key.weight": (
+        "qformer.encoder.layer.0.crossattention.attention.key.weight",
+        "qformer.encoder.layer.0.crossattention.attention.key.weight",
+    ),
+    "Qformer.bert.encoder.layer.1.output_query.dense.bias": (
+        "qformer.encoder.layer.1.output_query.dense.bias",
+        "qformer.encoder.layer.1.output_query.dense.bias",
+    ),
+    "opt_proj.weight": ("language_projection.weight", "language_projection.weight"),
+    "opt_proj.bias": ("language_projection.bias", "language_projection.bias"),
+    "opt_model.model.decoder.embed_tokens.weight": (
+        "language_model.model.decoder.embed_tokens.weight",
+        "language_model.model.decoder.embed_tokens.weight",
+    ),
+    "opt_model.lm_head.weight": ("language_model.lm_head.weight", "language_model.lm_head.weight"),
+}
+"""Stage 2's names: the original's to ours and Hugging Face's."""
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5", "llm"])
+def test_stage_2_names(kind):
+    """Blip2OPT's, Blip2T5's and InstructBLIP's; out of ours they are Blip2OPT's."""
+    lavis = {name.replace("opt_", f"{kind}_"): torch.randn(2) for name in STAGE2_NAMES}
+    ours, theirs = (
+        {names[side]: x for names, x in zip(STAGE2_NAMES.values(), lavis.values(), strict=True)} for side in (0, 1)
+    )
+    bitwise_equal(convert(lavis, "lavis", "qformer_fast"), ours)
+    bitwise_equal(convert(lavis, "lavis", "hf"), theirs)
+    bitwise_equal(convert(theirs, "hf", "qformer_fast"), ours)
+    as_opt = dict(zip(STAGE2_NAMES, lavis.values(), strict=True))
+    bitwise_equal(convert(ours, "qformer_fast", "lavis"), as_opt)
+    bitwise_equal(convert(theirs, "hf", "lavis"), as_opt)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_a_stage_2_checkpoint_round_trips_through_models(tiny_config, kind):
+    config = dataclasses.replace(tiny_config, use_qformer_text_input=False)
+    if kind == "opt":
+        sizes = dict(hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2)
+        held = OPTForCausalLM(OPTConfig(vocab_size=40, **sizes))
+    else:
+        held = T5ForConditionalGeneration(
+            T5Config(vocab_size=40, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+        )
+    first, second, third = (Blip2OPT(config, held) for _ in range(3))
+    lavis = random_like(first.to_lavis_state_dict())
+    assert {name for name in lavis if "_proj." in name} == {f"{kind}_proj.weight", f"{kind}_proj.bias"}
+    whole = lavis | {f"{kind}_model.{name}": x for name, x in held.state_dict().items()}
+    report = first.load_lavis_state_dict(whole)
+    assert report == LoadReport(frozen=sorted(f"language_model.{name}" for name in held.state_dict()))
+    assert torch.equal(first.language_projection.bias, lavis[f"{kind}_proj.bias"])
+    theirs = first.to_hf_state_dict()
+    assert {"vision_model.post_layernorm.weight", "language_projection.weight"} <= theirs.keys()
+    assert str(second.load_hf_state_dict(theirs)) == "every tensor found its place"
+    bitwise_equal(second.to_lavis_state_dict(), lavis)
+    # stage 2 of the original starts from stage 1's file, of which the text branch and the heads have no place
+    stage1 = Blip2QFormer(tiny_config, embed_dim=16)
+    report = third.load_lavis_state_dict(stage1.to_lavis_state_dict(), strict=False)
+    assert report.missing == ["language_projection.bias", "language_projection.weight"]
+    assert {"temp", "itm_head.bias", "qformer.embeddings.word_embeddings.weight"} <= set(report.unexpected)
+    assert torch.equal(third.query_tokens, stage1.query_tokens)
 
 
 @pytest.fixture
