@@ -1,8 +1,8 @@
-"""The original's own stage-1 code, unchanged, out of the salesforce-lavis 1.0.2 wheel.
+"""The original's own code, unchanged, out of the salesforce-lavis 1.0.2 wheel.
 
-LAVIS does not install beside today's packages, so two of its files are loaded by path: Qformer.py and
-blip2_qformer.py of lavis/models/blip2_models. What they import of LAVIS and of transformers 4.26 is put in their way
-first. Nothing of the wheel is copied into this repository; ``make .cache/lavis`` fetches it.
+LAVIS does not install beside today's packages, so files of it are loaded by path: Qformer.py, blip2_qformer.py,
+blip2_opt.py and blip2_t5.py of lavis/models/blip2_models. What they import of LAVIS and of transformers 4.26 is put in
+their way first. Nothing of the wheel is copied into this repository; ``make .cache/lavis`` fetches it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.util
 import socket
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +23,7 @@ import transformers.pytorch_utils
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from qformer_fast import Blip2QFormer, QFormerConfig
+from qformer_fast import Blip2OPT, Blip2QFormer, QFormerConfig
 from qformer_fast.integrations.lavis import BertLMHeadModel
 
 LAVIS = Path(__file__).resolve().parents[1] / ".cache" / "lavis"
@@ -105,6 +105,47 @@ def build_stage1(model: Blip2QFormer, drop_in: bool = False) -> nn.Module:
     return original.to(model.temp.device, model.query_tokens.dtype).train(model.training)
 
 
+def build_stage2(model: Blip2OPT, tokenizer: Callable, prompt: str = "") -> nn.Module:
+    """The original's ``Blip2OPT``, or around an encoder-decoder its ``Blip2T5``, with the weights, the language model
+    (in the mode that it has) and the training mode of ``model``, which has no text branch.
+
+    Its image encoder is the identity, so ``forward({"image": image_embeds, "text_input": captions})`` takes what
+    :meth:`Blip2OPT.encode_images` takes, and captions as strings (T5's prompts, with "text_output" beside them).
+    """
+    kind = "t5" if model.language_projection.encoder_decoder else "opt"
+    original_class = _load_stage2_class(kind)
+    original = original_class.__new__(original_class)
+    nn.Module.__init__(original)
+    config = model.config
+    original.visual_encoder = nn.Identity()
+    original.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=model.ln_vision.eps)
+    original.Qformer = build_query_qformer(config)
+    original.query_tokens = nn.Parameter(torch.zeros_like(model.query_tokens))
+    setattr(original, f"{kind}_proj", nn.Linear(*reversed(model.language_projection.weight.shape)))
+    # a buffer that the original keeps without the embeddings it is for
+    positions = {"Qformer.bert.embeddings.position_ids": original.Qformer.bert.embeddings.position_ids}
+    original.load_state_dict(model.to_lavis_state_dict() | positions, strict=True)
+    setattr(original, f"{kind}_tokenizer", tokenizer)
+    original.prompt, original.max_txt_len = prompt, 32
+    if prompt and kind == "opt":
+        original.prompt_length = tokenizer(prompt, return_tensors="pt").attention_mask.sum(1)
+    original.to(model.query_tokens.device, model.query_tokens.dtype).train(model.training)
+    setattr(original, f"{kind}_model", model.language_model)
+    return original
+
+
+def build_query_qformer(config: QFormerConfig) -> nn.Module:
+    """:func:`build_qformer` without its text branch, which blip2_opt.py takes away."""
+    qformer = build_qformer(config)
+    qformer.cls = None
+    qformer.bert.embeddings.word_embeddings = None
+    qformer.bert.embeddings.position_embeddings = None
+    for layer in qformer.bert.encoder.layer:
+        layer.output = None
+        layer.intermediate = None
+    return qformer
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """The group of one process that the original's forward asks for its rank."""
@@ -146,7 +187,8 @@ class _Tokenizer:
 
 
 class _Base(nn.Module):
-    pass
+    def maybe_autocast(self, dtype: torch.dtype | None = None) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
 
 class _Registry:
@@ -165,6 +207,17 @@ def _load_blip2_qformer_module() -> ModuleType:
         _stub("lavis.models.blip_models.blip_outputs", BlipOutput=types.SimpleNamespace, BlipOutputFeatures=None)
         _load(name, FOLDER / "blip2_qformer.py")
     return sys.modules[name]
+
+
+def _load_stage2_class(kind: str) -> type[nn.Module]:
+    """``Blip2OPT`` of "opt", ``Blip2T5`` of "t5"."""
+    name = f"lavis.models.blip2_models.blip2_{kind}"
+    if name not in sys.modules:
+        _load_blip2_qformer_module()
+        language = {"opt": "OPTForCausalLM", "t5": "T5ForConditionalGeneration"}[kind]
+        _stub(f"lavis.models.blip2_models.modeling_{kind}", **{language: None, f"{kind.upper()}Config": None})
+        _load(name, FOLDER / f"blip2_{kind}.py")
+    return getattr(sys.modules[name], f"Blip2{kind.upper()}")
 
 
 def _stub(name: str, **attributes) -> None:

@@ -87,13 +87,7 @@ class OriginalStage2(nn.Module):
         config = model.config
         self.ln_vision = OriginalLayerNorm(config.encoder_hidden_size, eps=model.ln_vision.eps)
         self.query_tokens = nn.Parameter(torch.zeros_like(model.query_tokens))
-        self.Qformer = _original.build_qformer(config)
-        self.Qformer.cls = None
-        self.Qformer.bert.embeddings.word_embeddings = None
-        self.Qformer.bert.embeddings.position_embeddings = None
-        for layer in self.Qformer.bert.encoder.layer:
-            layer.output = None
-            layer.intermediate = None
+        self.Qformer = _original.build_query_qformer(config)
         self.opt_proj = nn.Linear(config.hidden_size, model.language_model.config.hidden_size)
         # a buffer that the original keeps without the embeddings it is for
         positions = {"Qformer.bert.embeddings.position_ids": self.Qformer.bert.embeddings.position_ids}

@@ -16,7 +16,7 @@ from qformer_fast.reference.losses import weight_gradient_dtype
 
 # below every logit, and finite: the difference of two stays a number
 LOWEST = tl.constexpr(-1e38)
-# a vocabulary whose rows of logits 16 bytes do not divide is padded to a multiple: cuBLAS takes its slowest kernels there
+# a vocabulary whose rows of logits 16 bytes do not divide is padded to a multiple: cuBLAS is slowest there
 COLUMNS = 64
 # rows of all chunks but the last are a multiple: their pointers are alike, and no kernel compiles twice
 ROWS = 16
