@@ -54,7 +54,7 @@ class LanguageTokenizer:
         self.tokenizer, self.encoder_decoder, self.max_length = tokenizer, encoder_decoder, max_length
         self.end = "" if encoder_decoder else end
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token is not None else tokenizer.eos_token_id
-        ends = tokenizer(self.end, add_special_tokens=False)["input_ids"] if self.end else [tokenizer.eos_token_id]
+        ends = self._tokens_of_end() if self.end else [tokenizer.eos_token_id]
         if not ends:
             raise ValueError(f"end must be text that the tokenizer has tokens for, got {end!r}")
         self.end_token_id: int = ends[0]
@@ -126,6 +126,11 @@ class LanguageTokenizer:
     def decode(self, ids: Tensor) -> list[str]:
         """Texts of generated tokens (batch, length), stripped."""
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _tokens_of_end(self) -> list[int]:
+        """Those of ``end`` after text; alone, tokenizers like Llama's put a blank before it."""
+        word, whole = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("a", "a" + self.end))
+        return whole[len(word) :]
 
     def _one_each(self, prompts: Sequence[str] | str, count: int) -> list[str]:
         if count == 0:

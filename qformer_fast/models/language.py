@@ -27,6 +27,9 @@ LOGIT_CHANGES = (
 def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A causal or an encoder-decoder language model.
 
+    A T5 with the tanh form of GELU, as Flan-T5, gets the exact one, with which the original trains and Hugging Face's
+    converted checkpoints run (LAVIS 506965b, blip2_t5.py:88-91).
+
     Args:
         name (str): a folder, or an id on the Hugging Face hub.
         dtype (dtype or str): of its parameters. Default: "auto", the checkpoint's.
@@ -34,8 +37,11 @@ def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> PreTrai
     Raises:
         OSError: nothing there.
     """
-    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(name).is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(name, dtype=dtype)
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type == "t5" and config.dense_act_fn == "gelu_new":
+        config.dense_act_fn = "gelu"
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name, config=config, dtype=dtype)
 
 
 class LanguageProjection(nn.Linear):
@@ -64,6 +70,9 @@ class LanguageProjection(nn.Linear):
         for name in LOGIT_CHANGES:
             if (value := getattr(config, name, None)) not in (None, 1):
                 raise ValueError(f"language_model's logits must be its head's product, got config.{name} = {value}")
+        # what BART's kind adds to them, zeros in most
+        if getattr(language_model, "final_logits_bias", None) is not None and language_model.final_logits_bias.any():
+            raise ValueError("language_model's logits must be its head's product, got a final_logits_bias")
         super().__init__(hidden_size, language_model.get_input_embeddings().weight.shape[1])
         language_model.requires_grad_(False)
         self._held = (language_model,)
@@ -157,7 +166,8 @@ class LanguageProjection(nn.Linear):
         Args:
             query_output (Tensor): (batch, queries, hidden).
             input_ids, attention_mask (Tensor, Optional): (batch, length), left-padded for a causal model. Default:
-                `None`, what tokenizers make of no text: the first token alone, an encoder-decoder's end.
+                `None`, what tokenizers make of no text: the first token alone, none where the config names none, an
+                encoder-decoder's end.
             options: of transformers' ``generate``.
 
         Returns:
@@ -166,7 +176,8 @@ class LanguageProjection(nn.Linear):
         if input_ids is None:
             config = self.language_model.config
             first = config.eos_token_id if self.encoder_decoder else config.bos_token_id
-            input_ids = torch.full((len(query_output), 1), first, device=query_output.device)
+            tokens = [] if first is None else [first]
+            input_ids = torch.tensor([tokens] * len(query_output), dtype=torch.int64, device=query_output.device)
         inputs = self._inputs(query_output, input_ids, attention_mask)
         with self._own_precision(query_output.device):
             return self.language_model.generate(**inputs, **options)

@@ -91,6 +91,39 @@ def test_an_end_of_ones_own(causal):
     assert (causal.end_token_id, tokenizer.end_token_id) == (LINE, OF)
 
 
+def blank_tokenizer():
+    """As Llama's: a blank is part of the word after it, text begins with one, a new line is a byte."""
+    pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "▁a", "▁photo", "▁of", "▁cat"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_the_end_is_what_follows_text():
+    """Alone this tokenizer begins it with a blank, which never comes where text ends."""
+    tokenizer = LanguageTokenizer(blank_tokenizer())
+    assert blank_tokenizer()("\n", add_special_tokens=False)["input_ids"] == [4, 3]
+    assert tokenizer.end_token_id == 3
+    check(tokenizer.targets(["cat"], "a photo of"), [[1, 5, 6, 7, 8, 3]], [[1] * 6], [[X, X, X, X, 8, 3]])
+    check(tokenizer.targets(["a cat"]), [[1, 5, 8, 3]], [[1] * 4], [[1, 5, 8, 3]])
+
+
+def test_a_tokenizer_without_a_first_token():
+    """As GPT-2's: without a prompt the queries alone come before the text."""
+    tokenizer = LanguageTokenizer(word_tokenizer("$A"))
+    check(tokenizer.targets(["cat"], "a"), [[A, CAT, LINE]], [[1] * 3], [[X, CAT, LINE]])
+    check(
+        tokenizer.targets(["red cat", "dog"], ["", "a photo"]),
+        [[RED, CAT, LINE, PAD], [A, PHOTO, DOG, LINE]],
+        [[1, 1, 1, 0], [1] * 4],
+        [[RED, CAT, LINE, X], [X, X, DOG, LINE]],
+    )
+    ids, mask = tokenizer.prompts(["", "a photo"])
+    assert ids.tolist() == [[PAD, PAD], [A, PHOTO]] and mask.tolist() == [[0, 0], [1, 1]]
+    assert [x.shape for x in tokenizer.prompts("", 2)] == [(2, 0), (2, 0)]
+
+
 def test_encoder_decoder_targets(encoder_decoder):
     """The prompt alone is read, the text alone predicted, each with its end; their lengths have nothing in common."""
     check(

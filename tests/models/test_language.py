@@ -6,6 +6,8 @@ import dataclasses
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -22,9 +24,10 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.activations import ACT2FN
 
 from qformer_fast import Blip2OPT, Blip2QFormer, ops
-from qformer_fast.models.language import LanguageProjection
+from qformer_fast.models.language import LanguageProjection, load_language_model
 
 HIDDEN, QUERIES, VOCAB = 24, 3, 40
 SPECIAL = dict(vocab_size=VOCAB, pad_token_id=1, eos_token_id=2, bos_token_id=2)
@@ -222,6 +225,28 @@ def test_no_prompt_is_the_first_token_or_an_encoders_end(build, spread_weights):
         assert len(expected.unique(dim=0)) > 1
 
 
+def test_no_prompt_is_nothing_without_a_first_token(build, spread_weights):
+    projection, queries = build("llama-untied"), torch.randn(6, QUERIES, HIDDEN) * 3
+    model = projection.eval().language_model
+    spread_weights(model, 0.3)
+    model.config.bos_token_id = None
+    expected = model.generate(inputs_embeds=projection(queries), max_new_tokens=5)
+    assert torch.equal(projection.generate(queries, None, None, max_new_tokens=5), expected)
+    assert len(expected.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize(("saved", "activation"), [("gated-gelu", "gelu"), ("gated-silu", "silu"), ("relu", "relu")])
+def test_flan_t5_gets_the_originals_activation(tmp_path, saved, activation):
+    """LAVIS's blip2_t5.py:88-91; Hugging Face's converted checkpoints say so in their config."""
+    sizes = dict(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, feed_forward_proj=saved)
+    model = T5ForConditionalGeneration(T5Config(**SPECIAL, **sizes)).bfloat16()
+    model.save_pretrained(tmp_path)
+    loaded = load_language_model(str(tmp_path))
+    activations = {type(x) for name, x in loaded.named_modules() if name.endswith("DenseReluDense.act")}
+    assert activations == {type(ACT2FN[activation])} and loaded.config.dense_act_fn == activation
+    assert loaded.dtype == torch.bfloat16 and torch.equal(loaded.shared.weight, model.shared.weight)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -256,6 +281,12 @@ def test_models_whose_logits_are_not_their_heads_product_are_refused():
     recurrent = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SPECIAL, **SIZES, lru_width=32))
     with pytest.raises(ValueError, match=r"head's product, got config.logits_soft_cap = 30"):
         LanguageProjection(HIDDEN, recurrent)
+    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    biased = BartForConditionalGeneration(BartConfig(**SPECIAL, **sizes, encoder_ffn_dim=48, decoder_ffn_dim=48))
+    LanguageProjection(HIDDEN, biased)
+    biased.final_logits_bias[0, 3] = 0.5
+    with pytest.raises(ValueError, match="head's product, got a final_logits_bias"):
+        LanguageProjection(HIDDEN, biased)
     with pytest.raises(ValueError, match="language_model must have a linear LM head, got NoneType"):
         LanguageProjection(HIDDEN, OPTModel(opt().config))
     with pytest.raises(ValueError, match="language_model must be a model of transformers, got NoneType"):
