@@ -109,6 +109,17 @@ def test_the_end_is_what_follows_text():
     check(tokenizer.targets(["a cat"]), [[1, 5, 8, 3]], [[1] * 4], [[1, 5, 8, 3]])
 
 
+def test_no_blank_before_text_without_a_prompt():
+    """GPT-2's and OPT's words with a blank before them are others."""
+    words = ["</s>", "Ċ", "cat", "Ġcat", "a"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    language = LanguageTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"))
+    check(language.targets(["cat"]), [[2, 1]], [[1] * 2], [[2, 1]])
+    check(language.targets(["cat"], "a "), [[4, 3, 1]], [[1] * 3], [[X, 3, 1]])
+    assert language.prompts(["a "])[0].tolist() == [[4]] and language.end_token_id == 1
+
+
 def test_a_tokenizer_without_a_first_token():
     """As GPT-2's: without a prompt the queries alone come before the text."""
     tokenizer = LanguageTokenizer(word_tokenizer("$A"))

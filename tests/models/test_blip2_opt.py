@@ -41,13 +41,11 @@ PROMPTS = [4, 1, 2, 6, 3, 1]
 
 @pytest.fixture
 def build(tiny_config, spread_weights):
-    """Without dropout in the Q-Former, weights large enough for images to decide what is said."""
+    """Without dropout in the Q-Former unless asked for, weights large enough for images to decide what is said."""
 
     def make(name="opt", *, language_model_dropout=False, **changes):
-        config = dataclasses.replace(
-            tiny_config, vocab_size=60, use_qformer_text_input=False, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, **changes,
-        )  # fmt: skip
+        rates = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        config = dataclasses.replace(tiny_config, use_qformer_text_input=False, **(rates | changes))
         language_model = BUILD[name]()
         spread_weights(language_model, 0.3)
         with torch.no_grad():
@@ -160,15 +158,15 @@ def test_the_projection_learns_beside_a_frozen_q_former(build, name):
 
 @pytest.mark.parametrize("name", ["opt", "t5"])
 def test_generating_is_without_dropout_and_leaves_the_modes(build, name):
-    model = build(name, language_model_dropout=True)
+    model = build(name, language_model_dropout=True, hidden_dropout_prob=0.5)
     images, options = 3 * torch.randn(4, 5, 48), dict(max_new_tokens=6, do_sample=False)
     expected = model.generate(images, **options)
     assert len(expected.unique(dim=0)) >= 3, f"the texts hardly differ: {expected}"
     model.train()
-    model.qformer.eval()
+    model.ln_vision.eval()
     parts = [*model.modules(), *model.language_model.modules()]
     before = [part.training for part in parts]
-    assert model.language_model.training and not model.qformer.training
+    assert model.language_model.training and model.qformer.training and not model.ln_vision.training
     assert torch.equal(model.generate(images, **options), expected)
     assert [part.training for part in parts] == before
     with pytest.raises(ValueError, match=r"input_ids must be \(4, length\), got \(3, 2\)"):

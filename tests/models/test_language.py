@@ -213,9 +213,10 @@ def test_a_narrow_language_model_behind_fp32_queries(build, name, dtype, autocas
 
 
 def test_no_prompt_is_the_first_token_or_an_encoders_end(build, spread_weights):
-    for name in ("opt", "t5-untied"):
+    for name, other in (("opt", "eos_token_id"), ("t5-untied", "bos_token_id")):
         projection, queries = build(name), torch.randn(6, QUERIES, HIDDEN) * 3
         model = projection.eval().language_model
+        setattr(model.config, other, 7)
         spread_weights(model, 0.3)
         inputs = [projection(queries), model.get_input_embeddings()(torch.full((6, 1), 2))]
         expected = model.generate(
@@ -310,6 +311,19 @@ def gradients_of(model, images, text, read):
     return loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
 
 
+def kept_for_backward(model, images, read):
+    """Numbers that the Q-Former's forward saves, weights left out."""
+    weights, sizes = {x.data_ptr() for x in model.parameters()}, []
+
+    def count(x):
+        sizes.append(0 if x.data_ptr() in weights else x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        model.encode_images(images, **read)
+    return sum(sizes)
+
+
 def question():
     mask = (torch.arange(6) < torch.tensor([6, 2, 4])[:, None]).long()
     return dict(qformer_input_ids=torch.randint(3, 200, (3, 6)) * mask, qformer_attention_mask=mask)
@@ -322,10 +336,14 @@ def test_checkpointing_gives_the_same_gradients(plain_config, assert_gradients_c
     model = Blip2OPT(config, opt()).train()
     images, text, read = torch.randn(3, 5, 48), padded([5, 2, 7]), question() if keep_text else {}
     loss, expected = gradients_of(model, images, text, read)
+    kept = kept_for_backward(model, images, read)
     model.gradient_checkpointing_enable(level)
     again, actual = gradients_of(model, images, text, read)
     torch.testing.assert_close(again, loss)
     assert_gradients_close(actual, expected, 1e-5)
+    assert kept_for_backward(model, images, read) < 0.9 * kept
+    model.gradient_checkpointing_disable()
+    assert kept_for_backward(model, images, read) == kept
 
 
 def test_text_and_the_text_branch(plain_config):

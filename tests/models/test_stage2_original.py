@@ -7,13 +7,13 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, T5C
 
 from qformer_fast import Blip2OPT, QFormerConfig
 from qformer_fast.data.language import LanguageTokenizer
-from qformer_fast.models.language import LanguageProjection
 
 WORDS = [
     "</s>", "<pad>", "<unk>", "\n", "a", "photo", "of", "the", "red", "blue", "fox", "cat", "dog", "in", "on", "snow",
     "grass", "sleeps", "runs", "what", "is",
 ]  # fmt: skip
-CAPTIONS = ["a red fox in the snow", "the cat sleeps", "a dog runs on grass in the snow"]
+LONG = " ".join(["the dog runs on grass and"] * 8)  # is cut off before its end
+CAPTIONS = ["a red fox in the snow", "the cat sleeps", "a dog runs on grass in the snow", LONG]
 PROMPTS = ["what is on the grass", "a photo of", "what is"]
 KINDS = ("opt", "t5")
 
@@ -64,16 +64,19 @@ def model(kind, spread_weights):
     return model
 
 
+def samples_of(language, images, captions, prompt):
+    """What the original's forward takes."""
+    if language.encoder_decoder:
+        return {"image": images, "text_input": [prompt] * len(captions), "text_output": captions}
+    return {"image": images, "text_input": [f"{prompt} {caption}".strip() for caption in captions]}
+
+
 def losses_and_gradients(model, theirs, language, images, captions, prompt):
     """Ours and the original's, by our names."""
-    prompts = [prompt] * len(captions)
-    text = language.targets(captions, prompts)
+    text = language.targets(captions, prompt)
     ours = model(images, text.input_ids, text.attention_mask, text.labels).loss
     ours.backward()
-    samples = {"image": images, "text_input": [f"{prompt} {caption}".strip() for caption in captions]}
-    if language.encoder_decoder:
-        samples |= {"text_input": prompts, "text_output": captions}
-    loss = theirs(samples)["loss"]
+    loss = theirs(samples_of(language, images, captions, prompt))["loss"]
     loss.backward()
     names = dict(zip(model.to_lavis_state_dict(), model.state_dict(), strict=True))
     expected = {names[name]: x.grad for name, x in theirs.named_parameters() if name in names}
@@ -83,10 +86,30 @@ def losses_and_gradients(model, theirs, language, images, captions, prompt):
 @pytest.mark.parametrize("prompt", ["", "a photo of"])
 def test_loss_and_all_gradients(model, language, original, assert_gradients_close, prompt):
     theirs = original.build_stage2(model, language.tokenizer, prompt)
-    images = torch.randn(3, 7, 48)
+    images = torch.randn(len(CAPTIONS), 7, 48)
     ours, loss, gradients, expected = losses_and_gradients(model, theirs, language, images, CAPTIONS, prompt)
     torch.testing.assert_close(ours, loss, rtol=1e-5, atol=0)
     assert_gradients_close(gradients, expected, 1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+@torch.no_grad()
+def test_text_is_what_the_originals_forward_gives_its_language_model(model, language, original, prompt):
+    theirs = original.build_stage2(model, language.tokenizer, prompt)
+    seen = []
+    hook = model.language_model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    theirs(samples_of(language, torch.randn(len(CAPTIONS), 7, 48), CAPTIONS, prompt))
+    hook.remove()
+    (given,) = seen
+    text, queries = language.targets(CAPTIONS, prompt), model.config.num_query_tokens
+    labels = given["labels"]
+    if not language.encoder_decoder:
+        assert (labels[:, :queries] == -100).all()
+        labels = labels[:, queries:]
+    assert torch.equal(text.labels, labels)
+    assert torch.equal(text.attention_mask, given["attention_mask"][:, queries:])
+    embeds = model.language_model.get_input_embeddings()(text.input_ids)
+    assert torch.equal(embeds, given["inputs_embeds"][:, queries:])
 
 
 def test_loss_and_gradients_at_full_width(original, spread_weights, assert_gradients_close):
@@ -106,21 +129,25 @@ DECODINGS = {
     "greedy": {},
     "beams": {"num_beams": 3, "min_new_tokens": 4, "length_penalty": -1.0},
     "several": {"num_beams": 4, "num_return_sequences": 2},
-    "nucleus": {"do_sample": True, "top_p": 0.9},
+    "nucleus": {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2},
 }
 
 
-def generate_as_the_original(model, theirs, images, prompt_ids, prompt_mask, **options):
-    """From the original's query outputs on: the prefix before the prompt's embeddings into transformers' generate."""
-    language_model = model.language_model
-    queries = theirs.Qformer.bert(
+def queries_of(theirs, images):
+    """The original's query outputs, by the lines of its forward and its generate."""
+    return theirs.Qformer.bert(
         query_embeds=theirs.query_tokens.expand(len(images), -1, -1),
         encoder_hidden_states=theirs.ln_vision(images),
         encoder_attention_mask=torch.ones(images.shape[:2], dtype=torch.long),
         return_dict=True,
     ).last_hidden_state
+
+
+def generate_as_the_original(model, theirs, images, prompt_ids, prompt_mask, **options):
+    """From the original's query outputs on: the prefix before the prompt's embeddings into transformers' generate."""
+    language_model = model.language_model
     kind = "t5" if language_model.config.is_encoder_decoder else "opt"
-    prefix = getattr(theirs, f"{kind}_proj")(queries)
+    prefix = getattr(theirs, f"{kind}_proj")(queries_of(theirs, images))
     embeds = torch.cat([prefix, language_model.get_input_embeddings()(prompt_ids)], dim=1)
     mask = torch.cat([torch.ones(prefix.shape[:2], dtype=torch.long), prompt_mask], dim=1)
     return language_model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
@@ -133,6 +160,9 @@ def test_generated_tokens(model, language, original, decoding):
     for name, x in model.language_model.named_parameters():
         if "EncDecAttention" in name:  # T5 would say much the same of all images
             x.mul_(3)
+    # what is said most ends texts instead
+    head, often = model.language_model.get_output_embeddings().weight, [language.end_token_id, WORDS.index("on")]
+    head[often] = head[often[::-1]]
     theirs = original.build_stage2(model, language.tokenizer)
     images = 3 * torch.randn(6, 7, 48)
     inputs = language.prompts(PROMPTS * 2)
@@ -142,7 +172,11 @@ def test_generated_tokens(model, language, original, decoding):
     found = model.generate(images, *inputs, **options)
     torch.manual_seed(3)
     assert torch.equal(found, generate_as_the_original(model, theirs, images, *inputs, **options))
-    assert len(set(map(tuple, found.tolist()))) >= 3, "texts of different images must differ"
+    assert len(found) == len(images) * options.get("num_return_sequences", 1)
+    lengths = (found != language.pad_token_id).sum(1)
+    assert (found == language.end_token_id).any() and len(lengths.unique()) > 1, "some texts must end early"
+    texts = found.view(len(images), -1)
+    assert (texts[:3] != texts[3:]).any(1).sum() >= 2, "texts of different images after one prompt must differ"
 
 
 @torch.no_grad()
@@ -155,6 +189,7 @@ def test_prompts_of_different_lengths_beside_each_other(model, language):
     for number, prompt in enumerate(PROMPTS):
         alone = model.generate(images[number : number + 1], *language.prompts([prompt]), **options)
         assert torch.equal(together[number], alone[0])
+    assert len(together.unique(dim=0)) > 1, "texts of different images must differ"
 
 
 @torch.no_grad()
@@ -173,14 +208,21 @@ def test_t5_generates_as_the_originals_own_generate(original, spread_weights):
     expected = theirs.generate({"image": images, "prompt": PROMPTS}, num_beams=3, max_length=8)
     ours = model.generate(images, *language.prompts(PROMPTS), num_beams=3, max_new_tokens=8, min_length=1, top_p=0.9)
     assert language.decode(ours) == [text.strip() for text in expected]
-    assert any(expected)
+    assert len(set(expected)) > 1, "texts of different images must differ"
 
 
-def test_state_dicts_go_both_ways(model, original, language, kind):
-    theirs = original.build_stage2(model, language.tokenizer).state_dict()
-    assert any(name.startswith(f"{kind}_proj.") for name in theirs)
-    other = Blip2OPT(model.config, build_language_model(kind))
-    report = other.load_lavis_state_dict(theirs)
+@torch.no_grad()
+def test_state_dicts_go_both_ways(model, original, language, kind, spread_weights):
+    theirs = original.build_stage2(model, language.tokenizer)
+    spread_weights(theirs)
+    weights = theirs.state_dict()
+    assert any(name.startswith(f"{kind}_proj.") for name in weights)
+    ours = Blip2OPT(model.config, build_language_model(kind))
+    report = ours.load_lavis_state_dict(weights)
     assert not report.missing and not report.unexpected and report.frozen
-    assert all(torch.equal(x, y) for x, y in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
-    assert isinstance(other.language_projection, LanguageProjection)
+    back = ours.to_lavis_state_dict()
+    unread = {name for name in weights if name.startswith(f"{kind}_model.") or name.endswith("position_ids")}
+    assert back.keys() == weights.keys() - unread
+    assert all(torch.equal(x, weights[name]) for name, x in back.items())
+    images = torch.randn(3, 7, 48)
+    assert torch.allclose(ours.encode_images(images), queries_of(theirs, images), atol=1e-5)
