@@ -72,6 +72,8 @@ class GenerationConfig:
         image_size (int, Optional): pictures' rows and columns. Default: `None`, the encoder's own.
         image_root (str, Optional): the folder that the images are in. Default: `None`, that of the annotations or
             questions.
+        qformer_prompts (bool): a Q-Former with a text branch reads the prompts too; False for one that was trained on
+            images alone.
         tokenizer (str, Optional): of the Q-Former's text, see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
         num_beams (int): of beam search; 1 takes the best token each time.
         length_penalty (float): beams are ranked by log-likelihood / length ** length_penalty.
@@ -95,6 +97,7 @@ class GenerationConfig:
     random_encoder: bool = False
     image_size: int | None = None
     image_root: str | None = None
+    qformer_prompts: bool = True
     tokenizer: str | None = None
     num_beams: int = 5
     length_penalty: float = 1.0
@@ -417,7 +420,8 @@ def _writer(config: GenerationConfig, model: Blip2OPT | Blip2QFormer, language_m
     encoder_decoder = model.language_projection.encoder_decoder
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     language = LanguageTokenizer(tokenizer, encoder_decoder=encoder_decoder, end=config.end)
-    bert = load_tokenizer(config.tokenizer) if model.config.use_qformer_text_input else None
+    reads_prompts = config.qformer_prompts and model.config.use_qformer_text_input
+    bert = load_tokenizer(config.tokenizer) if reads_prompts else None
     return functools.partial(generate_after_prompts, model, language, qformer_tokenizer=bert, **config.decoding())
 
 
