@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from qformer_fast.data.tokenizer import pad
 
 IGNORED = -100
 
@@ -107,7 +108,7 @@ class LanguageTokenizer:
 
     def pad(self, ids: Sequence[Sequence[int] | Tensor], labels: Sequence[Sequence[int] | Tensor]) -> LanguageText:
         """Rows of :meth:`target_rows`, right-padded to the longest."""
-        return LanguageText(*_padded(ids, self.pad_token_id), _padded(labels, IGNORED)[0])
+        return LanguageText(*pad(ids, self.pad_token_id), pad(labels, IGNORED)[0])
 
     def prompts(self, prompts: Sequence[str] | str = "", count: int | None = None) -> tuple[Tensor, Tensor]:
         """input_ids and attention_mask (batch, length) int64 to generate after, left-padded for a causal model.
@@ -121,7 +122,7 @@ class LanguageTokenizer:
                 raise ValueError(f"count must say how many prompts {prompts!r} stands for, got None")
             count = len(prompts)
         rows = self.tokenizer(self._one_each(prompts, count))["input_ids"]
-        return _padded(rows, self.pad_token_id, left=not self.encoder_decoder)
+        return pad(rows, self.pad_token_id, left=not self.encoder_decoder)
 
     def decode(self, ids: Tensor) -> list[str]:
         """Texts of generated tokens (batch, length), stripped."""
@@ -142,14 +143,3 @@ class LanguageTokenizer:
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-
-
-def _padded(rows: Sequence[Sequence[int] | Tensor], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows filled up with ``value``, and where they are: (batch, length) int64."""
-    width = max(map(len, rows))
-    padded = torch.full((len(rows), width), value, dtype=torch.int64)
-    mask = torch.zeros_like(padded)
-    for number, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(len(row))
-        padded[number, place], mask[number, place] = torch.as_tensor(row), 1
-    return padded, mask

@@ -69,11 +69,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, max_l
     return encoded
 
 
-def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, (batch, length) int64, of token ids right-padded with BERT's [PAD], 0."""
-    input_ids = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
+def pad(rows: Sequence[Tensor | Sequence[int]], value: int = 0, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, (batch, length) int64, of token ids padded with ``value``, say BERT's [PAD], 0."""
+    input_ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.as_tensor(row, dtype=torch.int64) for row in rows],
+        batch_first=True,
+        padding_value=value,
+        padding_side="left" if left else "right",
+    )
     lengths = torch.tensor([len(row) for row in rows])
-    return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    return input_ids, mask.flip(1) if left else mask
 
 
 def tokenize(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qformer_fast.config import QFormerConfig
 from qformer_fast.data.language import LanguageText
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
-from qformer_fast.models.language import LanguageProjection, load_language_model
+from qformer_fast.models.language import LanguageProjection
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,8 +46,6 @@ class Blip2Joint(Blip2QFormer):
         **options,
     ):
         super().__init__(config, **options)
-        if isinstance(language_model, str):
-            language_model = load_language_model(language_model)
         self.language_projection = LanguageProjection(
             config.hidden_size, language_model, dropout=language_model_dropout
         )

@@ -17,7 +17,7 @@ from qformer_fast.integrations.checkpoints import CheckpointMixin, StateDict, lo
 from qformer_fast.layout import Mask, PackedText, round_up
 from qformer_fast.models.blip2_qformer import Blip2QFormer
 from qformer_fast.models.graphed import TrainingGraphs, can_capture
-from qformer_fast.models.language import LanguageProjection, load_language_model
+from qformer_fast.models.language import LanguageProjection
 from qformer_fast.models.padded import padded_layout
 from qformer_fast.models.qformer import QFormer, in_eval_mode
 
@@ -63,8 +63,6 @@ class Blip2OPT(CheckpointMixin, nn.Module):
         ln_vision_eps: float = 1e-5,
     ):
         super().__init__()
-        if isinstance(language_model, str):
-            language_model = load_language_model(language_model)
         self.config = config
         self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=ln_vision_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))

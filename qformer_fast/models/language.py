@@ -53,7 +53,8 @@ class LanguageProjection(nn.Linear):
 
     Args:
         hidden_size (int): of the queries.
-        language_model (PreTrainedModel): with ``get_input_embeddings`` and a linear ``get_output_embeddings``.
+        language_model (PreTrainedModel or str): with ``get_input_embeddings`` and a linear ``get_output_embeddings``; a
+            str names a folder or an id on the hub.
         dropout (bool): its dropout is on in training mode, as in the original, which freezes it without ``eval()``
             (LAVIS 506965b, blip2_opt.py:71-90). Default: False.
 
@@ -61,7 +62,9 @@ class LanguageProjection(nn.Linear):
         ValueError: no model, one without a linear head, or one whose logits are more than its head's product.
     """
 
-    def __init__(self, hidden_size: int, language_model: PreTrainedModel, *, dropout: bool = False):
+    def __init__(self, hidden_size: int, language_model: PreTrainedModel | str, *, dropout: bool = False):
+        if isinstance(language_model, str):
+            language_model = load_language_model(language_model)
         if not isinstance(language_model, nn.Module):
             raise ValueError(f"language_model must be a model of transformers, got {type(language_model).__name__}")
         head, config = language_model.get_output_embeddings(), language_model.config.get_text_config(decoder=True)

@@ -25,7 +25,7 @@ from qformer_fast.reference import standardized_width
 
 MAX_LENGTH_STEP = 16
 SPARE_BUCKETS = 2
-"""Room for negative captions beyond what was seen: so much that a batch which needs more is one in thousands."""
+"""Room for negative captions beyond what was seen; a batch that needs more is captured again."""
 
 
 class _Shape(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
-class Stage:
+class Stage(ABC):
     """How the loop trains one kind of model.
 
     Args:
@@ -68,13 +69,13 @@ class Stage:
         (out.loss * scale).backward()
         return self.measure(out, batch)
 
+    @abstractmethod
     def forward(self, images: Tensor, batch: Any) -> Any:
         """The model's output, with a ``loss``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, out: Any, batch: Any) -> Tensor:
         """The values of ``metrics``."""
-        raise NotImplementedError
 
 
 class Stage1(Stage):
