@@ -19,7 +19,7 @@ from qformer_fast.data.batches import LanguageDataset, PairDataset, read_pixels
 from qformer_fast.data.captions import image_folder, read_pairs
 from qformer_fast.data.examples import read_examples
 from qformer_fast.data.features import FeatureCache
-from qformer_fast.data.files import read_json
+from qformer_fast.data.files import check_folder_or_id, read_json
 from qformer_fast.data.language import LanguageTokenizer
 from qformer_fast.data.tokenizer import load_tokenizer
 from qformer_fast.evaluation.retrieval import CachedTokens, ImageTokens
@@ -33,6 +33,7 @@ from qformer_fast.training.config import DataConfig, LanguageConfig, ModelConfig
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 LANGUAGE_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
+HF_GENERATORS = ("Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration")
 ENCODER_FIELDS = ("encoder", "encoder_pretrained", "image_size")
 
 
@@ -84,13 +85,12 @@ def build_dataset(
     if language is None:
         tokenizer = load_tokenizer(config.tokenizer)
         return PairDataset(read_pairs(config.pairs), tokenizer, **images, max_length=config.max_length)
-    told = language.keep_text and language.prompt != ""
-    tokenizer = load_tokenizer(config.tokenizer) if told or language.joint else None
+    tokenizer = load_tokenizer(config.tokenizer) if language.qformer_prompts or language.joint else None
     return LanguageDataset(
         read_examples(config.pairs, language.prompt),
         LanguageTokenizer.from_pretrained(language.model, max_length=language.max_length),
         **images,
-        qformer_tokenizer=tokenizer if told else None,
+        qformer_tokenizer=tokenizer if language.qformer_prompts else None,
         qformer_max_length=config.max_length,
         captions_tokenizer=tokenizer if language.joint else None,
     )
@@ -117,7 +117,8 @@ def build_model(config: ModelConfig, language: LanguageConfig | None = None) -> 
     if not language.joint:
         if language.keep_text and not source.config.use_qformer_text_input:
             raise ValueError(f"language.keep_text must be False, {config.checkpoint} has no text branch; got True")
-        return Blip2OPT.from_stage1(source, keep_text=language.keep_text, **options)
+        told = {"keep_text": language.keep_text, "qformer_prompts": language.qformer_prompts}
+        return Blip2OPT.from_stage1(source, **told, **options)
     if isinstance(source, Blip2OPT):
         raise ValueError(f"language.joint must be False, {config.checkpoint} has no heads of stage 1; got True")
     model = Blip2Joint(source.config, **(source.init_options() | options))
@@ -127,27 +128,34 @@ def build_model(config: ModelConfig, language: LanguageConfig | None = None) -> 
 
 def _build_source(config: ModelConfig, language_model: PreTrainedModel) -> Blip2QFormer | Blip2OPT | Blip2Joint:
     """What a model with a language model starts from: the checkpoint's own kind, or a new model of stage 1."""
-    if config.checkpoint is None:
+    checkpoint = config.checkpoint
+    if checkpoint is None:
         return _build_stage1(config)
-    if os.path.isdir(config.checkpoint):
-        saved = saved_class(config.checkpoint)
-    else:
-        saved = "Blip2OPT" if _has_projection(load_checkpoint(config.checkpoint)) else "Blip2QFormer"
-    if saved == "Blip2Joint":
-        return Blip2Joint.from_pretrained(config.checkpoint, language_model=language_model)
-    if saved == "Blip2OPT":
-        return build_generator(config.checkpoint, language_model=language_model, qformer=config.qformer)
+    if is_file(checkpoint):
+        weights = load_checkpoint(checkpoint)
+        if _has_projection(weights):
+            return _stage2_of_lavis(checkpoint, weights, language_model, config.qformer)
+        return _build_stage1(config, weights)
+    saved = saved_class(checkpoint)
+    if saved == Blip2Joint.__name__:
+        return Blip2Joint.from_pretrained(checkpoint, language_model=language_model)
+    if saved == Blip2OPT.__name__ or saved in HF_GENERATORS:
+        return build_generator(checkpoint, language_model=language_model)
     return _build_stage1(config)
 
 
-def _build_stage1(config: ModelConfig) -> Blip2QFormer:
-    if config.checkpoint is not None and os.path.isdir(config.checkpoint):
+def _build_stage1(config: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> Blip2QFormer:
+    """A model of stage 1; ``weights`` are those of the LAVIS file that it starts from, if they were read already."""
+    if config.checkpoint is not None and not is_file(config.checkpoint):
+        if (saved := saved_class(config.checkpoint)) in HF_GENERATORS:
+            raise ValueError(f"checkpoint must be of stage 1, got {config.checkpoint}, a {saved}")
         return Blip2QFormer.from_pretrained(config.checkpoint)
     model = Blip2QFormer(config.qformer, embed_dim=config.embed_dim, local_gradients=config.local_gradients)
     if config.bert is not None:
         print(f"BERT weights: {init_from_bert(model, load_checkpoint(config.bert))}")
     if config.checkpoint is not None:
-        print(f"checkpoint: {model.load_lavis_state_dict(load_checkpoint(config.checkpoint), strict=False)}")
+        weights = load_checkpoint(config.checkpoint) if weights is None else weights
+        print(f"checkpoint: {model.load_lavis_state_dict(weights, strict=False)}")
     return model
 
 
@@ -228,23 +236,28 @@ def build_generator(
         FileNotFoundError: nothing there. ValueError: a checkpoint that does not fit, no language model where one is
             needed, one where none can be taken.
     """
-    if checkpoint.endswith(CHECKPOINT_SUFFIXES):
+    if is_file(checkpoint):
         return _generator_of_file(checkpoint, language_model, qformer or QFormerConfig())
     saved = saved_class(checkpoint)
-    if saved in ("Blip2OPT", "Blip2Joint"):
+    if saved in HF_GENERATORS:
+        return Blip2OPT.from_pretrained(checkpoint, language_model=language_model)
+    if saved in (Blip2OPT.__name__, Blip2Joint.__name__):
         named = read_json(Path(checkpoint) / "config.json", "checkpoint")["language_model"]
         if language_model is None and named is None:
             raise ValueError(f"language_model must be given, since {checkpoint} does not name its own, got None")
-        kind = Blip2OPT if saved == "Blip2OPT" else Blip2Joint
+        kind = Blip2OPT if saved == Blip2OPT.__name__ else Blip2Joint
         model = kind.from_pretrained(checkpoint, language_model=language_model or named)
-        return model if saved == "Blip2OPT" else Blip2OPT.from_stage1(model, model.language_projection.language_model)
+        return model if kind is Blip2OPT else Blip2OPT.from_stage1(model, model.language_projection.language_model)
+    if saved != Blip2QFormer.__name__:
+        raise ValueError(f"checkpoint must be of a model that writes text, got {checkpoint}, a {saved}")
     if language_model is not None:
         raise ValueError(f"language_model must be left out for {checkpoint}, a {saved}, got {language_model!r}")
-    if saved == "Blip2QFormer":
-        return Blip2QFormer.from_pretrained(checkpoint)
-    if not saved.endswith("ForConditionalGeneration"):
-        raise ValueError(f"checkpoint must be of a model that writes text, got {checkpoint}, a {saved}")
-    return Blip2OPT.from_pretrained(checkpoint)
+    return Blip2QFormer.from_pretrained(checkpoint)
+
+
+def is_file(checkpoint: str) -> bool:
+    """Whether a checkpoint is meant to be a LAVIS file, and not a folder or a hub id."""
+    return checkpoint.endswith(CHECKPOINT_SUFFIXES) or os.path.isfile(checkpoint)
 
 
 def saved_class(checkpoint: str) -> str:
@@ -256,6 +269,7 @@ def saved_class(checkpoint: str) -> str:
     file = Path(checkpoint) / "config.json"
     if file.is_file() and (content := read_json(file, "checkpoint")).get("model_type") == "qformer_fast":
         return content["class"]
+    check_folder_or_id(checkpoint, "checkpoint")
     return (AutoConfig.from_pretrained(checkpoint).architectures or ["model of no known class"])[0]
 
 
@@ -263,11 +277,17 @@ def _generator_of_file(
     path: str, language_model: PreTrainedModel | str | None, qformer: QFormerConfig
 ) -> Blip2OPT | Blip2QFormer:
     weights = load_checkpoint(path)
-    stage2 = _has_projection(weights)
-    if not stage2 and language_model is not None:
+    if _has_projection(weights):
+        return _stage2_of_lavis(path, weights, language_model, qformer)
+    if language_model is not None:
         raise ValueError(f"checkpoint must hold one of {LANGUAGE_PROJECTIONS} for a language_model, {path} does not")
-    if not stage2:
-        return build_model(ModelConfig(qformer=qformer, checkpoint=path)).eval()
+    return _build_stage1(ModelConfig(qformer=qformer, checkpoint=path), weights).eval()
+
+
+def _stage2_of_lavis(
+    path: str, weights: Mapping[str, Tensor], language_model: PreTrainedModel | str | None, qformer: QFormerConfig
+) -> Blip2OPT:
+    """The model of a LAVIS file's ``weights``; ``path`` is for errors."""
     if language_model is None:
         raise ValueError(f"language_model must be given, since {path} does not name its own, got None")
     has_text = "Qformer.bert.embeddings.word_embeddings.weight" in weights

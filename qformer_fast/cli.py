@@ -10,6 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from qformer_fast import doctor
@@ -23,7 +24,7 @@ from qformer_fast.assemble import (
 from qformer_fast.config import QFormerConfig
 from qformer_fast.data.batches import read_pixels
 from qformer_fast.data.captions import clean_caption, image_folder
-from qformer_fast.data.examples import read_examples
+from qformer_fast.data.examples import read_images
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.files import write_bytes, write_text
 from qformer_fast.data.tokenizer import load_tokenizer, tokenize
@@ -159,13 +160,19 @@ def _config_help(command: str) -> str:
 
 
 class _ConfigOrPreset(ActionConfigFile):
-    """``--config``: a YAML file, or the name of a preset."""
+    """``--config``: a YAML file, or the name of a preset.
+
+    Options that the command lacks are refused here: jsonargparse's message is lost below a second subcommand.
+    """
 
     def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
         try:
             path = find_preset(values)
         except ValueError as error:
             raise ArgumentError(self, str(error)) from error
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and (unknown := [key for key in content if key not in parser.get_defaults()]):
+            raise ArgumentError(self, f"{path} has options that this command lacks: {unknown}")
         super().__call__(parser, cfg, str(path), option_string)
 
 
@@ -214,7 +221,7 @@ def _train(config: TrainConfig, used: str) -> None:
 
 def extract_features(config: ExtractConfig) -> FeatureCache:
     """Runs the encoder over every picture once, in the order in which the pairs first name them."""
-    keys = list(dict.fromkeys(example.image for example in read_examples(config.pairs, prompt="{}")))
+    keys = read_images(config.pairs)
     root = Path(config.image_root or image_folder(config.pairs))
     encoder = source_encoder(config).to(resolve_device(config.device))
     metadata = {name: getattr(config, name) for name in ENCODER_FIELDS}

@@ -295,7 +295,7 @@ def evaluate(tmp_path, pictures, spread_weights):
 
     def evaluate(**changes):
         options = {"checkpoint": tmp_path / "model", "annotations": tmp_path / "annotations.json"}
-        options |= {"output": tmp_path / "out" / "recall.json", "k": 2, "precision": "fp32", "device": "cpu"}
+        options |= {"output": tmp_path / "out", "k": 2, "precision": "fp32", "device": "cpu"}
         options |= {"image_root": pictures, "image_batch_size": 2, **changes}
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return cli.main(["evaluate", "retrieval", *arguments])
@@ -315,7 +315,7 @@ def recall_by_hand(scores, relevant):
 def test_retrieval_is_evaluated_from_pixels_and_from_features(evaluate, cache, pictures, weights, tmp_path, capsys):
     assert evaluate(**encoder(weights)) == 0
     printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "out" / "recall.json").read_text())
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     model = Blip2QFormer.from_pretrained(tmp_path / "model").eval()
     tiny = load_encoder("tiny-vit", str(weights), random=False)
     pixels = [cli.read_pixels(pictures / f"{name}.png", tiny.transform) for name in ("red", "blue", "grey")]
@@ -339,9 +339,51 @@ def test_retrieval_is_evaluated_from_pixels_and_from_features(evaluate, cache, p
         assert f"{found[row]['TR@1']:.2f}" in printed
     assert found["pairs"] == int((near | near_text.T).sum()) and f"re-ranked {found['pairs']} pairs" in printed
     assert (found["images"], found["captions"], found["k"], found["score"]) == (3, 5, 2, "itm+itc")
-    assert evaluate(feature_cache=cache, output=tmp_path / "cached.json", score="itm", **encoder(weights)) == 0
-    again = json.loads((tmp_path / "cached.json").read_text())
+    images, texts = (
+        [json.loads(line) for line in (tmp_path / "out" / f"per_{name}.jsonl").read_text().splitlines()]
+        for name in ("image", "caption")
+    )
+    assert [entry["image"] for entry in images] == ["red.png", "blue.png", "grey.png"]
+    assert [(entry["caption"], entry["image"]) for entry in texts] == [
+        (caption, images[of[0]]["image"]) for caption, of in zip(captions, image_of, strict=True)
+    ]
+    for entries, rows, names, wanted in (
+        (images, scores[0], captions, texts_of),
+        (texts, scores[1], [entry["image"] for entry in images], image_of),
+    ):
+        for entry, row, right in zip(entries, rows, wanted, strict=True):
+            by_score = sorted(range(len(row)), key=lambda i, row=row: (row[i], i), reverse=True)
+            assert entry["rank"] == min(by_score.index(i) for i in right)
+            assert entry["best"] == [names[i] for i in by_score]
+    assert evaluate(feature_cache=cache, output=tmp_path / "cached", score="itm", **encoder(weights)) == 0
+    again = json.loads((tmp_path / "cached" / "metrics.json").read_text())
     assert again["itc"] == found["itc"] and again["score"] == "itm"
+
+
+def test_an_interrupted_retrieval_gives_the_same_numbers(evaluate, cache, tmp_path, monkeypatch, capsys):
+    def read(folder):
+        found = {path.name: path.read_bytes() for path in folder.iterdir()}
+        metrics = json.loads(found.pop("metrics.json"))
+        return found, {name: x for name, x in metrics.items() if not name.endswith(("seconds", "_second"))}
+
+    assert evaluate(feature_cache=cache, output=tmp_path / "whole") == 0
+    match, passes = Blip2QFormer.match_packed, []
+
+    def fail_at_the_second(*args):
+        passes.append(args)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return match(*args)
+
+    monkeypatch.setattr(Blip2QFormer, "match_packed", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(feature_cache=cache)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["logits.jsonl"]
+    assert evaluate(feature_cache=cache) == 0
+    assert len(passes) == 3  # two pictures were done, the third was not
+    assert read(tmp_path / "out") == read(tmp_path / "whole")
+    assert evaluate(feature_cache=cache, score="itm") == 1
+    assert "logits.jsonl is of another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -351,6 +393,7 @@ def test_retrieval_is_evaluated_from_pixels_and_from_features(evaluate, cache, p
         ({"split": "tets"}, "split must be one of"),
         ({"annotations": "nowhere.json"}, "annotations: no file at nowhere.json"),
         ({"max_length": 2}, "max_length must lie in (2, 512]"),
+        ({"output": __file__}, f"output must be a folder, got {__file__}, a file"),
         ({"checkpoint": "nowhere.pth"}, "no checkpoint at nowhere.pth"),
         ({}, "encoder must name an open_clip model when there is no feature_cache"),
         ({"encoder": "tiny-vit"}, "encoder_pretrained must name weights of tiny-vit"),
@@ -374,8 +417,8 @@ def test_images_that_a_cache_lacks_are_named(evaluate, tmp_path, capsys):
 def test_a_lavis_file_is_evaluated_like_its_folder(evaluate, cache, tmp_path):
     sizes = {f"qformer.{name}": value for name, value in SMALL["model"]["qformer"].items()}
     assert evaluate(feature_cache=cache) == 0
-    assert evaluate(feature_cache=cache, checkpoint=tmp_path / "lavis.pth", output=tmp_path / "2.json", **sizes) == 0
-    folder, lavis = (json.loads(path.read_text()) for path in (tmp_path / "out" / "recall.json", tmp_path / "2.json"))
+    assert evaluate(feature_cache=cache, checkpoint=tmp_path / "lavis.pth", output=tmp_path / "2", **sizes) == 0
+    folder, lavis = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "2"))
     assert lavis["itc"] == folder["itc"] and lavis["reranked"] == folder["reranked"]
 
 

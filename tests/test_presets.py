@@ -17,7 +17,7 @@ PUBLISHED = {
     "pretrain_stage2_flant5xl": (1520, 80_000, 1e-4, 5e-5, 2000, 0.98, None),
     "caption_coco": (256, math.floor(5 * 566_747 / 256), 1e-5, 0, 1000, 0.999, 364),
     "vqa_v2": (128, math.floor(5 * (443_757 + 214_354) / 128), 1e-5, 0, 1000, 0.999, 490),
-    "retrieval_coco": (224, math.floor(5 * 566_747 / 224), 1e-5, 0, 1000, 0.98, 364),
+    "retrieval_coco": (224, math.floor(5 * 566_747 / 224), 1e-5, 0, 1000, 0.999, 364),
 }
 PATHS = ["--data.pairs", "pairs.json", "--run.output_dir", "out"]
 
@@ -72,6 +72,20 @@ def test_unknown_presets_are_named(command, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "config must be a file or one of the presets" in error and "vqa_v2" in error and "got 'vqa_v3'" in error
+
+
+def test_options_of_another_command_are_named(tmp_path, capsys):
+    """Below a second subcommand, too."""
+    given = ["--checkpoint", "x", "--annotations", "y", "--output", "z"]
+    for command, preset, lacking in [
+        (["train"], "evaluate_caption_coco", "'num_beams'"),
+        (["evaluate", "captioning", *given], "caption_coco", "['data', 'language', 'run', 'optimizer']"),
+        (["evaluate", "retrieval", *given], "evaluate_caption_coco", "'num_beams'"),
+    ]:
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--config", preset])
+        error = capsys.readouterr().err
+        assert f"{preset}.yaml has options that this command lacks: " in error and lacking in error
 
 
 def test_help_lists_the_presets(capsys):

@@ -165,7 +165,8 @@ class LanguageDataset(ImageTextDataset):
         cache, transform, image_root: see :class:`ImageTextDataset`. Default of the last: the current folder.
         qformer_tokenizer (Optional): from :func:`load_tokenizer`: the prompts also go to the Q-Former, as [CLS] prompt
             [SEP] (InstructBLIP). Default: `None`, they do not.
-        qformer_max_length (int): of prompts and captions in BERT's tokens. Default: 32.
+        qformer_max_length (int): of prompts and captions in BERT's tokens; longer prompts lose their beginning, as
+            InstructBLIP's. Default: 32.
         captions_tokenizer (Optional): from :func:`load_tokenizer`: the texts also come in BERT's tokens, for
             :class:`qformer_fast.models.blip2_joint.Blip2Joint`. Default: `None`, they do not.
 
@@ -200,7 +201,9 @@ class LanguageDataset(ImageTextDataset):
                 raise ValueError(
                     f"examples must each have a prompt for the Q-Former, none in {len(untold)} of them: {untold[:5]}"
                 )
-            self._prompts = _Rows(encode(qformer_tokenizer, prompts, max_length=qformer_max_length))
+            self._prompts = _Rows(
+                encode(qformer_tokenizer, prompts, max_length=qformer_max_length, truncation_side="left")
+            )
         if captions_tokenizer is not None:
             self._captions = _Rows(encode(captions_tokenizer, texts, max_length=qformer_max_length))
 
@@ -208,6 +211,13 @@ class LanguageDataset(ImageTextDataset):
     def has_prompts(self) -> bool:
         """Whether batches hold prompts for the Q-Former."""
         return self._prompts is not None
+
+    @property
+    def text(self) -> dict[str, Tensor]:
+        """All tokens of each kind that batches hold, the rows one after the other."""
+        kinds = {"input_ids": self._input_ids, "labels": self._labels}
+        kinds |= {"qformer_input_ids": self._prompts, "caption_input_ids": self._captions}
+        return {name: rows.ids for name, rows in kinds.items() if rows is not None}
 
     @property
     def has_captions(self) -> bool:
@@ -225,11 +235,11 @@ class _Rows:
     """Token ids of many texts in one tensor, which processes share; a list of numbers gives the rows of these texts."""
 
     def __init__(self, rows: Sequence[Sequence[int]]):
-        self._ids = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int32)
+        self.ids = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int32)
         self._starts = list(itertools.accumulate(map(len, rows), initial=0))
 
     def __getitem__(self, indices: Iterable[int]) -> list[Tensor]:
-        return [self._ids[self._starts[i] : self._starts[i + 1]] for i in indices]
+        return [self.ids[self._starts[i] : self._starts[i + 1]] for i in indices]
 
 
 def _pinned(batch: Batch | LanguageBatch) -> Batch | LanguageBatch:

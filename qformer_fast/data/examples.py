@@ -10,6 +10,8 @@ from typing import Any
 
 from qformer_fast.data.captions import clean_question, pairs_of, read_entries, read_pairs
 
+PLACE = "{}"
+
 QUESTION_FIELDS = {"image", "question", "answer"}
 
 
@@ -45,16 +47,30 @@ def read_examples(path: str | os.PathLike, prompt: str = "") -> list[Example]:
 
     Raises:
         FileNotFoundError: nothing there. ValueError: what ``read_pairs`` refuses, a missing field, a question without a
-            word, no answer, a prompt without a place for the question; the message names the entry.
+            word, no answer, a prompt without a place for the question, or with one for captions; the message names the
+        entry.
     """
     path = Path(path)
     entries = read_entries(path) if path.is_file() else []
-    if any(isinstance(entry, dict) and "question" in entry for entry in entries):
-        if prompt.count("{}") != 1:
+    if _are_questions(entries):
+        if prompt.count(PLACE) != 1:
             raise ValueError(f'prompt must have one "{{}}" where the question goes, got {prompt!r}')
         return [_question(entry, prompt, where=f"{path}, entry {i}") for i, entry in enumerate(entries)]
+    if PLACE in prompt:
+        raise ValueError(f'prompt must have no "{{}}", there is no question in {path}; got {prompt!r}')
     pairs = pairs_of(entries, path) if entries else read_pairs(path)
     return [Example(pair.image, pair.caption, prompt, pair.image_id) for pair in pairs]
+
+
+def read_images(path: str | os.PathLike) -> list[str]:
+    """The images of :func:`read_examples`, each once, in the order in which they are first named."""
+    path = Path(path)
+    template = PLACE if path.is_file() and _are_questions(read_entries(path)) else ""
+    return list(dict.fromkeys(example.image for example in read_examples(path, template)))
+
+
+def _are_questions(entries: list[Any]) -> bool:
+    return any(isinstance(entry, dict) and "question" in entry for entry in entries)
 
 
 def _question(entry: Any, prompt: str, *, where: str) -> Example:
@@ -69,4 +85,4 @@ def _question(entry: Any, prompt: str, *, where: str) -> Example:
     if not said:
         raise ValueError(f"pairs: {where} must have an answer with a word in it, got {entry['answer']!r}")
     [(answer, _)] = said.most_common(1)
-    return Example(image, answer, prompt.replace("{}", cleaned), str(entry.get("image_id", image)))
+    return Example(image, answer, prompt.replace(PLACE, cleaned), str(entry.get("image_id", image)))

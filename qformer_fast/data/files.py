@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -15,6 +16,7 @@ from typing import Any
 
 CHECKSUMS = "checksums.json"
 CHUNK_BYTES = 1 << 24
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @contextlib.contextmanager
@@ -88,6 +90,16 @@ def read_json(path: str | os.PathLike, name: str, *, unique_keys: bool = False) 
         return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except ValueError as error:
         raise ValueError(f"{name}: {path} is no JSON: {error}") from error
+
+
+def check_folder_or_id(path_or_id: str, name: str) -> None:
+    """Refuses what is no folder here and can't be the id of a model on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: ``path_or_id`` is such; the message calls it ``name``.
+    """
+    if not os.path.isdir(path_or_id) and (path_or_id[:1] in ("", ".", "~") or not _HUB_ID.fullmatch(path_or_id)):
+        raise FileNotFoundError(f"{name}: no folder at {path_or_id!r}, which is no id of the Hugging Face hub either")
 
 
 def write_text(path: Path, text: str) -> None:

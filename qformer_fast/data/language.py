@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from qformer_fast.data.files import check_folder_or_id
 from qformer_fast.data.tokenizer import pad
 
 IGNORED = -100
@@ -67,6 +68,7 @@ class LanguageTokenizer:
         Raises:
             OSError: nothing there.
         """
+        check_folder_or_id(name, "language_model")
         encoder_decoder = AutoConfig.from_pretrained(name).is_encoder_decoder
         return cls(AutoTokenizer.from_pretrained(name), encoder_decoder=encoder_decoder, max_length=max_length)
 

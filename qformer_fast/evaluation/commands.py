@@ -6,16 +6,23 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qformer_fast.assemble import build_generator, build_model, image_tokens, saved_class, token_reader
+from qformer_fast.assemble import (
+    build_generator,
+    build_model,
+    image_tokens,
+    is_file,
+    saved_class,
+    token_reader,
+)
 from qformer_fast.config import QFormerConfig
 from qformer_fast.data.captions import clean_question
 from qformer_fast.data.files import CHECKSUMS, crc32, write_text
@@ -31,9 +38,11 @@ from qformer_fast.evaluation.generated import (
     generate_all,
     generate_captions,
 )
+from qformer_fast.evaluation.journal import Journal
 from qformer_fast.evaluation.karpathy import read_karpathy
 from qformer_fast.evaluation.retrieval import IMAGE_BATCH_SIZE, PAIR_BATCH_SIZE, Score
 from qformer_fast.evaluation.retrieval import evaluate as measure_retrieval
+from qformer_fast.integrations.checkpoints import checksum
 from qformer_fast.models.blip2_joint import Blip2Joint
 from qformer_fast.models.blip2_opt import Blip2OPT
 from qformer_fast.models.blip2_qformer import Blip2QFormer
@@ -41,12 +50,14 @@ from qformer_fast.training.config import ModelConfig
 from qformer_fast.training.loop import AUTOCAST, resolve_device
 
 TEXTS = "texts.jsonl"
+LOGITS = "logits.jsonl"
 CAPTION_PROMPT = "a photo of"
 # where the pictures of questions with a number are, and of those with a name
 IMAGE_PATTERNS = {int: "COCO_val2014_{:012d}.jpg", str: "{}.jpg"}
-# fields that only say where something is, or whose meaning checksums stand for
+# fields that only say where something is, or whose meaning is kept otherwise
 NO_SETTINGS = {
     *("checkpoint", "output", "language_model", "qformer", "feature_cache", "tokenizer", "device"),
+    *("end", "qformer_prompts"),
     *("annotations", "split", "questions", "format", "image_pattern"),
 }
 
@@ -61,7 +72,8 @@ class GenerationConfig:
         output (str): a folder for texts, metrics and the values of each text. A run that was interrupted goes on in it.
         language_model (str, Optional): a folder or a hub id, with its tokenizer. Default: `None`, the one that the
             checkpoint names or holds; a LAVIS file does neither.
-        end (str): what a causal language model's texts end with.
+        end (str, Optional): what a causal language model's texts end with. Default: `None`, a new line as BLIP-2's, or
+            with an InstructBLIP folder or id the language model's own end, which "" stands for too.
         qformer (QFormerConfig): sizes of a LAVIS file's model; others say their own.
         feature_cache (str, Optional): a folder of :class:`FeatureCache` with the images. Default: `None`, pictures are
             encoded as they come.
@@ -72,8 +84,9 @@ class GenerationConfig:
         image_size (int, Optional): pictures' rows and columns. Default: `None`, the encoder's own.
         image_root (str, Optional): the folder that the images are in. Default: `None`, that of the annotations or
             questions.
-        qformer_prompts (bool): a Q-Former with a text branch reads the prompts too; False for one that was trained on
-            images alone.
+        qformer_prompts (bool, Optional): the Q-Former reads the prompts too. Default: `None`, what the checkpoint says:
+            InstructBLIP's does, and one that was trained so here.
+        qformer_max_length (int): of prompts for the Q-Former in BERT's tokens; longer ones lose their beginning.
         tokenizer (str, Optional): of the Q-Former's text, see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
         num_beams (int): of beam search; 1 takes the best token each time.
         length_penalty (float): beams are ranked by log-likelihood / length ** length_penalty.
@@ -89,7 +102,7 @@ class GenerationConfig:
     checkpoint: str
     output: str
     language_model: str | None = None
-    end: str = "\n"
+    end: str | None = None
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     feature_cache: str | None = None
     encoder: str | None = None
@@ -97,7 +110,8 @@ class GenerationConfig:
     random_encoder: bool = False
     image_size: int | None = None
     image_root: str | None = None
-    qformer_prompts: bool = True
+    qformer_prompts: bool | None = None
+    qformer_max_length: int = 128
     tokenizer: str | None = None
     num_beams: int = 5
     length_penalty: float = 1.0
@@ -118,6 +132,7 @@ class GenerationConfig:
             raise ValueError(f"min_new_tokens must be at most {self.max_new_tokens}, got {self.min_new_tokens}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        _check_folder(self.output)
 
     def decoding(self) -> dict[str, Any]:
         """Options of transformers' ``generate``."""
@@ -183,7 +198,8 @@ class RetrievalConfig:
         checkpoint (str): a folder of ``save_pretrained``, or a LAVIS file.
         annotations (str): see :func:`qformer_fast.evaluation.karpathy.read_karpathy`.
         split (str): "train", "restval", "val" or "test", of annotations that hold several.
-        output (str, Optional): a JSON file for the result.
+        output (str, Optional): a folder for the result and that of each image and caption. A run that was interrupted
+            goes on in it. Default: `None`, the result is printed and nothing kept.
         qformer (QFormerConfig): sizes of a LAVIS file's model; a folder says its own.
         feature_cache (str, Optional): a folder of :class:`FeatureCache` with the annotations' images. Default: `None`,
             pictures are encoded once and their tokens kept in memory.
@@ -226,6 +242,12 @@ class RetrievalConfig:
         for name in ("k", "image_batch_size", "pair_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_folder(self.output)
+
+
+def _check_folder(output: str | None) -> None:
+    if output is not None and Path(output).is_file():
+        raise ValueError(f"output must be a folder, got {output}, a file")
 
 
 def evaluate_captioning(config: CaptioningConfig) -> dict[str, Any]:
@@ -266,14 +288,14 @@ def evaluate_captioning(config: CaptioningConfig) -> dict[str, Any]:
         "notices": overall.notices,
         "settings": {"annotations": config.annotations, **settings},
     }
-    _write_results(folder, "per_image.jsonl", lines, result)
+    _write_results(folder, {"per_image.jsonl": lines}, result)
     print(_caption_table(result))
     return result
 
 
 def evaluate_vqa(config: VQAConfig) -> dict[str, Any]:
-    """Writes ``answers.json`` (the official format of results), ``per_question.jsonl`` and ``metrics.json``; prints a
-    table.
+    """Writes ``answers.json`` (the data set's official format of results), ``per_question.jsonl`` and
+    ``metrics.json``; prints a table.
 
     Returns:
         dict: the content of ``metrics.json``: "metrics", percent {"overall", ...} or None without answers, "notices",
@@ -291,7 +313,8 @@ def evaluate_vqa(config: VQAConfig) -> dict[str, Any]:
     ]
     answers, settings = _generate(config, model, read_tokens, requests, task="vqa")
     folder = Path(config.output)
-    vqa.write_answers(folder / "answers.json", answers)
+    write = vqa.write_answers if config.format == "vqa" else vqa.write_gqa
+    write(folder / "answers.json", answers)
     found = measure(answers) if measure else None
     lines = []
     for question in questions:
@@ -304,16 +327,16 @@ def evaluate_vqa(config: VQAConfig) -> dict[str, Any]:
         "notices": [] if found else ["there are no answers to compare with, nothing was measured"],
         "settings": {"questions": config.questions, "annotations": config.annotations, **settings},
     }
-    _write_results(folder, "per_question.jsonl", lines, result)
+    _write_results(folder, {"per_question.jsonl": lines}, result)
     print(_accuracy_table(result))
     return result
 
 
 def evaluate_retrieval(config: RetrievalConfig) -> dict[str, Any]:
-    """Prints recall both ways, and writes it to ``config.output``.
+    """Prints recall both ways; writes ``metrics.json``, ``per_image.jsonl`` and ``per_caption.jsonl``.
 
     Returns:
-        dict: what is written.
+        dict: the content of ``metrics.json``.
     """
     data = read_karpathy(config.annotations, split=config.split)
     text = tokenize(load_tokenizer(config.tokenizer), data.captions, max_length=config.max_length)
@@ -321,11 +344,15 @@ def evaluate_retrieval(config: RetrievalConfig) -> dict[str, Any]:
     model = build_model(ModelConfig(qformer=config.qformer, checkpoint=config.checkpoint)).to(device).eval()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    names = ("split", "k", "score", "precision", "max_length", "checkpoint", "annotations")
-    result: dict[str, Any] = {name: getattr(config, name) for name in names}
-    result |= {"images": len(data.images), "captions": len(data.captions)}
+    settings = {name: getattr(config, name) for name in ("k", "score", "precision", "max_length", "image_batch_size")}
+    identity = settings | {"pair_batch_size": config.pair_batch_size, "weights": checksum(model.state_dict())}
+
+    def open_journal(similarities: Tensor) -> Journal:
+        data = {"data": checksum({"similarities": similarities, "captions": text[0]})}
+        return Journal(Path(config.output) / LOGITS, identity | data, ("logits",))
+
     with torch.autocast(device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
-        result |= measure_retrieval(
+        found = measure_retrieval(
             model,
             image_tokens(
                 config,
@@ -341,16 +368,28 @@ def evaluate_retrieval(config: RetrievalConfig) -> dict[str, Any]:
             score=config.score,
             image_batch_size=config.image_batch_size,
             pair_batch_size=config.pair_batch_size,
+            open_journal=None if config.output is None else open_journal,
         )
+    result: dict[str, Any] = {name: getattr(config, name) for name in ("checkpoint", "annotations", "split")} | settings
+    result |= {"images": len(data.images), "captions": len(data.captions)}
+    result |= {name: value for name, value in vars(found).items() if name not in ("per_image", "per_text")}
     result["device"] = "cpu"
     if device.type == "cuda":
         result["device"] = torch.cuda.get_device_name(device)
         result["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     print(_recall_table(result))
     if config.output is not None:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(result, indent=2) + "\n")
+        folder = Path(config.output)
+        per_image = [
+            {"image": image, "rank": entry["rank"], "best": [data.captions[i] for i in entry["best"]]}
+            for image, entry in zip(data.images, found.per_image, strict=True)
+        ]
+        per_caption = [
+            {"caption": caption, "image": data.images[image], "rank": entry["rank"]}
+            | {"best": [data.images[i] for i in entry["best"]]}
+            for caption, image, entry in zip(data.captions, data.image_index, found.per_text, strict=True)
+        ]
+        _write_results(folder, {"per_image.jsonl": per_image, "per_caption.jsonl": per_caption}, result)
     return result
 
 
@@ -382,20 +421,29 @@ def _generate(
     requests: Sequence[Request],
     **settings: Any,
 ) -> tuple[dict[Id, str], dict[str, Any]]:
-    """The text of each request, and all that decides about the texts, with the checkpoint's name."""
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NO_SETTINGS}
-    cache = config.feature_cache and crc32(Path(config.feature_cache) / CHECKSUMS)
-    wanted = json.dumps([(request.id, request.image, request.prompt) for request in requests])
-    checksums = {"requests": zlib.crc32(wanted.encode()), "weights": _checksum(model), "feature_cache": cache}
-    name = _language_model_name(config, model) if isinstance(model, Blip2OPT) else None
-    identity = options | checksums | {"qformer": model.config.to_dict(), "language_model": name} | settings
+    """The text of each request, and all that decides about the texts, with the names of the models."""
     device, dtype = resolve_device(config.device), AUTOCAST.get(config.precision)
+    names: dict[str, Any] = {"checkpoint": config.checkpoint}
+    weights = {"weights": checksum(model.state_dict())}
     if isinstance(model, Blip2OPT):
+        names["language_model"] = _language_model_name(config, model)
+        weights["language_weights"] = checksum(model.language_model.state_dict())
+        if dtype == torch.float16 and model.language_model.config.model_type == "t5":
+            raise ValueError('precision must be "bf16" or "fp32" for a T5, which fp16 is too narrow for, got "fp16"')
         model.language_model.to(dtype or torch.float32)
+        generate, told = _language_writer(config, model, names["language_model"])
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+        generate, told = functools.partial(_caption, model, tokenizer, config.decoding()), _vocabulary(tokenizer)
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NO_SETTINGS}
+    wanted = json.dumps([(request.id, request.image, request.prompt) for request in requests])
+    data = {"requests": zlib.crc32(wanted.encode())}
+    data["feature_cache"] = config.feature_cache and crc32(Path(config.feature_cache) / CHECKSUMS)
+    identity = options | settings | told | data | weights | {"qformer": model.config.to_dict()}
     model.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         texts = generate_all(
-            _writer(config, model, name),
+            generate,
             read_tokens,
             requests,
             batch_size=config.batch_size,
@@ -403,7 +451,7 @@ def _generate(
             identity=identity,
             seed=config.seed if config.do_sample else None,
         )
-    return texts, {"checkpoint": config.checkpoint, **identity}
+    return texts, names | identity
 
 
 def _language_model_name(config: GenerationConfig, model: Blip2OPT) -> str:
@@ -413,25 +461,36 @@ def _language_model_name(config: GenerationConfig, model: Blip2OPT) -> str:
     return config.language_model or model.language_model.name_or_path
 
 
-def _writer(config: GenerationConfig, model: Blip2OPT | Blip2QFormer, language_model: str | None) -> Generate:
-    if isinstance(model, Blip2QFormer):
-        tokenizer = load_tokenizer(config.tokenizer)
-        return lambda tokens, _prompts: generate_captions(model, tokenizer, tokens, **config.decoding())
-    encoder_decoder = model.language_projection.encoder_decoder
+def _language_writer(config: GenerationConfig, model: Blip2OPT, language_model: str) -> tuple[Generate, dict[str, Any]]:
+    """What writes, and what decides about its texts."""
+    end = config.end
+    if end is None:
+        end = "" if _is_instruct_blip(config.checkpoint) else "\n"
     tokenizer = AutoTokenizer.from_pretrained(language_model)
-    language = LanguageTokenizer(tokenizer, encoder_decoder=encoder_decoder, end=config.end)
-    reads_prompts = config.qformer_prompts and model.config.use_qformer_text_input
+    language = LanguageTokenizer(tokenizer, encoder_decoder=model.language_projection.encoder_decoder, end=end)
+    reads_prompts = model.qformer_prompts if config.qformer_prompts is None else config.qformer_prompts
+    if reads_prompts and not model.config.use_qformer_text_input:
+        raise ValueError(f"qformer_prompts must be False, {config.checkpoint} has no text branch; got True")
     bert = load_tokenizer(config.tokenizer) if reads_prompts else None
-    return functools.partial(generate_after_prompts, model, language, qformer_tokenizer=bert, **config.decoding())
+    options = {"qformer_tokenizer": bert, "qformer_max_length": config.qformer_max_length, **config.decoding()}
+    generate = functools.partial(generate_after_prompts, model, language, **options)
+    return generate, {"end": language.end, "qformer_prompts": reads_prompts} | _vocabulary(tokenizer, bert)
 
 
-def _checksum(model: nn.Module) -> int:
-    """Of the parameters' names and bits; a held language model's are not among them."""
-    checksum = 0
-    for name, x in model.state_dict().items():
-        content = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        checksum = zlib.crc32(content, zlib.crc32(name.encode(), checksum))
-    return checksum
+def _caption(
+    model: Blip2QFormer, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], tokens: Tensor, _: Sequence[str]
+) -> list[str]:
+    return generate_captions(model, tokenizer, tokens, **options)
+
+
+def _vocabulary(*tokenizers: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    """A checksum of the words."""
+    words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers if tokenizer is not None]
+    return {"vocabulary": zlib.crc32(json.dumps(words).encode())}
+
+
+def _is_instruct_blip(checkpoint: str) -> bool:
+    return not is_file(checkpoint) and saved_class(checkpoint).startswith("InstructBlip")
 
 
 def _read_questions(config: VQAConfig) -> tuple[list[vqa.Question], Callable[[dict[Id, str]], Any] | None]:
@@ -461,8 +520,10 @@ def _image_name(config: VQAConfig, image_id: Id) -> str:
     return name
 
 
-def _write_results(folder: Path, name: str, lines: Iterable[dict[str, Any]], result: dict[str, Any]) -> None:
-    write_text(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+def _write_results(folder: Path, samples: Mapping[str, Iterable[dict[str, Any]]], result: dict[str, Any]) -> None:
+    """``metrics.json``, and of each name of ``samples`` a JSON Lines file."""
+    for name, lines in samples.items():
+        write_text(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
     write_text(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
 
 

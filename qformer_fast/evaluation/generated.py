@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from qformer_fast.data.files import write_text
 from qformer_fast.data.language import LanguageTokenizer
 from qformer_fast.data.tokenizer import tokenize
-from qformer_fast.evaluation._json import Id, shown
+from qformer_fast.evaluation._json import Id
+from qformer_fast.evaluation.journal import Journal
 from qformer_fast.models.blip2_opt import Blip2OPT
 from qformer_fast.models.blip2_qformer import Blip2QFormer
 
@@ -43,6 +41,7 @@ def generate_after_prompts(
     prompts: Sequence[str],
     *,
     qformer_tokenizer: PreTrainedTokenizerBase | None = None,
+    qformer_max_length: int = 128,
     **options,
 ) -> list[str]:
     """Texts of a frozen language model after images and prompts.
@@ -54,6 +53,8 @@ def generate_after_prompts(
         prompts (Sequence): (batch,) strings.
         qformer_tokenizer (PreTrainedTokenizerBase, Optional): of :func:`qformer_fast.data.tokenizer.load_tokenizer`,
             which gives the prompts to the Q-Former too, as InstructBLIP's. Default: `None`, it sees images alone.
+        qformer_max_length (int): of these prompts in BERT's tokens; longer ones lose their beginning. Default: 128, as
+            in InstructBLIP.
         options: of :meth:`Blip2OPT.generate`.
 
     Raises:
@@ -64,8 +65,7 @@ def generate_after_prompts(
     if qformer_tokenizer is not None:
         if not all(prompt.strip() for prompt in prompts):
             raise ValueError("prompts must each have a word for a Q-Former that reads them, got an empty one")
-        longest = model.config.max_position_embeddings
-        ids, mask = tokenize(qformer_tokenizer, prompts, max_length=longest)
+        ids, mask = tokenize(qformer_tokenizer, prompts, max_length=qformer_max_length, truncation_side="left")
         text = {"qformer_input_ids": ids, "qformer_attention_mask": mask}
     ids = model.generate(
         _on_device(image_embeds, model.query_tokens),
@@ -114,8 +114,8 @@ def generate_all(
         read_tokens (callable): gives tokens by the images' names; each is read once a batch.
         requests (Sequence): at least one, ids all different.
         batch_size (int): texts at once.
-        path (path, Optional): a JSON Lines file: {"identity"}, then {"id", "text"} of each text. Default: `None`, kept
-            in memory only.
+        path (path, Optional): a :class:`Journal`'s file with {"id", "text"} of each text. Default: `None`, kept in
+            memory only.
         identity (Mapping, Optional): JSON values that decide about the texts; a file of another identity is refused.
         seed (int, Optional): seeds torch's generators for each batch, together with its place, so that sampled texts
             are the same after an interruption. Default: `None`, the generators go on as they are.
@@ -127,10 +127,8 @@ def generate_all(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not requests or len({request.id for request in requests}) < len(requests):
         raise ValueError("requests must have different ids, at least one")
-    texts: list[str] = []
-    if path is not None:
-        path = Path(path)
-        texts = _kept_texts(path, dict(identity or {}), requests, batch_size)
+    journal = None if path is None else Journal(path, identity or {}, ("id", "text"))
+    texts = [] if journal is None else _whole_batches(journal, requests, batch_size)
     with tqdm(total=len(requests), initial=len(texts), unit="text", disable=None) as progress:
         for first in range(len(texts), len(requests), batch_size):
             batch = requests[first : first + batch_size]
@@ -141,41 +139,21 @@ def generate_all(
                 torch.manual_seed(seed + first)
             new = generate(tokens[rows], [request.prompt for request in batch])
             texts += new
-            if path is not None:
-                _append(path, batch, new)
+            if journal is not None:
+                journal.append({"id": request.id, "text": text} for request, text in zip(batch, new, strict=True))
             progress.update(len(batch))
     return {request.id: text for request, text in zip(requests, texts, strict=True)}
 
 
-def _kept_texts(path: Path, identity: dict[str, Any], requests: Sequence[Request], batch_size: int) -> list[str]:
-    """The texts of whole batches in the file, to which it is cut; a new file where there is none."""
-    # through JSON, which makes lists of tuples
-    identity = json.loads(json.dumps(identity))
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
-    try:
-        found, *entries = map(json.loads, lines) if lines else [{"identity": identity}]
-        theirs, kept = found["identity"], [(entry["id"], entry["text"]) for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"output: {path} is damaged ({error!r}); remove it or choose another folder") from error
-    if not kept:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"identity": identity}) + "\n")
-        return []
-    if theirs != identity:
-        names = [name for name in {**theirs, **identity} if theirs.get(name) != identity.get(name)]
-        changes = ", ".join(f"{name} {shown(theirs.get(name))} now {shown(identity.get(name))}" for name in names)
-        raise ValueError(f"output: {path} is of another run, choose another folder; what differs: {changes}")
-    if [key for key, _ in kept] != [request.id for request in requests[: len(kept)]]:
-        raise ValueError(f"output: {path} must have the ids of the requests; remove it or choose another folder")
-    whole = len(kept) if len(kept) == len(requests) else len(kept) // batch_size * batch_size
-    write_text(path, "\n".join(lines[: 1 + whole]) + "\n")
-    return [text for _, text in kept[:whole]]
-
-
-def _append(path: Path, batch: Sequence[Request], texts: Sequence[str]) -> None:
-    lines = [json.dumps({"id": request.id, "text": text}) + "\n" for request, text in zip(batch, texts, strict=True)]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+def _whole_batches(journal: Journal, requests: Sequence[Request], batch_size: int) -> list[str]:
+    """The journal's texts of whole batches, to which it is cut."""
+    found = journal.entries
+    if [entry["id"] for entry in found] != [request.id for request in requests[: len(found)]]:
+        raise ValueError(
+            f"output: {journal.path} must have the ids of the requests; remove it or choose another folder"
+        )
+    journal.cut(len(found) if len(found) == len(requests) else len(found) // batch_size * batch_size)
+    return [entry["text"] for entry in journal.entries]
 
 
 def _on_device(image_embeds: Tensor, like: Tensor) -> Tensor:

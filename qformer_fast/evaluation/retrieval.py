@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from qformer_fast import ops
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.evaluation.journal import Journal
 from qformer_fast.layout import PackedText
 from qformer_fast.models.image_kv import ImageKV
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 NOT_A_CANDIDATE = -100.0
 IMAGE_BATCH_SIZE = 64
 PAIR_BATCH_SIZE = 1024
+SHOWN = 10
 
 Score = Literal["itm+itc", "itm"]
 
@@ -63,6 +66,28 @@ class RankOutput:
     image_to_text: Tensor
     text_to_image: Tensor
     similarities: Tensor
+
+
+@dataclass(frozen=True)
+class RetrievalMetrics:
+    """What :func:`evaluate` returns.
+
+    Args:
+        itc, reranked (dict): {"TR@1", "TR@5", "TR@10" (image to text), "IR@1", "IR@5", "IR@10" (text to image), "mean"}
+            in percent.
+        pairs (int): matched.
+        seconds, pairs_per_second (float): of the re-ranking, without what a journal had.
+        per_image, per_text (list): of each image and of each text {"rank" (of the best relevant one, 0 is the first),
+            "best" (the numbers of the ten with the best scores, best first)}, re-ranked.
+    """
+
+    itc: dict[str, float]
+    reranked: dict[str, float]
+    pairs: int
+    seconds: float
+    pairs_per_second: float
+    per_image: list[dict[str, Any]]
+    per_text: list[dict[str, Any]]
 
 
 def similarity(image_features: Tensor, text_features: Tensor, *, batch_size: int = 256) -> Tensor:
@@ -128,6 +153,7 @@ def rerank(
     image_batch_size: int = IMAGE_BATCH_SIZE,
     pair_batch_size: int = PAIR_BATCH_SIZE,
     progress: bool = False,
+    journal: Journal | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores the ``k`` nearest candidates of each image and of each text again, with image-text matching.
 
@@ -148,6 +174,8 @@ def rerank(
             with 677 tokens. Default: 64.
         pair_batch_size (int): most pairs a forward pass. Default: 1024.
         progress (bool): show a bar. Default: False.
+        journal (Journal, Optional): keeps {"logits"} of ``image_batch_size`` images at a time, for which the device is
+            waited then, and gives what it has. Default: `None`, nothing is kept.
 
     Returns:
         tuple: scores of texts for each image (images, texts) and of images for each text (texts, images), where
@@ -168,12 +196,18 @@ def rerank(
     images_of_text = _candidates(similarities.T, k).T
     pairs = (texts_of_image | images_of_text).nonzero()
     text = model.qformer.pack_text(input_ids.cpu(), attention_mask.cpu())
-    chunks = _chunks(model, image_embeds, image_batch_size)
+    known = [] if journal is None else [torch.tensor(entry["logits"]) for entry in journal.entries]
+    chunks = _chunks(model, image_embeds, image_batch_size, start=len(known) * image_batch_size)
     logits = torch.empty(len(pairs), dtype=torch.float32, device=model.temp.device)
+    done = 0
     with tqdm(total=len(pairs), unit="pair", disable=None if progress else True) as bar:
-        for part, found in _match_pairs(model, chunks, text, pairs, pair_batch_size):
-            logits[part] = found
+        new = _match_pairs(model, chunks, text, pairs, pair_batch_size)
+        for number, found in enumerate(itertools.chain(known, new)):
+            logits[done : done + len(found)] = found
+            done += len(found)
             bar.update(len(found))
+            if journal is not None and number >= len(known):
+                journal.append([{"logits": found.tolist()}])
     scores = torch.zeros(shape, dtype=torch.float32, device=similarities.device)
     scores[pairs[:, 0], pairs[:, 1]] = logits.to(scores.device)
     if score == "itm+itc":
@@ -186,8 +220,8 @@ def rerank(
 
 def _match_pairs(
     model: Blip2QFormer, chunks: Iterator[tuple[int, Tensor]], text: PackedText, pairs: Tensor, batch_size: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """ITM logits of class 1 of ``pairs`` (n, 2), (image, text) in the images' order: which of them, and their logits.
+) -> Iterator[Tensor]:
+    """ITM logits of class 1 of ``pairs`` (n, 2), (image, text) in the images' order: those of each chunk of images.
 
     A pass gets only the images that it looks at. What the host must know of the pairs it knows before the first pass.
     """
@@ -199,12 +233,14 @@ def _match_pairs(
         begin, end = torch.searchsorted(images, torch.tensor([first, first + len(tokens)])).tolist()
         passes = math.ceil((end - begin) / batch_size)
         bounds = [begin + (end - begin) * i // passes for i in range(passes + 1)]
+        logits = []
         for part in map(slice, bounds, bounds[1:]):
             low, high = int(images[part.start]), int(images[part.stop - 1])
             shown = ImageKV(image_kv.buffer[low - first : high + 1 - first])
             captions = text.select(pairs[part, 1], int(lengths[part].sum()))
             captions = dataclasses.replace(captions, max_length=int(lengths[part].max()))
-            yield part, model.match_packed(shown, captions, pairs[part, 0] - low)[:, 1].float()
+            logits.append(model.match_packed(shown, captions, pairs[part, 0] - low)[:, 1].float())
+        yield torch.cat(logits)
 
 
 @torch.no_grad()
@@ -219,19 +255,20 @@ def evaluate(
     score: Score = "itm+itc",
     image_batch_size: int = IMAGE_BATCH_SIZE,
     pair_batch_size: int = PAIR_BATCH_SIZE,
-) -> dict[str, Any]:
+    open_journal: Callable[[Tensor], Journal] | None = None,
+) -> RetrievalMetrics:
     """Recall at 1, 5 and 10 both ways, by ITC alone and re-ranked, as LAVIS reports it (tasks/retrieval.py:70-120).
 
     Args:
         model, image_embeds, input_ids, attention_mask, k, score, image_batch_size, pair_batch_size: see :func:`rerank`.
         relevant (Tensor): (images, texts) bool, which texts describe which image.
-
-    Returns:
-        dict: "itc" and "reranked", each {"TR@1", "TR@5", "TR@10" (image to text), "IR@1", "IR@5", "IR@10" (text to
-        image), "mean"} in percent; "pairs" matched, "seconds" of the re-ranking and "pairs_per_second".
+        open_journal (Callable, Optional): gives a journal for ITC's cosines (images, texts), which choose the pairs.
+            Default: `None`, nothing is kept.
     """
     inputs = model, image_embeds, input_ids, attention_mask
     similarities = similarity(*embed(*inputs, image_batch_size=image_batch_size))
+    journal = None if open_journal is None else open_journal(similarities)
+    known = 0 if journal is None else sum(len(entry["logits"]) for entry in journal.entries)
     _wait(similarities)
     begin = time.perf_counter()
     i2t, t2i = rerank(
@@ -242,18 +279,21 @@ def evaluate(
         image_batch_size=image_batch_size,
         pair_batch_size=pair_batch_size,
         progress=True,
+        journal=journal,
     )
     _wait(similarities)
     seconds = time.perf_counter() - begin
     relevant = relevant.to(similarities.device)
     pairs = int(((i2t != NOT_A_CANDIDATE) | (t2i.T != NOT_A_CANDIDATE)).sum())
-    return {
-        "itc": _recalls(similarities, similarities.T.contiguous(), relevant),
-        "reranked": _recalls(i2t, t2i, relevant),
-        "pairs": pairs,
-        "seconds": round(seconds, 6),
-        "pairs_per_second": round(pairs / seconds, 1),
-    }
+    return RetrievalMetrics(
+        itc=_recalls(similarities, similarities.T.contiguous(), relevant),
+        reranked=_recalls(i2t, t2i, relevant),
+        pairs=pairs,
+        seconds=round(seconds, 6),
+        pairs_per_second=round((pairs - known) / seconds, 1),
+        per_image=_found(i2t, relevant),
+        per_text=_found(t2i, relevant.T),
+    )
 
 
 def _recalls(image_to_text: Tensor, text_to_image: Tensor, relevant: Tensor) -> dict[str, float]:
@@ -291,9 +331,19 @@ def recall_at_k(scores: Tensor, relevant: Tensor, *, ks: Sequence[int] = (1, 5, 
     if not bool(relevant.any(1).all()):
         row = int((~relevant.any(1)).nonzero()[0])
         raise ValueError(f"relevant must have a True in each row, row {row} has none")
-    order = scores.argsort(dim=1, stable=True).flip(1)
-    ranks = relevant.gather(1, order).int().argmax(1)
+    ranks = relevant.gather(1, _order(scores)).int().argmax(1)
     return {k: 100.0 * float((ranks < k).double().mean()) for k in ks}
+
+
+def _order(scores: Tensor) -> Tensor:
+    """Of each row the columns, best first; among equal ones the later first."""
+    return scores.argsort(dim=1, stable=True).flip(1)
+
+
+def _found(scores: Tensor, relevant: Tensor) -> list[dict[str, Any]]:
+    order = _order(scores)
+    ranks = relevant.gather(1, order).int().argmax(1).tolist()
+    return [{"rank": rank, "best": best} for rank, best in zip(ranks, order[:, :SHOWN].tolist(), strict=True)]
 
 
 def chance_at_k(relevant: Tensor, *, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
@@ -332,9 +382,10 @@ def _wait(x: Tensor) -> None:
 
 
 def _chunks(
-    model: Blip2QFormer, image_embeds: ImageTokens | FeatureCache, batch_size: int
+    model: Blip2QFormer, image_embeds: ImageTokens | FeatureCache, batch_size: int, start: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
-    """The number of the first image and the tokens of ``batch_size`` images at a time, as the model takes them.
+    """The number of the first image and the tokens of ``batch_size`` images at a time, as the model takes them, from
+    image ``start`` on.
 
     Raises:
         ValueError: no image, no batch.
@@ -345,7 +396,7 @@ def _chunks(
     if len(image_embeds) == 0:
         raise ValueError("image_embeds must hold at least one image, got none")
     like = model.query_tokens
-    for first in range(0, len(image_embeds), batch_size):
+    for first in range(start, len(image_embeds), batch_size):
         tokens = image_embeds[first : first + batch_size]
         if like.is_cuda and not tokens.is_cuda:
             tokens = tokens.pin_memory()

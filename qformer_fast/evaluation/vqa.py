@@ -256,6 +256,13 @@ def write_answers(path: str | os.PathLike, predictions: dict[Id, str]) -> None:
     write_text(Path(path), json.dumps(answers))
 
 
+def write_gqa(path: str | os.PathLike, predictions: dict[Id, str]) -> None:
+    """Writes GQA's official format of results, [{"questionId", "prediction"}]."""
+    _check_texts(predictions, "predictions")
+    answers = [{"questionId": key, "prediction": answer} for key, answer in predictions.items()]
+    write_text(Path(path), json.dumps(answers))
+
+
 def _without_punctuation(text: str) -> str:
     joined = COMMA_IN_NUMBER.search(text) is not None
     replacements = {

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,15 @@ def load_checkpoint(path: str | os.PathLike) -> StateDict:
     if not isinstance(state_dict, dict) or not all(isinstance(x, Tensor) for x in state_dict.values()):
         raise ValueError(f"{path} holds no state dict")
     return state_dict
+
+
+def checksum(state_dict: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the names and bits of tensors on any device."""
+    found = 0
+    for name, x in state_dict.items():
+        content = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found = zlib.crc32(content, zlib.crc32(name.encode(), found))
+    return found
 
 
 @dataclass(frozen=True)

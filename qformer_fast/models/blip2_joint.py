@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qformer_fast.config import QFormerConfig
 from qformer_fast.data.language import LanguageText
+from qformer_fast.integrations.checkpoints import StateDict
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
 from qformer_fast.models.language import LanguageProjection
 
@@ -52,6 +53,10 @@ class Blip2Joint(Blip2QFormer):
 
     def init_options(self) -> dict[str, Any]:
         return super().init_options() | self.language_projection.init_options()
+
+    def to_lavis_state_dict(self) -> StateDict:
+        """As of :class:`Blip2QFormer`, and the projection as of :class:`qformer_fast.models.blip2_opt.Blip2OPT`."""
+        return self.language_projection.as_lavis(super().to_lavis_state_dict())
 
     def forward(
         self,

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from qformer_fast import ops
+from qformer_fast.data.files import check_folder_or_id
 from qformer_fast.data.language import IGNORED
+from qformer_fast.integrations.checkpoints import StateDict
 
 # what models do to the head's product before they take its softmax: such a loss is no linear cross-entropy
 LOGIT_CHANGES = (
@@ -37,6 +39,7 @@ def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> PreTrai
     Raises:
         OSError: nothing there.
     """
+    check_folder_or_id(name, "language_model")
     config = AutoConfig.from_pretrained(name)
     if config.model_type == "t5" and config.dense_act_fn == "gelu_new":
         config.dense_act_fn = "gelu"
@@ -94,6 +97,12 @@ class LanguageProjection(nn.Linear):
         """What a model with this layer saves of it: arguments of its constructor."""
         return {"language_model": self.language_model.name_or_path or None, "language_model_dropout": self.dropout}
 
+    def as_lavis(self, weights: StateDict) -> StateDict:
+        """LAVIS's names of a model with this layer: ``opt_proj``, or ``t5_proj`` with an encoder-decoder."""
+        if not self.encoder_decoder:
+            return weights
+        return {name.replace("opt_proj.", "t5_proj."): x for name, x in weights.items()}
+
     def train(self, mode: bool = True) -> LanguageProjection:
         self.language_model.train(mode and self.dropout)
         return super().train(mode)
@@ -117,7 +126,7 @@ class LanguageProjection(nn.Linear):
             Tensor: 0-dim fp32, nats, mean over the labels.
 
         Raises:
-            ValueError: shapes that disagree, no label at all.
+            ValueError: shapes that disagree, no label at all, more tokens than the language model has positions.
         """
         batch, num_queries, _ = query_output.shape
         device = query_output.device
@@ -175,24 +184,37 @@ class LanguageProjection(nn.Linear):
 
         Returns:
             Tensor: (batch * num_return_sequences, new tokens) int64; an encoder-decoder's begin with its start.
+
+        Raises:
+            ValueError: shapes that disagree, more tokens with the new ones than the language model has positions.
         """
         if input_ids is None:
             config = self.language_model.config
             first = config.eos_token_id if self.encoder_decoder else config.bos_token_id
             tokens = [] if first is None else [first]
             input_ids = torch.tensor([tokens] * len(query_output), dtype=torch.int64, device=query_output.device)
-        inputs = self._inputs(query_output, input_ids, attention_mask)
+        new = 0 if self.encoder_decoder else options.get("max_new_tokens") or 0
+        inputs = self._inputs(query_output, input_ids, attention_mask, new_tokens=new)
         with self._own_precision(query_output.device):
             return self.language_model.generate(**inputs, **options)
 
-    def _inputs(self, query_output: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
-        """[queries | text] as embeddings, and who may be looked at."""
+    def _inputs(
+        self, query_output: Tensor, input_ids: Tensor, attention_mask: Tensor | None, *, new_tokens: int = 0
+    ) -> dict[str, Tensor]:
+        """[queries | text] as embeddings, and who may be looked at; ``new_tokens`` are to follow."""
         if input_ids.ndim != 2 or len(input_ids) != len(query_output):
             raise ValueError(f"input_ids must be ({len(query_output)}, length), got {tuple(input_ids.shape)}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}")
+        num_queries, length = query_output.shape[1], input_ids.shape[1]
+        positions = getattr(self.language_model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and num_queries + length + new_tokens > positions:
+            raise ValueError(
+                f"input_ids must leave room in the language model's {positions} positions for {num_queries} queries "
+                f"and {new_tokens} new tokens, got {length}"
+            )
         device = query_output.device
         words = self.language_model.get_input_embeddings()(input_ids.to(device, non_blocking=True))
         queries = attention_mask.new_ones(query_output.shape[:2])

@@ -51,6 +51,11 @@ class LanguageConfig:
     dropout: bool = False
     max_length: int = 32
 
+    @property
+    def qformer_prompts(self) -> bool:
+        """Whether the Q-Former reads the prompts too."""
+        return self.keep_text and self.prompt != ""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -69,7 +74,8 @@ class DataConfig:
             `None`, the encoder's own.
         image_root (str, Optional): the folder that the pairs' images are in. Default: `None`, that of ``pairs``.
         tokenizer (str, Optional): see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
-        max_length (int): of captions, and of prompts for the Q-Former, in BERT's tokens.
+        max_length (int): of captions, and of prompts for the Q-Former, in BERT's tokens; longer captions lose their
+            end, longer prompts their beginning.
         num_workers (int): processes that read data.
     """
 

@@ -93,7 +93,7 @@ def train(
     stage = build_stage(model, dataset, run)
     scaler = torch.amp.GradScaler(device.type, enabled=stage.scales_loss)
     identity = dict(seed=run.seed, batch_size=run.batch_size, accumulation=run.accumulation, pairs=len(dataset))
-    identity["trainable_parameters"] = sum(p.numel() for p in parameters)
+    identity |= {"trainable_parameters": sum(p.numel() for p in parameters), **stage.identity()}
     step = 0
     if checkpoints := list_checkpoints(output_dir):
         state = load_checkpoint_state(checkpoints[-1], model, optimizer, identity=identity)
@@ -159,8 +159,10 @@ def check_output_dir(run: RunConfig) -> None:
     """Refuses to write over a run that is not to be resumed.
 
     Raises:
-        ValueError: checkpoints in ``run.output_dir`` but ``run.resume`` is False.
+        ValueError: a file at ``run.output_dir``; checkpoints in it but ``run.resume`` is False.
     """
+    if Path(run.output_dir).is_file():
+        raise ValueError(f"run.output_dir must be a folder, got {run.output_dir}, a file")
     if list_checkpoints(run.output_dir) and not run.resume:
         raise ValueError(
             f"run.output_dir has checkpoints in it ({run.output_dir}): set run.resume or choose another folder"

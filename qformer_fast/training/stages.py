@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qformer_fast.data.batches import Batch, ImageTextDataset, LanguageBatch, LanguageDataset, PairDataset
 from qformer_fast.data.language import LanguageText
+from qformer_fast.integrations.checkpoints import checksum
 from qformer_fast.models.blip2_joint import Blip2Joint
 from qformer_fast.models.blip2_opt import Blip2OPT, Stage2Output
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
@@ -69,6 +70,10 @@ class Stage(ABC):
         (out.loss * scale).backward()
         return self.measure(out, batch)
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have the same, beside what all runs must."""
+        return {}
+
     @abstractmethod
     def forward(self, images: Tensor, batch: Any) -> Any:
         """The model's output, with a ``loss``."""
@@ -112,17 +117,30 @@ class Stage1(Stage):
         return torch.stack([*losses, recall(out.sim_i2t), recall(out.sim_t2i), accuracy])
 
 
-class Stage2(Stage):
-    """A frozen language model's loss on examples."""
+class LanguageStage(Stage):
+    """With a frozen language model, on examples."""
 
     dataset_class = LanguageDataset
+
+    def __init__(self, model: Blip2OPT | Blip2Joint, dataset: LanguageDataset, run: RunConfig):
+        super().__init__(model, dataset, run)
+        self.dataset, self.language_model = dataset, model.language_projection.language_model
+        self.scales_loss |= self.language_model.dtype == torch.float16
+
+    def identity(self) -> dict[str, Any]:
+        weights = checksum(self.language_model.state_dict())
+        return {"language_weights": weights, "language_text": checksum(self.dataset.text)}
+
+
+class Stage2(LanguageStage):
+    """A frozen language model's loss on examples."""
+
     losses = metrics = ("loss",)
 
     def __init__(self, model: Blip2OPT, dataset: LanguageDataset, run: RunConfig):
         super().__init__(model, dataset, run)
         if dataset.has_prompts and not model.config.use_qformer_text_input:
             raise ValueError("dataset must have no prompts for the Q-Former of a model without a text branch")
-        self.scales_loss |= model.language_model.dtype == torch.float16
 
     def forward(self, images: Tensor, batch: LanguageBatch) -> Stage2Output:
         text = batch.input_ids, batch.attention_mask, batch.labels
@@ -132,10 +150,9 @@ class Stage2(Stage):
         return out.loss.detach().float()[None]
 
 
-class Joint(Stage1):
+class Joint(LanguageStage, Stage1):
     """Both stages on examples, whose texts also come as stage 1's captions."""
 
-    dataset_class = LanguageDataset
     losses = (*Stage1.losses, "loss_lm")
     metrics = ("loss", *losses, *RETRIEVAL)
     has_graphs = False
@@ -144,7 +161,6 @@ class Joint(Stage1):
         super().__init__(model, dataset, run)
         if not dataset.has_captions:
             raise ValueError("dataset must be given a captions_tokenizer for a Blip2Joint, got None")
-        self.scales_loss |= model.language_projection.language_model.dtype == torch.float16
 
     def forward(self, images: Tensor, batch: LanguageBatch) -> Stage1Output:
         text = LanguageText(batch.input_ids, batch.attention_mask, batch.labels)

@@ -29,6 +29,16 @@ def test_long_captions_are_cut_before_sep(tokenizer):
     assert ids.shape == (1, 512) and ids[0, -1] == 102 and mask.all()
 
 
+@pytest.mark.parametrize("max_length", [3, 6, 8, 9, 32])
+def test_what_is_cut_on_the_left_loses_its_beginning(tokenizer, max_length) -> None:
+    captions = ["one two three four five six seven", "cat"]
+    ids, mask = tokenize(tokenizer, captions, max_length=max_length, truncation_side="left")
+    left = load_tokenizer()
+    left.truncation_side = "left"
+    expected = left(captions, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    assert torch.equal(ids, expected["input_ids"]) and torch.equal(mask, expected["attention_mask"])
+
+
 @pytest.mark.parametrize(
     ("captions", "max_length", "match"),
     [

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qformer_fast.data.batches import LanguageDataset, ShuffledBatches, batch_loader
-from qformer_fast.data.examples import Example, read_examples
+from qformer_fast.data.examples import Example, read_examples, read_images
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.language import LanguageTokenizer
 from qformer_fast.data.tokenizer import load_tokenizer
@@ -135,6 +135,21 @@ def test_malformed_questions_are_named(write, entry, prompt, match):
         read_examples(write([good, entry]), prompt)
 
 
+def test_captions_have_no_place_for_a_question(write):
+    with pytest.raises(ValueError, match=r'prompt must have no "\{\}", there is no question in .*; got "?.*a \{\}'):
+        read_examples(write([{"image": "a", "caption": "a cat"}]), "a {}")
+
+
+def test_images_of_captions_and_of_questions(write, tmp_path):
+    assert read_images(write([{"image": x, "caption": "a cat"} for x in "bab"])) == ["b", "a"]
+    assert read_images(write([{"image": x, "question": "what?", "answer": "x"} for x in "bab"])) == ["b", "a"]
+    (tmp_path / "folder").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "folder" / f"{name}.png").touch()
+        (tmp_path / "folder" / f"{name}.txt").write_text("a cat\nthe cat")
+    assert read_images(tmp_path / "folder") == ["a.png", "b.png"]
+
+
 @pytest.mark.parametrize("content", [[], [{"image": "a"}], {}])
 def test_files_without_captions_are_named(write, content):
     with pytest.raises(ValueError, match="examples.json"):
@@ -189,6 +204,15 @@ def test_prompts_and_captions_in_berts_tokens(cache):
         assert bert.convert_ids_to_tokens(ids.tolist()) == prompt.split()
         ids = batch.caption_input_ids[row][batch.caption_attention_mask[row].bool()]
         assert bert.convert_ids_to_tokens(ids.tolist()) == caption.split()
+
+
+def test_a_prompt_too_long_for_the_q_former_loses_its_beginning(cache):
+    bert, language = load_tokenizer(), LanguageTokenizer(word_tokenizer(), max_length=64)
+    examples = [Example("image0", "red", " ".join(["green", *["thing"] * 30, "is", "it"])), EXAMPLES[0]]
+    dataset = LanguageDataset(examples, language, cache=cache, qformer_tokenizer=bert, qformer_max_length=8)
+    long, short = dataset[[0, 1]].qformer_input_ids
+    assert bert.decode(long.tolist()) == "[CLS] thing thing thing thing is it [SEP]"
+    assert bert.decode(short.tolist()) == "[CLS] a photo of [SEP] [PAD] [PAD] [PAD]"
 
 
 def test_batches_are_the_same_with_workers(cache):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
@@ -351,22 +352,34 @@ def test_other_checkpoints_caption_as_the_folders_do(
     assert found["t5"] == texts_by_hand(checkpoints["t5"], tokens, prompts, **options)
 
 
-def test_a_hugging_face_folder_brings_its_tokenizer(
-    evaluate, language_models, cache, nocaps, no_java, tmp_path
-) -> None:
-    vision = Blip2VisionConfig(
-        hidden_size=48, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    qformer = Blip2QFormerConfig(**{name: x for name, x in SIZES.items() if name != "num_query_tokens"})
-    text = OPTForCausalLM.from_pretrained(language_models["opt"])
-    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text.config, num_query_tokens=4)
-    hf = Blip2ForConditionalGeneration(config)
-    hf.language_model.load_state_dict(text.state_dict())
-    with torch.no_grad():
-        hf.query_tokens.normal_()
-        hf.language_projection.weight.normal_()
-    hf.save_pretrained(tmp_path / "hf")
-    build_tokenizer(False).save_pretrained(tmp_path / "hf")
+@pytest.fixture
+def hf_folder(language_models, tmp_path):
+    """Writes ``tmp_path / "hf"``: Hugging Face's BLIP-2 or InstructBLIP around the tiny OPT, with its tokenizer."""
+
+    def hf_folder(kind):
+        torch.manual_seed(4)
+        vision = dict(hidden_size=48, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        vision |= dict(image_size=28, patch_size=14)
+        qformer = {name: x for name, x in SIZES.items() if name != "num_query_tokens"}
+        text = OPTForCausalLM.from_pretrained(language_models["opt"])
+        parts = dict(vision_config=vision, qformer_config=qformer, text_config=text.config.to_dict())
+        if kind == "blip2":
+            hf = Blip2ForConditionalGeneration(Blip2Config(**parts, num_query_tokens=4))
+        else:
+            hf = InstructBlipForConditionalGeneration(InstructBlipConfig(**parts, num_query_tokens=4))
+        hf.language_model.load_state_dict(text.state_dict())
+        with torch.no_grad():
+            hf.query_tokens.normal_()
+            hf.language_projection.weight.normal_()
+        hf.save_pretrained(tmp_path / "hf")
+        build_tokenizer(False).save_pretrained(tmp_path / "hf")
+        return hf
+
+    return hf_folder
+
+
+def test_a_hugging_face_folder_brings_its_tokenizer(evaluate, hf_folder, cache, nocaps, no_java, tmp_path) -> None:
+    hf = hf_folder("blip2")
     assert evaluate("captioning", checkpoint=tmp_path / "hf", annotations=nocaps) == 0
     ours = Blip2OPT.from_hf_model(hf)
     tokenizer = build_tokenizer(False)
@@ -377,6 +390,53 @@ def test_a_hugging_face_folder_brings_its_tokenizer(
         for x in cache.rows(IMAGES)
     ]
     assert list(read_captions(tmp_path / "out" / "captions.json").values()) == expected
+
+
+def test_texts_of_another_language_model_or_vocabulary_are_refused(
+    evaluate, assert_refuses, checkpoints, language_models, nocaps, no_java, tmp_path
+) -> None:
+    """The same names, other content."""
+    folder = tmp_path / "language"
+    shutil.copytree(language_models["opt"], folder)
+    options = {"annotations": nocaps, "language_model": folder}
+    assert evaluate("captioning", **options) == 0
+    texts = (tmp_path / "out" / "texts.jsonl").read_bytes()
+    model = OPTForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc1.weight[0, 0] += 1
+    model.save_pretrained(folder)
+    assert_refuses("captioning", "is of another run, choose another folder; what differs: language_weights", **options)
+    shutil.copytree(language_models["opt"], folder, dirs_exist_ok=True)
+    words = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    assert_refuses("captioning", "is of another run, choose another folder; what differs: vocabulary", **options)
+    assert (tmp_path / "out" / "texts.jsonl").read_bytes() == texts
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("blip2", "\n"), ("instructblip", "")])
+def test_an_instruct_blips_texts_end_as_its_language_models(
+    evaluate, hf_folder, cache, questions, count_generate, tmp_path, kind, expected
+) -> None:
+    hf_folder(kind)
+    options = {"questions": questions, "image_pattern": "val/COCO_val2014_{:012d}.jpg", "checkpoint": tmp_path / "hf"}
+    assert evaluate("vqa", **options) == 0
+    settings = json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]
+    assert settings["end"] == expected and settings["qformer_prompts"] == (kind == "instructblip")
+    assert evaluate("vqa", **options, end="", output=tmp_path / "given") == 0
+    assert json.loads((tmp_path / "given" / "metrics.json").read_text())["settings"]["end"] == ""
+
+
+def test_a_language_model_may_be_given_beside_a_hugging_face_folder(
+    evaluate, hf_folder, language_models, nocaps, no_java, tmp_path
+) -> None:
+    hf_folder("blip2")
+    assert evaluate("captioning", checkpoint=tmp_path / "hf", annotations=nocaps) == 0
+    options = {"annotations": nocaps, "language_model": language_models["opt"], "output": tmp_path / "given"}
+    assert evaluate("captioning", checkpoint=tmp_path / "hf", **options) == 0
+    found = [(tmp_path / name / "captions.json").read_text() for name in ("out", "given")]
+    assert found[0] == found[1]
 
 
 def test_a_q_former_that_reads_text_is_given_the_prompts(
@@ -393,7 +453,23 @@ def test_a_q_former_that_reads_text_is_given_the_prompts(
     options = {"checkpoint": checkpoints["text"], "image_pattern": "val/COCO_val2014_{:012d}.jpg"}
     assert evaluate("vqa", questions=questions, **options) == 0
     asked = ["what is it?", "is it red or blue?", "what is on left?", "is it small?", "what"]
-    assert [text.replace(" ", "") for text in seen] == [f"question:{x}shortanswer:".replace(" ", "") for x in asked]
+    told = [f"question:{x}shortanswer:".replace(" ", "") for x in asked]
+    assert [text.replace(" ", "") for text in seen] == told
+    seen.clear()
+    assert evaluate("vqa", questions=questions, **options, qformer_max_length=7, output=tmp_path / "short") == 0
+    assert seen[0] == "it? short answer :"
+    monkeypatch.setattr(Blip2OPT, "encode_images", plain)
+    saved = Blip2OPT.from_pretrained(checkpoints["text"])
+    saved.qformer_prompts = False
+    saved.save_pretrained(tmp_path / "untold")
+    options["checkpoint"] = tmp_path / "untold"
+    assert evaluate("vqa", questions=questions, **options, output=tmp_path / "2") == 0
+    options["checkpoint"] = checkpoints["text"]
+    assert evaluate("vqa", questions=questions, **options, qformer_prompts="false", output=tmp_path / "3") == 0
+    texts = [read_answers(tmp_path / name / "answers.json") for name in ("out", "2", "3")]
+    assert texts[0] != texts[1] == texts[2]
+    settings = [json.loads((tmp_path / name / "metrics.json").read_text())["settings"] for name in ("out", "2")]
+    assert [x["qformer_prompts"] for x in settings] == [True, False]
 
 
 def test_answers_to_questions(evaluate, checkpoints, cache, questions, count_generate, tmp_path, capsys) -> None:
@@ -452,7 +528,9 @@ def test_gqa_and_an_interruption(evaluate, assert_refuses, count_generate, tmp_p
     options = {"questions": path, "format": "gqa", "image_pattern": "val/{}.jpg"}
     options |= {"checkpoint": checkpoints["t5"], "min_new_tokens": 2}
     assert evaluate("vqa", **options, output=tmp_path / "whole") == 0
-    answers = read_answers(tmp_path / "whole" / "answers.json")
+    written = json.loads((tmp_path / "whole" / "answers.json").read_text())
+    assert [entry.keys() for entry in written] == [{"questionId", "prediction"}] * 4
+    answers = {entry["questionId"]: entry["prediction"] for entry in written}
     assert list(answers) == ["09", "02", "07", "05"]
     for key, entry in content.items():
         entry["answer"] = normalize_answer(answers[key]) if key in ("02", "05") else "nothing"
@@ -526,6 +604,11 @@ def coco(*image_ids: int) -> str:
         ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
         ({"min_new_tokens": 7}, "min_new_tokens must be at most 5, got 7"),
         ({"top_p": 0}, "top_p must lie in (0, 1], got 0"),
+        ({"output": __file__}, f"output must be a folder, got {__file__}, a file"),
+        ({"checkpoint": "t5", "precision": "fp16"}, 'precision must be "bf16" or "fp32" for a T5'),
+        ({"qformer_prompts": True}, "qformer_prompts must be False, "),
+        ({"max_new_tokens": 60}, "leave room in the language model's 64 positions for 4 queries and 60 new tokens"),
+        ({"language_model": "/nowhere"}, "language_model: no folder at '/nowhere'"),
         ({"checkpoint": "text", "prompt": ""}, "prompts must each have a word for a Q-Former that reads them"),
     ],
 )  # fmt: skip

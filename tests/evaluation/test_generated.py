@@ -93,13 +93,6 @@ def test_a_run_that_failed_at_once_does_not_stand_in_the_way(tmp_path) -> None:
     assert Writer().run(tmp_path / "texts.jsonl", identity={"a": 2}) == TEXTS
 
 
-@pytest.mark.parametrize("content", ["no json\n", "[1, 2]\n", '{"identity": {}}\n{"id": 7}\n', "\x00\n"])
-def test_a_damaged_file_is_named(tmp_path, content) -> None:
-    (tmp_path / "texts.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"texts\.jsonl is damaged"):
-        Writer().run(tmp_path / "texts.jsonl")
-
-
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         Writer().run(batch_size=0)

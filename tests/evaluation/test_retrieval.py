@@ -207,9 +207,45 @@ def test_evaluate_against_ranks_by_hand(tiny_model, bank) -> None:
             ranks = np.array(ranks_by_hand(scores.numpy(), wanted.numpy()))
             expected |= {f"{way}@{k}": 100.0 * float((ranks < k).mean()) for k in (1, 5, 10)}
         expected["mean"] = sum(expected.values()) / 6
-        assert found[name] == pytest.approx(expected, abs=0.005)
-    assert found["pairs"] == int(((out.image_to_text != -100) | (out.text_to_image.T != -100)).sum())
-    assert found["pairs_per_second"] == pytest.approx(found["pairs"] / found["seconds"], rel=0.05)
+        assert getattr(found, name) == pytest.approx(expected, abs=0.005)
+    assert found.pairs == int(((out.image_to_text != -100) | (out.text_to_image.T != -100)).sum())
+    assert found.pairs_per_second == pytest.approx(found.pairs / found.seconds, rel=0.05)
+    ranked = ((found.per_image, out.image_to_text, relevant), (found.per_text, out.text_to_image, relevant.T))
+    for entries, scores, wanted in ranked:
+        assert [entry["rank"] for entry in entries] == ranks_by_hand(scores.numpy(), wanted.numpy())
+        for entry, row in zip(entries, scores, strict=True):
+            assert len(entry["best"]) == min(10, len(row)) == len(set(entry["best"]))
+            assert row[entry["best"]].tolist() == sorted(row.tolist(), reverse=True)[:10]
+
+
+class KeptInMemory:
+    """What a journal would keep, of ``entries`` that were found."""
+
+    def __init__(self, entries=()):
+        self.entries, self.new = list(entries), []
+
+    def append(self, entries):
+        self.new += entries
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_re_ranking_goes_on_after_the_images_that_were_done(tiny_model, bank, monkeypatch, done) -> None:
+    image_embeds, ids, mask = bank
+    cosine = similarity(*embed(tiny_model, image_embeds, ids, mask))
+    inputs = (tiny_model, image_embeds, ids, mask, cosine)
+    options = dict(k=4, image_batch_size=2, pair_batch_size=3)
+    whole = KeptInMemory()
+    expected = rerank(*inputs, **options, journal=whole)
+    assert len(whole.new) == 3 and all(
+        torch.equal(a, b) for a, b in zip(expected, rerank(*inputs, **options), strict=True)
+    )
+    projected: list[int] = []
+    image_kv = tiny_model.image_kv
+    monkeypatch.setattr(tiny_model, "image_kv", lambda tokens: projected.append(len(tokens)) or image_kv(tokens))
+    journal = KeptInMemory(whole.new[:done])
+    found = rerank(*inputs, **options, journal=journal)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert projected == [2] * (3 - done) and journal.new == whole.new[done:]
 
 
 def test_similarity_is_the_best_query_in_any_batch_size() -> None:

@@ -118,3 +118,13 @@ def test_save_and_load(build, make_captions, tmp_path, by):
     images, ids, mask, text, negatives = batch(make_captions)
     losses = [model(images, ids, mask, text, negatives=negatives) for model in (joint, loaded)]
     assert torch.equal(losses[0].loss, losses[1].loss) and torch.equal(losses[0].loss_lm, losses[1].loss_lm)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("opt", "opt_proj"), ("t5", "t5_proj")])
+def test_lavis_names_of_the_projection(build, kind, name):
+    joint = build(kind)
+    weights = joint.to_lavis_state_dict()
+    projection = {key for key in weights if "_proj." in key and not key.startswith(("vision_proj.", "text_proj."))}
+    assert projection == {f"{name}.weight", f"{name}.bias"}
+    assert torch.equal(weights[f"{name}.weight"], joint.language_projection.weight)
+    assert not joint.load_lavis_state_dict(weights).missing

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from qformer_fast import Blip2OPT, Blip2QFormer, ops
+from qformer_fast.data.language import LanguageTokenizer
 from qformer_fast.models.language import LanguageProjection, load_language_model
 
 HIDDEN, QUERIES, VOCAB = 24, 3, 40
@@ -269,6 +271,35 @@ def test_shapes_are_named(build, change, match):
         build().loss(torch.randn(3, QUERIES, HIDDEN), **arguments)
 
 
+@pytest.mark.parametrize("name", ["opt", "t5-tied"])
+def test_positions_that_the_language_model_lacks_are_named(build, name):
+    """OPT has a place each for so many tokens; T5's are relative and have no end."""
+    projection = build(name)
+    positions = getattr(projection.language_model.config, "max_position_embeddings", None)
+    longest = (positions or 600) - QUERIES
+    queries = torch.randn(1, QUERIES, HIDDEN)
+    ids = torch.full((1, longest + 1), 5)
+    mask, fitting = torch.ones_like(ids), ids[:, :-1]
+    labels = ids if name == "opt" else ids[:, :3]
+    assert projection.loss(queries, fitting, mask[:, :-1], labels[:, :longest]).isfinite()
+    assert projection.generate(queries, ids[:, :-3], None, max_new_tokens=2).shape[1] > 0
+    if positions is None:
+        assert projection.loss(queries, ids, mask, labels).isfinite()
+        return
+    with pytest.raises(ValueError, match=f"{positions} positions for {QUERIES} queries and 0 new tokens, got"):
+        projection.loss(queries, ids, mask, labels)
+    with pytest.raises(ValueError, match=f"{positions} positions for {QUERIES} queries and 3 new tokens, got"):
+        projection.generate(queries, ids[:, :-3], None, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/opt", "./opt", "a/b/c", ""])
+def test_a_folder_that_is_not_there_is_no_id(name):
+    with pytest.raises(FileNotFoundError, match=f"language_model: no folder at {name!r}"):
+        load_language_model(name)
+    with pytest.raises(FileNotFoundError, match=f"language_model: no folder at {name!r}"):
+        LanguageTokenizer.from_pretrained(name)
+
+
 def test_an_encoder_decoders_labels_are_one_row_an_image(build):
     ids, mask, _ = padded([5, 2, 7])
     with pytest.raises(ValueError, match=r"labels must be \(3, 4\), got \(2, 4\)"):
@@ -415,3 +446,18 @@ def test_save_and_load(plain_config, tmp_path, name, by):
     images, (ids, mask, labels) = torch.randn(3, 5, 48), padded([5, 2, 7])
     assert torch.equal(loaded(images, ids, mask, labels).loss, model(images, ids, mask, labels).loss)
     assert torch.equal(loaded.generate(images, max_new_tokens=4), model.generate(images, max_new_tokens=4))
+
+
+def test_whether_the_q_former_reads_prompts_is_saved(plain_config, tmp_path):
+    """A text branch that is only carried along, as in stage 2, must not be given prompts later."""
+    for text, given, expected in [(True, None, True), (False, None, False), (True, False, False), (True, True, True)]:
+        config = dataclasses.replace(plain_config, use_qformer_text_input=text)
+        model = Blip2OPT(config, opt(), qformer_prompts=given)
+        model.save_pretrained(tmp_path)
+        assert Blip2OPT.from_pretrained(tmp_path, language_model=opt()).qformer_prompts == expected
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["qformer_prompts"]  # as earlier versions wrote it
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert Blip2OPT.from_pretrained(tmp_path, language_model=opt()).qformer_prompts
+    with pytest.raises(ValueError, match="qformer_prompts must be False without config.use_qformer_text_input"):
+        Blip2OPT(without_text(plain_config), opt(), qformer_prompts=True)

@@ -9,7 +9,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from qformer_fast import Blip2QFormer, QFormerConfig, cli
 from qformer_fast.assemble import build_dataset, build_model
@@ -171,6 +181,21 @@ def test_a_resumed_run_has_bit_identical_losses_and_weights(dataset, tmp_path):
     assert same_weights(loaded, whole_model) and loaded.language_projection.dropout
 
 
+def test_a_run_goes_on_with_its_language_model_and_its_text_alone(dataset, joint_dataset, cache, tmp_path):
+    other = build_opt()
+    with torch.no_grad():
+        other.model.decoder.layers[1].fc1.weight[0, 0] += 1
+    examples = [dataclasses.replace(x, prompt="a small") if x.prompt else x for x in dataset.examples]
+    other_text = LanguageDataset(examples, dataset.language, cache=cache)
+    train(build(), dataset, run_config(tmp_path, steps=2), FAST)
+    resumed = run_config(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"run.resume: language_weights must be \d+ as in .*, got \d+"):
+        train(build(language_model=other), dataset, resumed, FAST)
+    with pytest.raises(ValueError, match=r"run.resume: language_text must be \d+ as in .*, got \d+"):
+        train(build(), other_text, resumed, FAST)
+    assert train(build(), dataset, resumed, FAST)[-1]["step"] == 5
+
+
 def test_prompts_train_the_text_branch(dataset, cache, tmp_path):
     """Without prompts the branch is carried along unchanged, and such a run resumes too."""
     model, start = build(text=True), build(text=True)
@@ -313,6 +338,49 @@ def test_models_start_from_any_stage(stage1, opt_folder, tmp_path, spread_weight
     assert isinstance(build_model(ModelConfig(QFormerConfig(**SIZES)), language), Blip2OPT)
 
 
+@pytest.mark.parametrize("kind", ["blip2", "instructblip"])
+def test_training_starts_from_a_hugging_face_folder(opt_folder, tmp_path, kind):
+    torch.manual_seed(3)
+    vision = dict(hidden_size=48, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision |= dict(image_size=28, patch_size=14)
+    qformer = {name: x for name, x in SIZES.items() if name != "num_query_tokens"}
+    parts = dict(vision_config=vision, qformer_config=qformer, text_config=build_opt().config.to_dict())
+    if kind == "blip2":
+        hf = Blip2ForConditionalGeneration(Blip2Config(**parts, num_query_tokens=4))
+    else:
+        hf = InstructBlipForConditionalGeneration(InstructBlipConfig(**parts, num_query_tokens=4))
+    with torch.no_grad():
+        hf.query_tokens.normal_()
+    hf.save_pretrained(tmp_path / "hf")
+    config = ModelConfig(checkpoint=str(tmp_path / "hf"))
+    with pytest.raises(ValueError, match="checkpoint must be of stage 1, got .*hf, a .*ForConditionalGeneration"):
+        build_model(config)
+    keep_text = kind == "instructblip"
+    language = LanguageConfig(opt_folder, prompt="{}", keep_text=keep_text)
+    model = build_model(config, language)
+    assert model.language_model.name_or_path == opt_folder and model.qformer_prompts == keep_text
+    assert torch.equal(model.language_projection.weight, hf.language_projection.weight)
+    assert torch.equal(model.query_tokens, hf.query_tokens)
+    expected = Blip2OPT.from_hf_model(hf).state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
+    assert model.state_dict().keys() == expected.keys()
+    with pytest.raises(ValueError, match="language.joint must be False, .*hf has no heads of stage 1"):
+        build_model(config, LanguageConfig(opt_folder, joint=True))
+
+
+def test_what_was_trained_on_prompts_says_so(stage1, opt_folder):
+    for options, expected in [
+        (dict(keep_text=True, prompt="{}"), True),
+        (dict(keep_text=True), False),
+        (dict(prompt="{}"), False),
+    ]:
+        model = Blip2OPT.from_stage1(stage1, opt_folder, keep_text=options.get("keep_text", False))
+        assert model.qformer_prompts == model.config.use_qformer_text_input
+        language = LanguageConfig(opt_folder, **options)
+        model = build_model(ModelConfig(QFormerConfig(**SIZES)), language)
+        assert model.qformer_prompts == expected
+
+
 def test_checkpoints_that_lack_what_is_asked_for_are_named(stage1, opt_folder, tmp_path):
     Blip2OPT.from_stage1(stage1, opt_folder).save_pretrained(tmp_path / "stage2")
     config, language = ModelConfig(checkpoint=str(tmp_path / "stage2")), LanguageConfig(opt_folder)
@@ -398,7 +466,10 @@ def test_bad_language_options_are_named(command, opt_folder, tmp_path, capsys):
         (captions, dict(max_length=0), [], "max_length must be at least 1, got 0"),
         (captions, {}, ["--run.cuda_graphs", "true"], "run.cuda_graphs must be False for a Blip2OPT"),
         (questions, dict(prompt="what"), [], 'prompt must have one "{}" where the question goes'),
-        (captions, dict(model=str(tmp_path / "nowhere")), [], "nowhere"),
+        (captions, dict(model=str(tmp_path / "nowhere")), [], "language_model: no folder at"),
+        (captions, dict(prompt="{}"), [], 'prompt must have no "{}", there is no question in'),
+        (captions, {}, ["--model.checkpoint", tmp_path / "nowhere"], "checkpoint: no folder at"),
+        (captions, {}, ["--run.output_dir", tmp_path / "data.json"], "run.output_dir must be a folder, got"),
     ]:
         assert command(entries, "out", *flags, **(dict(model=opt_folder) | language)) == 1
         assert message in capsys.readouterr().err
