@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from qformer_fast.config import QFormerConfig
 from qformer_fast.data.batches import LanguageDataset, PairDataset, read_pixels
@@ -117,8 +118,7 @@ def build_model(config: ModelConfig, language: LanguageConfig | None = None) -> 
     if not language.joint:
         if language.keep_text and not source.config.use_qformer_text_input:
             raise ValueError(f"language.keep_text must be False, {config.checkpoint} has no text branch; got True")
-        told = {"keep_text": language.keep_text, "qformer_prompts": language.qformer_prompts}
-        return Blip2OPT.from_stage1(source, **told, **options)
+        return Blip2OPT.from_stage1(source, keep_text=language.keep_text, **options)
     if isinstance(source, Blip2OPT):
         raise ValueError(f"language.joint must be False, {config.checkpoint} has no heads of stage 1; got True")
     model = Blip2Joint(source.config, **(source.init_options() | options))
@@ -249,7 +249,8 @@ def build_generator(
         model = kind.from_pretrained(checkpoint, language_model=language_model or named)
         return model if kind is Blip2OPT else Blip2OPT.from_stage1(model, model.language_projection.language_model)
     if saved != Blip2QFormer.__name__:
-        raise ValueError(f"checkpoint must be of a model that writes text, got {checkpoint}, a {saved}")
+        kinds = (Blip2OPT.__name__, Blip2Joint.__name__, Blip2QFormer.__name__, *HF_GENERATORS)
+        raise ValueError(f"checkpoint must be of one of {kinds}, which write text, got {checkpoint}, a {saved}")
     if language_model is not None:
         raise ValueError(f"language_model must be left out for {checkpoint}, a {saved}, got {language_model!r}")
     return Blip2QFormer.from_pretrained(checkpoint)
@@ -264,13 +265,13 @@ def saved_class(checkpoint: str) -> str:
     """The name of the class that a folder's or a hub id's ``config.json`` tells.
 
     Raises:
-        OSError: nothing there. ValueError: no such file.
+        OSError: nothing there. ValueError: no JSON.
     """
-    file = Path(checkpoint) / "config.json"
-    if file.is_file() and (content := read_json(file, "checkpoint")).get("model_type") == "qformer_fast":
-        return content["class"]
     check_folder_or_id(checkpoint, "checkpoint")
-    return (AutoConfig.from_pretrained(checkpoint).architectures or ["model of no known class"])[0]
+    content = read_json(cached_file(checkpoint, "config.json"), "checkpoint")
+    if content.get("model_type") == "qformer_fast":
+        return content["class"]
+    return (content.get("architectures") or ["model of no known class"])[0]
 
 
 def _generator_of_file(
@@ -290,8 +291,12 @@ def _stage2_of_lavis(
     """The model of a LAVIS file's ``weights``; ``path`` is for errors."""
     if language_model is None:
         raise ValueError(f"language_model must be given, since {path} does not name its own, got None")
-    has_text = "Qformer.bert.embeddings.word_embeddings.weight" in weights
-    model = Blip2OPT(dataclasses.replace(qformer, use_qformer_text_input=has_text), language_model).eval()
+    config = dataclasses.replace(
+        qformer, use_qformer_text_input="Qformer.bert.embeddings.word_embeddings.weight" in weights
+    )
+    # InstructBLIP's texts end as its language model's do (LAVIS's blip2_vicuna_instruct.py)
+    end = "" if "llm_proj.weight" in weights else "\n"
+    model = Blip2OPT(config, language_model, text_end=end).eval()
     report = model.load_lavis_state_dict(weights, strict=False)
     if report.missing:
         raise ValueError(f"checkpoint {path} must hold the whole Q-Former: {report}")

@@ -170,10 +170,23 @@ class _ConfigOrPreset(ActionConfigFile):
             path = find_preset(values)
         except ValueError as error:
             raise ArgumentError(self, str(error)) from error
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and (unknown := [key for key in content if key not in parser.get_defaults()]):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ArgumentError(self, f"{path} is no YAML: {error}") from error
+        if unknown := _unknown_options(content, parser.get_defaults()):
             raise ArgumentError(self, f"{path} has options that this command lacks: {unknown}")
         super().__call__(parser, cfg, str(path), option_string)
+
+
+def _unknown_options(content: object, known: object) -> list[str]:
+    """Keys of nested mappings that ``known`` lacks, with dots between."""
+    if not isinstance(content, dict) or not isinstance(known, Namespace):
+        return []
+    unknown = [key for key in content if key not in known]
+    for key in content.keys() - unknown:
+        unknown += [f"{key}.{name}" for name in _unknown_options(content[key], known[key])]
+    return unknown
 
 
 def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:

@@ -88,6 +88,19 @@ def test_options_of_another_command_are_named(tmp_path, capsys):
         assert f"{preset}.yaml has options that this command lacks: " in error and lacking in error
 
 
+def test_files_that_are_no_options_are_named(tmp_path, capsys):
+    given = ["evaluate", "captioning", "--checkpoint", "x", "--annotations", "y", "--output", "z"]
+    for content, message in [
+        (b"qformer: {bogus: 1}", "lacks: ['qformer.bogus']"),
+        (b"a: [", "options.yaml is no YAML"),
+        (b"\xff\xfe\x00", "options.yaml is no YAML"),
+    ]:
+        (tmp_path / "options.yaml").write_bytes(content)
+        with pytest.raises(SystemExit):
+            cli.main([*given, "--config", str(tmp_path / "options.yaml")])
+        assert message in capsys.readouterr().err
+
+
 def test_help_lists_the_presets(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])

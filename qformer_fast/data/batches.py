@@ -213,11 +213,12 @@ class LanguageDataset(ImageTextDataset):
         return self._prompts is not None
 
     @property
-    def text(self) -> dict[str, Tensor]:
-        """All tokens of each kind that batches hold, the rows one after the other."""
+    def content(self) -> dict[str, Tensor]:
+        """The images' names, and all tokens of each kind that batches hold, the rows one after the other."""
         kinds = {"input_ids": self._input_ids, "labels": self._labels}
         kinds |= {"qformer_input_ids": self._prompts, "caption_input_ids": self._captions}
-        return {name: rows.ids for name, rows in kinds.items() if rows is not None}
+        names = torch.frombuffer(bytearray("\n".join(self._images), "utf-8"), dtype=torch.uint8)
+        return {"images": names} | {name: rows.ids for name, rows in kinds.items() if rows is not None}
 
     @property
     def has_captions(self) -> bool:

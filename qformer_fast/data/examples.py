@@ -47,8 +47,8 @@ def read_examples(path: str | os.PathLike, prompt: str = "") -> list[Example]:
 
     Raises:
         FileNotFoundError: nothing there. ValueError: what ``read_pairs`` refuses, a missing field, a question without a
-            word, no answer, a prompt without a place for the question, or with one for captions; the message names the
-        entry.
+            word, no answer, a prompt without a place for the question, or with one for captions; the message names
+            the entry.
     """
     path = Path(path)
     entries = read_entries(path) if path.is_file() else []
@@ -56,9 +56,9 @@ def read_examples(path: str | os.PathLike, prompt: str = "") -> list[Example]:
         if prompt.count(PLACE) != 1:
             raise ValueError(f'prompt must have one "{{}}" where the question goes, got {prompt!r}')
         return [_question(entry, prompt, where=f"{path}, entry {i}") for i, entry in enumerate(entries)]
+    pairs = pairs_of(entries, path) if entries else read_pairs(path)
     if PLACE in prompt:
         raise ValueError(f'prompt must have no "{{}}", there is no question in {path}; got {prompt!r}')
-    pairs = pairs_of(entries, path) if entries else read_pairs(path)
     return [Example(pair.image, pair.caption, prompt, pair.image_id) for pair in pairs]
 
 

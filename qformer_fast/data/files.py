@@ -92,12 +92,13 @@ def read_json(path: str | os.PathLike, name: str, *, unique_keys: bool = False) 
         raise ValueError(f"{name}: {path} is no JSON: {error}") from error
 
 
-def check_folder_or_id(path_or_id: str, name: str) -> None:
+def check_folder_or_id(path_or_id: str | os.PathLike, name: str) -> None:
     """Refuses what is no folder here and can't be the id of a model on the Hugging Face hub.
 
     Raises:
         FileNotFoundError: ``path_or_id`` is such; the message calls it ``name``.
     """
+    path_or_id = os.fspath(path_or_id)
     if not os.path.isdir(path_or_id) and (path_or_id[:1] in ("", ".", "~") or not _HUB_ID.fullmatch(path_or_id)):
         raise FileNotFoundError(f"{name}: no folder at {path_or_id!r}, which is no id of the Hugging Face hub either")
 

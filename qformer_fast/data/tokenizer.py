@@ -46,6 +46,7 @@ def load_tokenizer(path_or_name: str | os.PathLike | None = None) -> PreTrainedT
         tokenizer = BertTokenizer.from_pretrained(source)
     except OSError as error:
         raise OSError(missing) from error
+    tokenizer.truncation_side = "right"  # whatever the folder says
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     if tokenizer.bos_token_id != DEC_TOKEN_ID:
         raise ValueError(

@@ -19,7 +19,6 @@ from qformer_fast.assemble import (
     build_generator,
     build_model,
     image_tokens,
-    is_file,
     saved_class,
     token_reader,
 )
@@ -54,7 +53,7 @@ LOGITS = "logits.jsonl"
 CAPTION_PROMPT = "a photo of"
 # where the pictures of questions with a number are, and of those with a name
 IMAGE_PATTERNS = {int: "COCO_val2014_{:012d}.jpg", str: "{}.jpg"}
-# fields that only say where something is, or whose meaning is kept otherwise
+# fields that only say where something is, and such whose part in the texts enters in another form
 NO_SETTINGS = {
     *("checkpoint", "output", "language_model", "qformer", "feature_cache", "tokenizer", "device"),
     *("end", "qformer_prompts"),
@@ -72,8 +71,8 @@ class GenerationConfig:
         output (str): a folder for texts, metrics and the values of each text. A run that was interrupted goes on in it.
         language_model (str, Optional): a folder or a hub id, with its tokenizer. Default: `None`, the one that the
             checkpoint names or holds; a LAVIS file does neither.
-        end (str, Optional): what a causal language model's texts end with. Default: `None`, a new line as BLIP-2's, or
-            with an InstructBLIP folder or id the language model's own end, which "" stands for too.
+        end (str, Optional): what a causal language model's texts end with, "" for its own end. Default: `None`, what
+            the checkpoint says: a new line, InstructBLIP's language model's own end, or what it was trained with here.
         qformer (QFormerConfig): sizes of a LAVIS file's model; others say their own.
         feature_cache (str, Optional): a folder of :class:`FeatureCache` with the images. Default: `None`, pictures are
             encoded as they come.
@@ -195,7 +194,8 @@ class RetrievalConfig:
     """Recall of image-text retrieval on COCO or Flickr30K.
 
     Args:
-        checkpoint (str): a folder of ``save_pretrained``, or a LAVIS file.
+        checkpoint (str): a folder of ``save_pretrained``, a folder or a hub id of Hugging Face's
+            ``Blip2ForImageTextRetrieval``, or a LAVIS file.
         annotations (str): see :func:`qformer_fast.evaluation.karpathy.read_karpathy`.
         split (str): "train", "restval", "val" or "test", of annotations that hold several.
         output (str, Optional): a folder for the result and that of each image and caption. A run that was interrupted
@@ -344,12 +344,13 @@ def evaluate_retrieval(config: RetrievalConfig) -> dict[str, Any]:
     model = build_model(ModelConfig(qformer=config.qformer, checkpoint=config.checkpoint)).to(device).eval()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    settings = {name: getattr(config, name) for name in ("k", "score", "precision", "max_length", "image_batch_size")}
-    identity = settings | {"pair_batch_size": config.pair_batch_size, "weights": checksum(model.state_dict())}
+    decisive = ("k", "precision", "image_batch_size", "pair_batch_size", "encoder", "encoder_pretrained", "image_size")
+    identity = {name: getattr(config, name) for name in decisive} | {"weights": checksum(model.state_dict())}
+    identity |= {"captions": checksum({"input_ids": text[0]}), "images": zlib.crc32("\n".join(data.images).encode())}
 
-    def open_journal(similarities: Tensor) -> Journal:
-        data = {"data": checksum({"similarities": similarities, "captions": text[0]})}
-        return Journal(Path(config.output) / LOGITS, identity | data, ("logits",))
+    def open_journal(candidates: Tensor) -> Journal:
+        found = {"feature_cache": _cache_checksum(config), "candidates": checksum({"candidates": candidates})}
+        return Journal(Path(config.output) / LOGITS, identity | found, ("logits",))
 
     with torch.autocast(device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
         found = measure_retrieval(
@@ -370,7 +371,8 @@ def evaluate_retrieval(config: RetrievalConfig) -> dict[str, Any]:
             pair_batch_size=config.pair_batch_size,
             open_journal=None if config.output is None else open_journal,
         )
-    result: dict[str, Any] = {name: getattr(config, name) for name in ("checkpoint", "annotations", "split")} | settings
+    names = ("checkpoint", "annotations", "split", "k", "score", "precision", "max_length")
+    result: dict[str, Any] = {name: getattr(config, name) for name in names}
     result |= {"images": len(data.images), "captions": len(data.captions)}
     result |= {name: value for name, value in vars(found).items() if name not in ("per_image", "per_text")}
     result["device"] = "cpu"
@@ -426,19 +428,19 @@ def _generate(
     names: dict[str, Any] = {"checkpoint": config.checkpoint}
     weights = {"weights": checksum(model.state_dict())}
     if isinstance(model, Blip2OPT):
-        names["language_model"] = _language_model_name(config, model)
-        weights["language_weights"] = checksum(model.language_model.state_dict())
-        if dtype == torch.float16 and model.language_model.config.model_type == "t5":
+        if dtype == torch.float16 and model.language_model.config.model_type in ("t5", "mt5", "umt5"):
             raise ValueError('precision must be "bf16" or "fp32" for a T5, which fp16 is too narrow for, got "fp16"')
-        model.language_model.to(dtype or torch.float32)
+        names["language_model"] = _language_model_name(config, model)
         generate, told = _language_writer(config, model, names["language_model"])
+        weights["language_weights"] = checksum(model.language_model.state_dict())
+        model.language_model.to(dtype or torch.float32)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
         generate, told = functools.partial(_caption, model, tokenizer, config.decoding()), _vocabulary(tokenizer)
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NO_SETTINGS}
     wanted = json.dumps([(request.id, request.image, request.prompt) for request in requests])
     data = {"requests": zlib.crc32(wanted.encode())}
-    data["feature_cache"] = config.feature_cache and crc32(Path(config.feature_cache) / CHECKSUMS)
+    data["feature_cache"] = _cache_checksum(config)
     identity = options | settings | told | data | weights | {"qformer": model.config.to_dict()}
     model.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -454,6 +456,10 @@ def _generate(
     return texts, names | identity
 
 
+def _cache_checksum(config: GenerationConfig | RetrievalConfig) -> int | None:
+    return None if config.feature_cache is None else crc32(Path(config.feature_cache) / CHECKSUMS)
+
+
 def _language_model_name(config: GenerationConfig, model: Blip2OPT) -> str:
     """Where the language model's tokenizer is: a Hugging Face checkpoint has its own."""
     if config.language_model is None and saved_class(config.checkpoint) not in (Blip2OPT.__name__, Blip2Joint.__name__):
@@ -463,9 +469,7 @@ def _language_model_name(config: GenerationConfig, model: Blip2OPT) -> str:
 
 def _language_writer(config: GenerationConfig, model: Blip2OPT, language_model: str) -> tuple[Generate, dict[str, Any]]:
     """What writes, and what decides about its texts."""
-    end = config.end
-    if end is None:
-        end = "" if _is_instruct_blip(config.checkpoint) else "\n"
+    end = model.text_end if config.end is None else config.end
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     language = LanguageTokenizer(tokenizer, encoder_decoder=model.language_projection.encoder_decoder, end=end)
     reads_prompts = model.qformer_prompts if config.qformer_prompts is None else config.qformer_prompts
@@ -487,10 +491,6 @@ def _vocabulary(*tokenizers: PreTrainedTokenizerBase | None) -> dict[str, int]:
     """A checksum of the words."""
     words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers if tokenizer is not None]
     return {"vocabulary": zlib.crc32(json.dumps(words).encode())}
-
-
-def _is_instruct_blip(checkpoint: str) -> bool:
-    return not is_file(checkpoint) and saved_class(checkpoint).startswith("InstructBlip")
 
 
 def _read_questions(config: VQAConfig) -> tuple[list[vqa.Question], Callable[[dict[Id, str]], Any] | None]:
@@ -549,5 +549,6 @@ def _recall_table(result: dict[str, Any]) -> str:
     for row in ("itc", "reranked"):
         lines.append(f"{row:<10}" + "".join(f"{value:>8.2f}" for value in result[row].values()))
     memory = f", peak {result['peak_gib']} GiB" if "peak_gib" in result else ""
-    lines.append(f"re-ranked {result['pairs']} pairs, {result['pairs_per_second']:.0f} a second{memory}")
+    rate = "" if result["pairs_per_second"] is None else f", {result['pairs_per_second']:.0f} a second"
+    lines.append(f"re-ranked {result['pairs']} pairs{rate}{memory}")
     return "\n".join(lines)

@@ -76,16 +76,18 @@ class RetrievalMetrics:
         itc, reranked (dict): {"TR@1", "TR@5", "TR@10" (image to text), "IR@1", "IR@5", "IR@10" (text to image), "mean"}
             in percent.
         pairs (int): matched.
-        seconds, pairs_per_second (float): of the re-ranking, without what a journal had.
-        per_image, per_text (list): of each image and of each text {"rank" (of the best relevant one, 0 is the first),
-            "best" (the numbers of the ten with the best scores, best first)}, re-ranked.
+        seconds, pairs_per_second (float, Optional): of the re-ranking, a journal's writing included; `None` where some
+            of it had been done before.
+        per_image, per_text (list): of each image and of each text {"rank" (of the best relevant one, 0 is the first,
+            `None` if none was a candidate), "best" (the numbers of the ten candidates with the best scores, best
+            first)}, re-ranked.
     """
 
     itc: dict[str, float]
     reranked: dict[str, float]
     pairs: int
-    seconds: float
-    pairs_per_second: float
+    seconds: float | None
+    pairs_per_second: float | None
     per_image: list[dict[str, Any]]
     per_text: list[dict[str, Any]]
 
@@ -262,13 +264,14 @@ def evaluate(
     Args:
         model, image_embeds, input_ids, attention_mask, k, score, image_batch_size, pair_batch_size: see :func:`rerank`.
         relevant (Tensor): (images, texts) bool, which texts describe which image.
-        open_journal (Callable, Optional): gives a journal for ITC's cosines (images, texts), which choose the pairs.
+        open_journal (Callable, Optional): gives a journal for the pairs (images, texts), True where one is a candidate.
             Default: `None`, nothing is kept.
     """
     inputs = model, image_embeds, input_ids, attention_mask
     similarities = similarity(*embed(*inputs, image_batch_size=image_batch_size))
-    journal = None if open_journal is None else open_journal(similarities)
-    known = 0 if journal is None else sum(len(entry["logits"]) for entry in journal.entries)
+    journal = None
+    if open_journal is not None:
+        journal = open_journal(_candidates(similarities, k) | _candidates(similarities.T, k).T)
     _wait(similarities)
     begin = time.perf_counter()
     i2t, t2i = rerank(
@@ -285,12 +288,13 @@ def evaluate(
     seconds = time.perf_counter() - begin
     relevant = relevant.to(similarities.device)
     pairs = int(((i2t != NOT_A_CANDIDATE) | (t2i.T != NOT_A_CANDIDATE)).sum())
+    timed = journal is None or not journal.entries
     return RetrievalMetrics(
         itc=_recalls(similarities, similarities.T.contiguous(), relevant),
         reranked=_recalls(i2t, t2i, relevant),
         pairs=pairs,
-        seconds=round(seconds, 6),
-        pairs_per_second=round((pairs - known) / seconds, 1),
+        seconds=round(seconds, 6) if timed else None,
+        pairs_per_second=round(pairs / seconds, 1) if timed else None,
         per_image=_found(i2t, relevant),
         per_text=_found(t2i, relevant.T),
     )
@@ -343,7 +347,11 @@ def _order(scores: Tensor) -> Tensor:
 def _found(scores: Tensor, relevant: Tensor) -> list[dict[str, Any]]:
     order = _order(scores)
     ranks = relevant.gather(1, order).int().argmax(1).tolist()
-    return [{"rank": rank, "best": best} for rank, best in zip(ranks, order[:, :SHOWN].tolist(), strict=True)]
+    counts = (scores != NOT_A_CANDIDATE).sum(1).tolist()
+    return [
+        {"rank": rank if rank < count else None, "best": best[:count]}
+        for rank, count, best in zip(ranks, counts, order[:, :SHOWN].tolist(), strict=True)
+    ]
 
 
 def chance_at_k(relevant: Tensor, *, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -178,7 +179,7 @@ def load_checkpoint(path: str | os.PathLike) -> StateDict:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or no checkpoint: {error}") from error
     state_dict = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state_dict, dict) or not all(isinstance(x, Tensor) for x in state_dict.values()):

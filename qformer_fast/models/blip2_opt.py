@@ -48,8 +48,9 @@ class Blip2OPT(CheckpointMixin, nn.Module):
         config (QFormerConfig): sizes.
         language_model (PreTrainedModel or str): it is frozen; a str names a folder or an id on the hub.
         language_model_dropout (bool): see :class:`LanguageProjection`. Default: False.
-        qformer_prompts (bool, Optional): prompts are meant for the Q-Former too, for those who write texts with a saved
-            model; nothing here depends on it. Default: `None`, where it has a text branch.
+        qformer_prompts (bool, Optional), text_end (str): how texts are written with it, which training sets and
+            checkpoints keep: the Q-Former reads the prompts too, and what a causal model's texts end with ("" is its
+            own end). Default: `None`, where it has a text branch; a new line.
         ln_vision_eps (float): as of :class:`Blip2QFormer`. Default: 1e-5.
 
     On a GPU the Q-Former's training runs as CUDA graphs from the second step of a shape on, and its inference always;
@@ -63,6 +64,7 @@ class Blip2OPT(CheckpointMixin, nn.Module):
         *,
         language_model_dropout: bool = False,
         qformer_prompts: bool | None = None,
+        text_end: str = "\n",
         ln_vision_eps: float = 1e-5,
     ):
         if qformer_prompts and not config.use_qformer_text_input:
@@ -70,6 +72,7 @@ class Blip2OPT(CheckpointMixin, nn.Module):
         super().__init__()
         self.config = config
         self.qformer_prompts = config.use_qformer_text_input if qformer_prompts is None else qformer_prompts
+        self.text_end = text_end
         self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=ln_vision_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
         self.qformer = QFormer(config)
@@ -87,56 +90,51 @@ class Blip2OPT(CheckpointMixin, nn.Module):
         language_model: PreTrainedModel | str,
         *,
         keep_text: bool = False,
-        qformer_prompts: bool | None = None,
         language_model_dropout: bool = False,
     ) -> Blip2OPT:
         """A model that starts from copies of stage 1's weights; the projection is new.
 
         Args:
             stage1 (Blip2QFormer): stays as it is.
-            language_model, language_model_dropout, qformer_prompts: as of the constructor.
+            language_model, language_model_dropout: as of the constructor.
             keep_text (bool): keep the text branch. Default: False.
         """
         model = cls(
             dataclasses.replace(stage1.config, use_qformer_text_input=keep_text),
             language_model,
             language_model_dropout=language_model_dropout,
-            qformer_prompts=qformer_prompts,
             ln_vision_eps=stage1.ln_vision.eps,
         )
         load_into(model, stage1.state_dict(), strict=False)
         return model.to(stage1.query_tokens.device)
 
     @classmethod
-    def from_hf_model(
-        cls, hf: PreTrainedModel, *, language_model: PreTrainedModel | str | None = None, **options
-    ) -> Blip2OPT:
+    def from_hf_model(cls, hf: PreTrainedModel, **options) -> Blip2OPT:
         """The Q-Former and the projection of a Hugging Face ``Blip2ForConditionalGeneration`` or
-        ``InstructBlipForConditionalGeneration``, copied, around a language model, which is frozen.
-
-        Args:
-            hf (PreTrainedModel): stays as it is, apart from its language model where that is taken.
-            language_model (PreTrainedModel or str, Optional): Default: `None`, ``hf``'s own.
-            options: others of the constructor.
+        ``InstructBlipForConditionalGeneration``, copied, around its own language model, which is frozen; ``options``
+        are the constructor's.
         """
         config = QFormerConfig.from_hf(hf.config)
-        if language_model is None:
-            language_model = hf.language_model
-        model = cls(config, language_model, **(cls.options_from_hf(hf.config) | options))
+        model = cls(config, hf.language_model, **(cls.options_from_hf(hf.config) | options))
         weights = {name: x for name, x in hf.state_dict().items() if not name.startswith("language_model.")}
         model.load_hf_state_dict(weights)
         return model.to(hf.device).eval()
 
     def init_options(self) -> dict[str, Any]:
-        own = {"ln_vision_eps": self.ln_vision.eps, "qformer_prompts": self.qformer_prompts}
-        return own | self.language_projection.init_options()
+        own = {name: getattr(self, name) for name in ("qformer_prompts", "text_end")}
+        return own | {"ln_vision_eps": self.ln_vision.eps} | self.language_projection.init_options()
 
     @classmethod
     def options_from_hf(cls, config: Any) -> dict[str, Any]:
-        return {"ln_vision_eps": config.vision_config.layer_norm_eps}
+        end = "" if config.model_type == "instructblip" else "\n"
+        return {"ln_vision_eps": config.vision_config.layer_norm_eps, "text_end": end}
 
     @classmethod
-    def from_hf_folder(cls, folder: Path, **options) -> Blip2OPT:
+    def from_hf_folder(
+        cls, folder: Path, *, language_model: PreTrainedModel | str | None = None, **options
+    ) -> Blip2OPT:
+        if language_model is not None:
+            return super().from_hf_folder(folder, language_model=language_model, **options)
         return cls.from_hf_model(AutoModelForImageTextToText.from_pretrained(folder, dtype="auto"), **options)
 
     def to_lavis_state_dict(self) -> StateDict:

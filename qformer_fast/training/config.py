@@ -19,7 +19,8 @@ class ModelConfig:
         local_gradients (bool): ITC gradients as in the original.
         bert (str, Optional): BERT weights that the model starts from, a file or a folder.
         checkpoint (str, Optional): a checkpoint that it starts from: a folder of ``save_pretrained``, whose sizes are
-            taken instead of these, or a LAVIS file; of stage 1, or with a language model also of stage 2.
+            taken instead of these, or a LAVIS file; of stage 1, or with a language model also of stage 2, also a folder
+            or a hub id of Hugging Face's BLIP-2 or InstructBLIP.
     """
 
     qformer: QFormerConfig = field(default_factory=QFormerConfig)

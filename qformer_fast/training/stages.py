@@ -129,7 +129,7 @@ class LanguageStage(Stage):
 
     def identity(self) -> dict[str, Any]:
         weights = checksum(self.language_model.state_dict())
-        return {"language_weights": weights, "language_text": checksum(self.dataset.text)}
+        return {"language_weights": weights, "examples": checksum(self.dataset.content)}
 
 
 class Stage2(LanguageStage):
@@ -141,6 +141,7 @@ class Stage2(LanguageStage):
         super().__init__(model, dataset, run)
         if dataset.has_prompts and not model.config.use_qformer_text_input:
             raise ValueError("dataset must have no prompts for the Q-Former of a model without a text branch")
+        model.qformer_prompts, model.text_end = dataset.has_prompts, dataset.language.end
 
     def forward(self, images: Tensor, batch: LanguageBatch) -> Stage2Output:
         text = batch.input_ids, batch.attention_mask, batch.labels

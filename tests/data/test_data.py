@@ -29,6 +29,14 @@ def test_long_captions_are_cut_before_sep(tokenizer):
     assert ids.shape == (1, 512) and ids[0, -1] == 102 and mask.all()
 
 
+def test_captions_lose_their_end_whatever_the_folder_says(tmp_path) -> None:
+    other = load_tokenizer()
+    other.truncation_side = "left"
+    other.save_pretrained(tmp_path)
+    ids, _ = tokenize(load_tokenizer(tmp_path), ["one two three four"], max_length=4)
+    assert other.decode(ids[0].tolist()) == "[CLS] one two [SEP]"
+
+
 @pytest.mark.parametrize("max_length", [3, 6, 8, 9, 32])
 def test_what_is_cut_on_the_left_loses_its_beginning(tokenizer, max_length) -> None:
     captions = ["one two three four five six seven", "cat"]

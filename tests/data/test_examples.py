@@ -138,6 +138,10 @@ def test_malformed_questions_are_named(write, entry, prompt, match):
 def test_captions_have_no_place_for_a_question(write):
     with pytest.raises(ValueError, match=r'prompt must have no "\{\}", there is no question in .*; got "?.*a \{\}'):
         read_examples(write([{"image": "a", "caption": "a cat"}]), "a {}")
+    with pytest.raises(FileNotFoundError, match="pairs: no file or folder at nowhere.json"):
+        read_examples("nowhere.json", "a {}")
+    with pytest.raises(ValueError, match="must hold at least one image-caption pair"):
+        read_examples(write([]), "a {}")
 
 
 def test_images_of_captions_and_of_questions(write, tmp_path):

@@ -417,26 +417,60 @@ def test_texts_of_another_language_model_or_vocabulary_are_refused(
 
 @pytest.mark.parametrize(("kind", "expected"), [("blip2", "\n"), ("instructblip", "")])
 def test_an_instruct_blips_texts_end_as_its_language_models(
-    evaluate, hf_folder, cache, questions, count_generate, tmp_path, kind, expected
+    evaluate, hf_folder, questions, tmp_path, monkeypatch, kind, expected
 ) -> None:
-    hf_folder(kind)
+    ends, generate = [], Blip2OPT.generate
+
+    def watched(self, *args, eos_token_id, **options):
+        ends.append(eos_token_id)
+        return generate(self, *args, eos_token_id=eos_token_id, **options)
+
+    monkeypatch.setattr(Blip2OPT, "generate", watched)
+    hf = hf_folder(kind)
     options = {"questions": questions, "image_pattern": "val/COCO_val2014_{:012d}.jpg", "checkpoint": tmp_path / "hf"}
     assert evaluate("vqa", **options) == 0
     settings = json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]
     assert settings["end"] == expected and settings["qformer_prompts"] == (kind == "instructblip")
-    assert evaluate("vqa", **options, end="", output=tmp_path / "given") == 0
-    assert json.loads((tmp_path / "given" / "metrics.json").read_text())["settings"]["end"] == ""
+    assert set(ends) == {NEW_LINE if expected else 2}
+    ours = Blip2OPT.from_hf_model(hf)
+    ours.save_pretrained(tmp_path / "ours")
+    weights = ours.to_lavis_state_dict()
+    if not expected:
+        weights = {name.replace("opt_proj", "llm_proj"): x for name, x in weights.items()}
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    hf.language_model.save_pretrained(tmp_path / "hf")
+    options["language_model"] = tmp_path / "hf"
+    sizes = {f"qformer.{name}": x for name, x in (SIZES | {"vocab_size": ours.config.vocab_size}).items()}
+    for name, given in [("ours", {}), ("x.pth", sizes)]:
+        ends.clear()
+        assert (
+            evaluate("vqa", **options | {"checkpoint": tmp_path / name, "output": tmp_path / f"of {name}"}, **given)
+            == 0
+        )
+        assert set(ends) == {NEW_LINE if expected else 2}
+    ends.clear()
+    assert evaluate("vqa", **options | {"checkpoint": tmp_path / "ours"}, end="", output=tmp_path / "3") == 0
+    assert set(ends) == {2}
 
 
 def test_a_language_model_may_be_given_beside_a_hugging_face_folder(
     evaluate, hf_folder, language_models, nocaps, no_java, tmp_path
 ) -> None:
-    hf_folder("blip2")
+    hf = hf_folder("blip2")
+    other = OPTForCausalLM.from_pretrained(language_models["opt"])
+    with torch.no_grad():
+        for parameter in other.model.decoder.layers.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    other.save_pretrained(tmp_path / "other")
+    build_tokenizer(False).save_pretrained(tmp_path / "other")
     assert evaluate("captioning", checkpoint=tmp_path / "hf", annotations=nocaps) == 0
-    options = {"annotations": nocaps, "language_model": language_models["opt"], "output": tmp_path / "given"}
+    options = {"annotations": nocaps, "language_model": tmp_path / "other", "output": tmp_path / "given"}
     assert evaluate("captioning", checkpoint=tmp_path / "hf", **options) == 0
-    found = [(tmp_path / name / "captions.json").read_text() for name in ("out", "given")]
-    assert found[0] == found[1]
+    found = [list(read_captions(tmp_path / name / "captions.json").values()) for name in ("out", "given")]
+    hf.language_model.load_state_dict(other.state_dict())
+    hf.save_pretrained(tmp_path / "hf")
+    assert evaluate("captioning", checkpoint=tmp_path / "hf", annotations=nocaps, output=tmp_path / "inside") == 0
+    assert list(read_captions(tmp_path / "inside" / "captions.json").values()) == found[1] != found[0]
 
 
 def test_a_q_former_that_reads_text_is_given_the_prompts(

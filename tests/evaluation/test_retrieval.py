@@ -212,10 +212,13 @@ def test_evaluate_against_ranks_by_hand(tiny_model, bank) -> None:
     assert found.pairs_per_second == pytest.approx(found.pairs / found.seconds, rel=0.05)
     ranked = ((found.per_image, out.image_to_text, relevant), (found.per_text, out.text_to_image, relevant.T))
     for entries, scores, wanted in ranked:
-        assert [entry["rank"] for entry in entries] == ranks_by_hand(scores.numpy(), wanted.numpy())
-        for entry, row in zip(entries, scores, strict=True):
-            assert len(entry["best"]) == min(10, len(row)) == len(set(entry["best"]))
-            assert row[entry["best"]].tolist() == sorted(row.tolist(), reverse=True)[:10]
+        ranks = ranks_by_hand(scores.numpy(), wanted.numpy())
+        for entry, row, rank, right in zip(entries, scores, ranks, wanted, strict=True):
+            assert entry["rank"] == (rank if row[right].max() > -100 else None)
+            candidates = [x for x in sorted(row.tolist(), reverse=True) if x > -100]
+            assert len(entry["best"]) == min(10, len(candidates)) == len(set(entry["best"]))
+            assert row[entry["best"]].tolist() == candidates[:10]
+    assert None in [entry["rank"] for entry in found.per_image + found.per_text]
 
 
 class KeptInMemory:

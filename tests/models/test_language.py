@@ -459,5 +459,7 @@ def test_whether_the_q_former_reads_prompts_is_saved(plain_config, tmp_path):
     del saved["qformer_prompts"]  # as earlier versions wrote it
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert Blip2OPT.from_pretrained(tmp_path, language_model=opt()).qformer_prompts
+    Blip2OPT(plain_config, opt(), text_end="").save_pretrained(tmp_path)
+    assert Blip2OPT.from_pretrained(tmp_path, language_model=opt()).text_end == "" != model.text_end
     with pytest.raises(ValueError, match="qformer_prompts must be False without config.use_qformer_text_input"):
         Blip2OPT(without_text(plain_config), opt(), qformer_prompts=True)

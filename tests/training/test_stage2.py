@@ -181,19 +181,31 @@ def test_a_resumed_run_has_bit_identical_losses_and_weights(dataset, tmp_path):
     assert same_weights(loaded, whole_model) and loaded.language_projection.dropout
 
 
-def test_a_run_goes_on_with_its_language_model_and_its_text_alone(dataset, joint_dataset, cache, tmp_path):
+@pytest.mark.parametrize("kind", ["stage2", "joint"])
+def test_a_run_goes_on_with_its_language_model_and_its_examples_alone(dataset, cache, tmp_path, kind):
+    def build_one(language_model=None):
+        if kind == "stage2":
+            return build(language_model=language_model)
+        return Blip2Joint(QFormerConfig(**SIZES), language_model or build_opt(), embed_dim=16)
+
+    def data(examples):
+        bert = load_tokenizer() if kind == "joint" else None
+        return LanguageDataset(examples, dataset.language, cache=cache, captions_tokenizer=bert)
+
     other = build_opt()
     with torch.no_grad():
         other.model.decoder.layers[1].fc1.weight[0, 0] += 1
-    examples = [dataclasses.replace(x, prompt="a small") if x.prompt else x for x in dataset.examples]
-    other_text = LanguageDataset(examples, dataset.language, cache=cache)
-    train(build(), dataset, run_config(tmp_path, steps=2), FAST)
+    examples = dataset.examples
+    other_prompts = [dataclasses.replace(x, prompt="a small") if x.prompt else x for x in examples]
+    other_images = [dataclasses.replace(x, image=y.image) for x, y in zip(examples, examples[::-1], strict=True)]
+    train(build_one(), data(examples), run_config(tmp_path, steps=2), FAST)
     resumed = run_config(tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"run.resume: language_weights must be \d+ as in .*, got \d+"):
-        train(build(language_model=other), dataset, resumed, FAST)
-    with pytest.raises(ValueError, match=r"run.resume: language_text must be \d+ as in .*, got \d+"):
-        train(build(), other_text, resumed, FAST)
-    assert train(build(), dataset, resumed, FAST)[-1]["step"] == 5
+        train(build_one(other), data(examples), resumed, FAST)
+    for changed in (other_prompts, other_images):
+        with pytest.raises(ValueError, match=r"run.resume: examples must be \d+ as in .*, got \d+"):
+            train(build_one(), data(changed), resumed, FAST)
+    assert train(build_one(), data(examples), resumed, FAST)[-1]["step"] == 5
 
 
 def test_prompts_train_the_text_branch(dataset, cache, tmp_path):
@@ -358,7 +370,7 @@ def test_training_starts_from_a_hugging_face_folder(opt_folder, tmp_path, kind):
     keep_text = kind == "instructblip"
     language = LanguageConfig(opt_folder, prompt="{}", keep_text=keep_text)
     model = build_model(config, language)
-    assert model.language_model.name_or_path == opt_folder and model.qformer_prompts == keep_text
+    assert model.language_model.name_or_path == opt_folder and model.config.use_qformer_text_input == keep_text
     assert torch.equal(model.language_projection.weight, hf.language_projection.weight)
     assert torch.equal(model.query_tokens, hf.query_tokens)
     expected = Blip2OPT.from_hf_model(hf).state_dict()
@@ -368,17 +380,19 @@ def test_training_starts_from_a_hugging_face_folder(opt_folder, tmp_path, kind):
         build_model(config, LanguageConfig(opt_folder, joint=True))
 
 
-def test_what_was_trained_on_prompts_says_so(stage1, opt_folder):
-    for options, expected in [
-        (dict(keep_text=True, prompt="{}"), True),
-        (dict(keep_text=True), False),
-        (dict(prompt="{}"), False),
-    ]:
-        model = Blip2OPT.from_stage1(stage1, opt_folder, keep_text=options.get("keep_text", False))
-        assert model.qformer_prompts == model.config.use_qformer_text_input
-        language = LanguageConfig(opt_folder, **options)
-        model = build_model(ModelConfig(QFormerConfig(**SIZES)), language)
-        assert model.qformer_prompts == expected
+def test_a_checkpoint_says_how_it_was_trained(dataset, cache, tmp_path):
+    """Whether the Q-Former read the prompts, and what the texts ended with, whatever the model was made with."""
+    examples = [dataclasses.replace(x, prompt="what") for x in dataset.examples]
+    language = LanguageTokenizer(word_tokenizer(), end="")
+    for number, (tokenizer, text, given) in enumerate(
+        [(load_tokenizer(), True, False), (None, True, True), (None, False, None)]
+    ):
+        data = LanguageDataset(examples, language, cache=cache, qformer_tokenizer=tokenizer)
+        model = build(text=text, qformer_prompts=given)
+        train(model, data, run_config(tmp_path / str(number), steps=1), FAST)
+        saved = list_checkpoints(tmp_path / str(number))[-1]
+        loaded = Blip2OPT.from_pretrained(saved, language_model=build_opt())
+        assert loaded.qformer_prompts == (tokenizer is not None) and loaded.text_end == ""
 
 
 def test_checkpoints_that_lack_what_is_asked_for_are_named(stage1, opt_folder, tmp_path):
