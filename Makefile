@@ -7,7 +7,7 @@ LAVIS := .cache/lavis
 EXTENSION := $(if $(shell command -v nvcc),$(VENV)/extension)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test extension lint bench opbench kernels doctor clean
+.PHONY: help demo test extension wheel lint bench opbench kernels doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z.$$()A-Z/]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 12
@@ -19,6 +19,12 @@ test: $(VENV)/installed $(EXTENSION) $(LAVIS)/lavis ## run the tests, with the C
 	$(BIN)/python -m pytest -q
 
 extension: $(VENV)/extension ## build the CUDA extension into qformer_fast/; needs nvcc, no GPU
+
+wheel: $(VENV)/installed $(EXTENSION) ## make dist/: the sdist, from it the pure-Python wheel, and where nvcc is the wheel with the extension
+	rm -rf dist build/lib* build/bdist*
+	$(BIN)/python -m pip install --quiet build
+	QFORMER_FAST_EXT=0 $(BIN)/python -m build
+	$(if $(EXTENSION),QFORMER_FAST_EXT=1 $(BIN)/python -m build --wheel --no-isolation)
 
 lint: $(VENV)/installed ## check style and formatting
 	$(BIN)/ruff check .

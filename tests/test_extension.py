@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from qformer_fast import extension, ops, reference
@@ -48,6 +49,30 @@ def test_loads_without_a_device():
     x = torch.zeros(8, 8, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="CPU"):
         torch.ops.qformer_fast_cuda.linear_gelu_fwd(x, x, x[:1], x, x)
+
+
+@pytest.mark.skipif(BUILT is None, reason="the extension was not built")
+def test_fakes():
+    """As tracing sees the operators, without a device: nothing returned, what is written to keeps its shape."""
+    extension.why_not()
+    with FakeTensorMode():
+        x, weight, bias, up, out = (
+            torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
+            for shape in [(16, 32), (64, 32), (1, 64), (16, 64), (16, 64)]
+        )
+        assert torch.ops.qformer_fast_cuda.linear_gelu_fwd(x, weight, bias, up, out) is None
+        sums = torch.empty(1, 64, device="cuda")
+        assert torch.ops.qformer_fast_cuda.linear_gelu_bwd(x, weight.t(), up, bias, out, up, sums) is None
+
+
+@pytest.mark.cuda
+def test_opcheck(on_gpu):
+    x, weight, bias = draw(130, 32, 64, torch.bfloat16)
+    up, out = (x.new_empty(130, 64) for _ in range(2))
+    torch.library.opcheck(torch.ops.qformer_fast_cuda.linear_gelu_fwd.default, (x, weight, bias[None], up, out))
+    sums = x.new_empty(2, 64, dtype=torch.float32)
+    given = (x, weight.t().contiguous(), up, bias[None], out, torch.empty_like(up), sums)
+    torch.library.opcheck(torch.ops.qformer_fast_cuda.linear_gelu_bwd.default, given)
 
 
 def test_asked_for_by_name_it_says_why_not():
