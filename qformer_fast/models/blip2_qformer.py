@@ -308,8 +308,16 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
 
     def contrast(self, first: FirstSweep, same_image: Tensor) -> Contrast:
         """ITC; ``same_image`` (batch, batch) bool is True where two pairs show one image."""
-        similarities = self._similarities(self._image_features(first.query_rows), self._text_features(first.first_rows))
-        return Contrast(self._contrastive_loss(*similarities, same_image), *similarities)
+        similarities = self._similarities(self.image_features_of(first), self.text_features_of(first))
+        return Contrast(self.contrastive_loss(*similarities, same_image), *similarities)
+
+    def image_features_of(self, first: FirstSweep) -> Tensor:
+        """ITC's features (batch, queries, embed_dim) of sweep 1."""
+        return self._image_features(first.query_rows)
+
+    def text_features_of(self, first: FirstSweep) -> Tensor:
+        """ITC's features (batch, embed_dim) of sweep 1."""
+        return self._text_features(first.first_rows)
 
     def caption_loss(self, itg_rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None) -> Tensor:
         """Next-token loss (Qformer.py:1069-1083) of ``itg_rows`` (n, hidden) with ``labels`` (n,), -100 and padding
@@ -387,8 +395,10 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             raise ValueError(f"image_ids must name {batch} images, got {image_ids.shape[0]}")
         return image_ids[:, None] == image_ids[None, :]
 
-    def _contrastive_loss(self, sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor) -> Tensor:
-        """Cross-entropy with targets spread over the pairs of one image and smoothed (blip2_qformer.py:152-178)."""
+    def contrastive_loss(self, sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor) -> Tensor:
+        """Cross-entropy with targets spread over the pairs of one image and smoothed (blip2_qformer.py:152-178); all
+        (batch, candidates).
+        """
         targets = same_image.to(sim_i2t.dtype) / same_image.sum(1, keepdim=True)
         targets = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / same_image.shape[1]
         return (F.cross_entropy(sim_i2t, targets) + F.cross_entropy(sim_t2i, targets)) / 2
@@ -485,13 +495,16 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         )
         return layout, text, image_kv
 
-    def match_packed(self, image_kv: ImageKV, text: PackedText, image_index: Tensor) -> Tensor:
+    def match_packed(
+        self, image_kv: ImageKV, text: PackedText, image_index: Tensor, weights: EncoderWeights | None = None
+    ) -> Tensor:
         """:meth:`match` of packed captions on the model's device, without a check and without waiting for the device.
 
         Args:
             image_kv (ImageKV): images.
             text (PackedText): a caption each pair.
             image_index (Tensor): (pairs,) int64 in [0, images).
+            weights (EncoderWeights, Optional): of ``self.qformer``. Default: `None`, made here.
         """
         layout = SequenceLayout(
             num_queries=self.query_tokens.shape[1],
@@ -501,14 +514,17 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_text_rows=text.num_rows,
             max_text_length=text.max_length,
         )
-        return self._match(layout, text, image_kv)
+        return self._match(layout, text, image_kv, weights)
 
-    def _match(self, layout: SequenceLayout, text: PackedText, image_kv: ImageKV) -> Tensor:
+    def _match(
+        self, layout: SequenceLayout, text: PackedText, image_kv: ImageKV, weights: EncoderWeights | None = None
+    ) -> Tensor:
         rows = self.qformer.encode(
             layout,
             query_embeds=self.query_tokens,
             text=text,
             image_kv=image_kv,
+            weights=weights,
             text_index=text.offsets.new_empty(0),
         )
         # averaged in fp32: scores to be ranked would tie in bf16
