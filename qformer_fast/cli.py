@@ -35,6 +35,7 @@ from qformer_fast.evaluation.commands import EVALUATIONS
 from qformer_fast.presets import find_preset, preset_names
 from qformer_fast.training.config import ModelConfig, TrainConfig
 from qformer_fast.training.loop import check_output_dir, resolve_device, train
+from qformer_fast.training.ranks import RankError, Ranks, process_group
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
             _explain(config)
         else:
             run_demo(config)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RankError) as error:
         print(f"qformer-fast {command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -219,14 +220,20 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 
 def _train(config: TrainConfig, used: str) -> None:
     """Trains, with the options in use kept as ``config.yaml``, which ``train --config`` takes."""
+    with process_group(config.run.timeout) as ranks:
+        _train_on(ranks, config, used)
+
+
+def _train_on(ranks: Ranks, config: TrainConfig, used: str) -> None:
     check_output_dir(config.run)
     encoder = source_encoder(config.data) if config.data.feature_cache is None else None
     dataset = build_dataset(config.data, encoder, config.language)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.language)
     output_dir = Path(config.run.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "config.yaml", used)
+    if ranks.first:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(output_dir / "config.yaml", used)
     entries = train(model, dataset, config.run, config.optimizer, encoder=encoder, num_workers=config.data.num_workers)
     if entries:
         print(json.dumps(entries[-1]))

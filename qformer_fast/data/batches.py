@@ -261,23 +261,29 @@ def read_pixels(path: str | os.PathLike, transform: Transform) -> Tensor:
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Lists of ``batch_size`` pair numbers, without end: each epoch a permutation of its own, its last short batch
-    dropped.
+    """Lists of pair numbers, without end: each epoch a permutation of its own, its last short batch dropped.
+
+    A batch is that of all ranks; each rank gets its share of it, so that the batches do not depend on how many share
+    them.
 
     Args:
-        num_pairs, batch_size (int): at least one batch an epoch.
+        num_pairs, batch_size (int): at least one batch an epoch; of all ranks, a multiple of their number.
         seed (int): with the epoch's number it fixes the permutation.
         start (int): batches already seen, which are skipped. Default: 0.
+        rank, world_size (int): which share, of how many. Default: 0 and 1.
 
     Raises:
         ValueError: a batch larger than the data.
     """
 
-    def __init__(self, num_pairs: int, batch_size: int, *, seed: int, start: int = 0):
+    def __init__(
+        self, num_pairs: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ):
         if not 1 <= batch_size <= num_pairs:
             raise ValueError(f"batch_size must lie in [1, {num_pairs}], the number of pairs, got {batch_size}")
         self.num_pairs, self.batch_size, self.seed, self.start = num_pairs, batch_size, seed, start
         self.per_epoch = num_pairs // batch_size
+        self.first, self.share = rank * (batch_size // world_size), batch_size // world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first = divmod(self.start, self.per_epoch)
@@ -285,7 +291,8 @@ class ShuffledBatches(Sampler[list[int]]):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(self.num_pairs, generator=generator).tolist()
             for batch in range(first, self.per_epoch):
-                yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+                begin = batch * self.batch_size + self.first
+                yield order[begin : begin + self.share]
             epoch, first = epoch + 1, 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Outp
 # the names that torch 2.14 gave them, or the older ones
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RanksOutput(Stage1Output):
+    """What :meth:`DistributedStage1.forward` returns.
+
+    Args:
+        same_image (Tensor): (batch, pairs of all ranks) bool, True where two pairs show one image.
+    """
+
+    same_image: Tensor
 
 
 class DistributedStage1(nn.Module):
@@ -63,7 +75,7 @@ class DistributedStage1(nn.Module):
         attention_mask: Tensor | None = None,
         image_ids: Sequence[str | int] | Tensor | None = None,
         negatives: tuple[Tensor, Tensor] | None = None,
-    ) -> Stage1Output:
+    ) -> RanksOutput:
         """This rank's share of the losses; batches may differ in size between ranks.
 
         Args:
@@ -74,7 +86,7 @@ class DistributedStage1(nn.Module):
                 ranks' order.
 
         Returns:
-            Stage1Output: ``sim_i2t`` and ``sim_t2i`` (batch, pairs of all ranks), ``negatives`` as above; ITM's pairs
+            RanksOutput: ``sim_i2t`` and ``sim_t2i`` (batch, pairs of all ranks), ``negatives`` as above; ITM's pairs
             are those that this rank matched, first its own ``batch``, then of its images with texts that they are
             negatives of, then of its images with negative texts.
 
@@ -121,7 +133,7 @@ class DistributedStage1(nn.Module):
         itg_share = all_predicted[self.rank] * self.world_size / sum(all_predicted)
         loss_itg = model.caption_loss(first.itg_rows, labels) * itg_share
         loss_itc = contrast.loss_itc * (batch * share)
-        return Stage1Output(
+        return RanksOutput(
             loss=loss_itc + loss_itm + loss_itg,
             loss_itc=loss_itc,
             loss_itm=loss_itm,
@@ -132,6 +144,7 @@ class DistributedStage1(nn.Module):
             itm_labels=itm_labels,
             negatives=(image_index, text_index),
             query_output=first.query_rows.unflatten(0, (batch, -1)),
+            same_image=same_image,
         )
 
     def _contrast(self, images: Tensor, texts: Tensor, same_image: Tensor, batches: list[int]) -> Contrast:

@@ -133,10 +133,10 @@ class RunConfig:
     Args:
         output_dir (str): log and checkpoints.
         steps (int): optimizer steps in all.
-        batch_size (int): pairs a forward pass, which is stage 1's pool of negatives.
+        batch_size (int): pairs a forward pass of a process; those of all processes are stage 1's pool of negatives.
         accumulation (int): forward passes an optimizer step.
         precision (str): "fp32", or autocast to "bf16" or "fp16" (with loss scaling).
-        device (str): "auto" takes a GPU where there is one.
+        device (str): "auto" takes a GPU where there is one; under torchrun each process its own.
         seed (int): of weights, dropout, negatives and the order of the data; at least 0.
         gradient_checkpointing (str): "none", or what backward computes again to save memory: "feed_forward" or "layer".
         cuda_graphs (bool): replay stage 1's forward and backward as CUDA graphs; needs a GPU. For hosts slower than
@@ -145,6 +145,7 @@ class RunConfig:
         keep (int): checkpoints kept.
         resume (bool): go on from the last checkpoint in ``output_dir``.
         tensorboard (bool): write TensorBoard events too.
+        timeout (float): seconds that a process waits for the others, under torchrun, before it ends with an error.
     """
 
     output_dir: str
@@ -161,6 +162,7 @@ class RunConfig:
     keep: int = 2
     resume: bool = False
     tensorboard: bool = False
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "save_every", "log_every", "keep"):

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from qformer_fast.data.files import write_text
 from qformer_fast.training.checkpoint import list_checkpoints, load_checkpoint_state, save_checkpoint
 from qformer_fast.training.config import OptimizerConfig, RunConfig
 from qformer_fast.training.optimizer import build_optimizer, lr_at
+from qformer_fast.training.ranks import Ranks
 from qformer_fast.training.stages import AUTOCAST, Stage, autocast, build_stage
 
 Entry = dict[str, float | int]
@@ -51,6 +52,9 @@ def train(
     after the step at hand, with a checkpoint; a second one ends it at once. A step's losses are read while the next
     one runs.
 
+    In a process group of several ranks each trains on its share of the batch, and rank 0 writes the files. Batches, and
+    but for rounding the losses of a run without dropout and drawn negatives, do not depend on how many share them.
+
     Args:
         model (nn.Module): a :class:`Blip2QFormer`, :class:`Blip2OPT` or :class:`Blip2Joint`, moved to the device;
             trainable parameters are those that require grad.
@@ -67,7 +71,7 @@ def train(
         list: the entries of ``log.jsonl``, earlier ones of a resumed run included: step (from 1), epoch (from 0, of the
         step's last batch), lr, loss, grad_norm (before clipping), samples_per_second; of stage 1 and of both stages
         also the losses that ``loss`` is the sum of, in-batch r1_i2t and r1_t2i, itm_accuracy and temp. Losses and
-        metrics are means over the step's forward passes.
+        metrics are means over the step's forward passes and over the ranks; only rank 0 has entries.
 
     Raises:
         ValueError: checkpoints in ``output_dir`` but ``run.resume`` is False, or of a run with another seed or batch; a
@@ -81,7 +85,9 @@ def train(
         raise ValueError("encoder must be given exactly when the dataset gives pixels instead of cached tokens")
     device = resolve_device(run.device)
     output_dir = Path(run.output_dir)
-    order = ShuffledBatches(len(dataset), run.batch_size, seed=run.seed)
+    ranks = Ranks.current()
+    whole_batch = run.batch_size * ranks.world_size
+    order = ShuffledBatches(len(dataset), whole_batch, seed=run.seed, rank=ranks.rank, world_size=ranks.world_size)
     torch.manual_seed(run.seed)
     model.to(device).train()
     if encoder is not None:
@@ -92,7 +98,7 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     stage = build_stage(model, dataset, run)
     scaler = torch.amp.GradScaler(device.type, enabled=stage.scales_loss)
-    identity = dict(seed=run.seed, batch_size=run.batch_size, accumulation=run.accumulation, pairs=len(dataset))
+    identity = dict(seed=run.seed, batch_size=whole_batch, accumulation=run.accumulation, pairs=len(dataset))
     identity |= {"trainable_parameters": sum(p.numel() for p in parameters), **stage.identity()}
     step = 0
     if checkpoints := list_checkpoints(output_dir):
@@ -105,30 +111,37 @@ def train(
 
     def save(step: int) -> None:
         state = {"step": step, "identity": identity, "scaler": scaler.state_dict(), "run": dataclasses.asdict(run)}
-        save_checkpoint(output_dir, model, optimizer, state, keep=run.keep)
+        if ranks.first:
+            save_checkpoint(output_dir, model, optimizer, state, keep=run.keep)
+        ranks.wait()
 
     saved_at = step
-    clock = _Clock(step, run.batch_size * run.accumulation)
+    clock = _Clock(step, whole_batch * run.accumulation)
     with (
-        contextlib.closing(_Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log)) as log,
+        contextlib.closing(
+            _Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log) if ranks.first else _NoLog()
+        ) as log,
         _stop_signals() as stopped,
-        tqdm(total=run.steps, initial=step, unit="step", disable=None) as progress,
+        tqdm(total=run.steps, initial=step, unit="step", disable=None if ranks.first else True) as progress,
     ):
         metrics_reader = _MetricsReader(stage, log, progress, output_dir, check_norm=not scaler.is_enabled())
-        while step < run.steps and not stopped.is_set():
+        # several ranks stop when all know that one of them is to
+        while step < run.steps and not (stopped.is_set() if ranks.alone else metrics_reader.stopped):
+            ranks.seed(run.seed, step)
             lr = lr_at(step, run.steps, optimizer_config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             metrics = torch.zeros(len(stage.metrics), device=device)
             share = scaler.scale(torch.full((), 1 / run.accumulation, device=device))
-            for _ in range(run.accumulation):
+            for number in range(run.accumulation):
                 batch = next(loader)
                 images = _image_tokens(encoder, batch.images, device, run.precision)
-                metrics += stage.step(images, batch, share) / run.accumulation
+                metrics += stage.step(images, batch, share, last=number == run.accumulation - 1) / run.accumulation
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             scalars = [model.get_parameter(name).detach() for name in stage.scalars]
-            values = torch.cat([metrics, torch.stack([grad_norm, *scalars])])
+            stops = torch.full((), float(stopped.is_set()), device=device)
+            values = ranks.mean(torch.cat([metrics, torch.stack([grad_norm, *scalars, stops])]))
             if not scaler.is_enabled():
                 # fused AdamW leaves the weights alone where this is 1; with loss scaling the scaler sets it
                 optimizer.found_inf = 1.0 - values.isfinite().all().float()
@@ -178,14 +191,18 @@ def _image_tokens(encoder: nn.Module | None, images: Tensor, device: torch.devic
 
 
 class _MetricsReader:
-    """Reads a step's metrics once the next step is on its way, so that the host does not wait for the device."""
+    """Reads a step's metrics once the next step is on its way, so that the host does not wait for the device.
 
-    def __init__(self, stage: Stage, log: _Log, progress: tqdm, output_dir: Path, *, check_norm: bool):
+    ``stopped`` says whether some rank was told to stop, as of the last step that was read.
+    """
+
+    def __init__(self, stage: Stage, log: _Log | _NoLog, progress: tqdm, output_dir: Path, *, check_norm: bool):
         self._log, self._progress, self._output_dir = log, progress, output_dir
         self._names = (*stage.metrics, "grad_norm", *stage.scalars)
         self._finite = (*stage.losses, "grad_norm") if check_norm else stage.losses
         self._shown = [name for name in (*stage.losses, "r1_i2t", "itm_accuracy") if name in self._names]
         self._pending: tuple[Tensor, torch.cuda.Event | None, Entry, bool] | None = None
+        self.stopped = False
 
     def push(self, values: Tensor, about: Entry, *, logs: bool) -> None:
         """Takes a step's metrics, gradient norm and scalars, and reads those of the step before."""
@@ -207,7 +224,9 @@ class _MetricsReader:
         (values, copied, about, logs), self._pending = self._pending, None
         if copied is not None:
             copied.synchronize()
-        entry: Entry = dict(zip(self._names, values.tolist(), strict=True))
+        *found, stops = values.tolist()
+        self.stopped = stops > 0
+        entry: Entry = dict(zip(self._names, found, strict=True))
         for name in self._finite:
             if not math.isfinite(entry[name]):
                 last = list_checkpoints(self._output_dir)
@@ -245,6 +264,18 @@ class _Log:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+class _NoLog:
+    """Of ranks that write no files."""
+
+    entries: ClassVar[list[Entry]] = []
+
+    def write(self, entry: Entry) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _read_entries(path: Path) -> list[Entry]:

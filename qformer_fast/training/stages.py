@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qformer_fast.data.batches import Batch, ImageTextDataset, LanguageBatch, LanguageDataset, PairDataset
 from qformer_fast.data.language import LanguageText
@@ -14,8 +16,10 @@ from qformer_fast.integrations.checkpoints import checksum
 from qformer_fast.models.blip2_joint import Blip2Joint
 from qformer_fast.models.blip2_opt import Blip2OPT, Stage2Output
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
+from qformer_fast.models.distributed import DistributedStage1, RanksOutput
 from qformer_fast.training.config import RunConfig
 from qformer_fast.training.graphs import GraphedStage1
+from qformer_fast.training.ranks import Ranks
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RETRIEVAL = ("r1_i2t", "r1_t2i", "itm_accuracy")
@@ -29,14 +33,15 @@ class Stage(ABC):
     """How the loop trains one kind of model.
 
     Args:
-        model (nn.Module): on its device.
+        model (nn.Module): on its device. Where several ranks train, it is wrapped in ``DistributedDataParallel``.
         dataset (ImageTextDataset): what its batches come from.
         run (RunConfig): precision and graphs.
 
     ``scales_loss`` says whether gradients pass through fp16, where small ones would be lost.
 
     Raises:
-        ValueError: a data set for another kind of model, CUDA graphs where there are none.
+        ValueError: a data set for another kind of model, CUDA graphs where there are none, a kind of model or graphs
+            that one process alone trains.
     """
 
     dataset_class: ClassVar[type[ImageTextDataset]]
@@ -47,6 +52,7 @@ class Stage(ABC):
     scalars: ClassVar[tuple[str, ...]] = ()
     """0-dim parameters that the log shows."""
     has_graphs: ClassVar[bool] = False
+    has_ranks: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, dataset: ImageTextDataset, run: RunConfig):
         name = type(model).__name__
@@ -57,17 +63,30 @@ class Stage(ABC):
             raise ValueError(f"run.cuda_graphs must be False for a {name}, since they are stage 1's; got True")
         self.model, self.run = model, run
         self.device = next(model.parameters()).device
+        self.ranks = Ranks.current()
+        self.trained: nn.Module = model
+        if not self.ranks.alone:
+            if run.cuda_graphs or not self.has_ranks:
+                what = "run.cuda_graphs" if run.cuda_graphs else f"a {name}"
+                raise ValueError(f"{what} needs a run of one process, got {self.ranks.world_size} of them")
+            self.trained = DistributedDataParallel(self.over_ranks(model))
         self.scales_loss = run.precision == "fp16"
 
-    def step(self, images: Tensor, batch: Any, scale: Tensor) -> Tensor:
-        """Forward, and backward of ``scale`` times the loss.
+    def over_ranks(self, model: nn.Module) -> nn.Module:
+        """What the ranks run of ``model``, whose loss has the mean over them that is wanted."""
+        return model
+
+    def step(self, images: Tensor, batch: Any, scale: Tensor, *, last: bool = True) -> Tensor:
+        """Forward, and backward of ``scale`` times the loss; the ranks' gradients are averaged in the ``last`` one.
 
         Returns:
             Tensor: (len(metrics),) fp32.
         """
-        with autocast(self.device, self.run.precision):
-            out = self.forward(images, batch)
-        (out.loss * scale).backward()
+        alone = isinstance(self.trained, DistributedDataParallel) and not last
+        with self.trained.no_sync() if alone else contextlib.nullcontext():
+            with autocast(self.device, self.run.precision):
+                out = self.forward(images, batch)
+            (out.loss * scale).backward()
         return self.measure(out, batch)
 
     def identity(self) -> dict[str, Any]:
@@ -96,23 +115,31 @@ class Stage1(Stage):
         super().__init__(model, dataset, run)
         self.graphed = GraphedStage1(model, dtype=AUTOCAST.get(run.precision)) if run.cuda_graphs else None
 
-    def step(self, images: Tensor, batch: Batch, scale: Tensor) -> Tensor:
+    def over_ranks(self, model: nn.Module) -> nn.Module:
+        return DistributedStage1(model)
+
+    def step(self, images: Tensor, batch: Batch, scale: Tensor, *, last: bool = True) -> Tensor:
         if self.graphed is None:
-            return super().step(images, batch, scale)
+            return super().step(images, batch, scale, last=last)
         out = self.graphed(images, batch.input_ids, batch.attention_mask, batch.image_ids, scale=scale)
         return self.measure(out, batch)
 
     def forward(self, images: Tensor, batch: Batch) -> Stage1Output:
-        return self.model(images, batch.input_ids, batch.attention_mask, batch.image_ids)
+        return self.trained(images, batch.input_ids, batch.attention_mask, batch.image_ids)
 
     def measure(self, out: Stage1Output, batch: Batch) -> Tensor:
         """A retrieval counts when it shows the same image."""
-        image_ids = batch.image_ids.to(self.device, non_blocking=True)
+        if isinstance(out, RanksOutput):
+            same_image = out.same_image
+        else:
+            image_ids = batch.image_ids.to(self.device, non_blocking=True)
+            same_image = image_ids[:, None] == image_ids
 
         def recall(similarity: Tensor) -> Tensor:
-            return (image_ids[similarity.argmax(1)] == image_ids).float().mean()
+            return same_image.gather(1, similarity.argmax(1, keepdim=True)).float().mean()
 
-        accuracy = (out.itm_logits.argmax(1) == out.itm_labels).float().mean()
+        # ranks match more or fewer pairs than three an image; as many in the mean
+        accuracy = (out.itm_logits.argmax(1) == out.itm_labels).float().sum() / (3 * len(same_image))
         losses = [getattr(out, name).detach().float() for name in ("loss", *self.losses)]
         return torch.stack([*losses, recall(out.sim_i2t), recall(out.sim_t2i), accuracy])
 
@@ -145,7 +172,7 @@ class Stage2(LanguageStage):
 
     def forward(self, images: Tensor, batch: LanguageBatch) -> Stage2Output:
         text = batch.input_ids, batch.attention_mask, batch.labels
-        return self.model(images, *text, batch.qformer_input_ids, batch.qformer_attention_mask)
+        return self.trained(images, *text, batch.qformer_input_ids, batch.qformer_attention_mask)
 
     def measure(self, out: Stage2Output, batch: LanguageBatch) -> Tensor:
         return out.loss.detach().float()[None]
@@ -157,6 +184,7 @@ class Joint(LanguageStage, Stage1):
     losses = (*Stage1.losses, "loss_lm")
     metrics = ("loss", *losses, *RETRIEVAL)
     has_graphs = False
+    has_ranks = False
 
     def __init__(self, model: Blip2Joint, dataset: LanguageDataset, run: RunConfig):
         super().__init__(model, dataset, run)

@@ -1,0 +1,97 @@
+"""The processes of a run: which of them this one is, and what they agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RankError(RuntimeError):
+    """Other ranks ended or did not come in time."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among those that train together; alone it is 0 of 1."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """Of torch's process group, where one was made."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def alone(self) -> bool:
+        return self.world_size == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes the run's files."""
+        return self.rank == 0
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the ranks, the same bits on each."""
+        if not self.alone:
+            dist.all_reduce(x)
+            x /= self.world_size
+        return x
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if not self.alone:
+            dist.barrier()
+
+    def seed(self, seed: int, step: int) -> None:
+        """Random states of a step, other ones on every rank, which depend on nothing that came before; those of rank 0
+        go on as they are, as in a run of one process.
+        """
+        if not self.first:
+            torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + self.rank) % 2**63)
+
+
+@contextlib.contextmanager
+def process_group(timeout: float) -> Iterator[Ranks]:
+    """torchrun's process group while the block runs: NCCL, each process with the GPU of its LOCAL_RANK, or without GPUs
+    gloo. Nothing is made where torchrun did not start this process, or started it alone.
+
+    Args:
+        timeout (float): seconds after which a rank that waits for others in vain ends with an error.
+
+    Raises:
+        RankError: other ranks ended or did not come in time; the message names this rank and the collective.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    ranks = Ranks.current()
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not _of_a_collective(error):
+            raise
+        raise RankError(
+            f"rank {ranks.rank} of {ranks.world_size}: another rank ended or was too slow (run.timeout {timeout} s), "
+            f"see what it said: {error}"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    """Gloo's errors are plain ones."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
