@@ -140,8 +140,9 @@ def train(
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             scalars = [model.get_parameter(name).detach() for name in stage.scalars]
-            stops = torch.full((), float(stopped.is_set()), device=device)
-            values = ranks.mean(torch.cat([metrics, torch.stack([grad_norm, *scalars, stops])]))
+            values = torch.cat([metrics, torch.stack([grad_norm, *scalars])])
+            if not ranks.alone:
+                values = ranks.mean(torch.cat([values, values.new_full((1,), float(stopped.is_set()))]))
             if not scaler.is_enabled():
                 # fused AdamW leaves the weights alone where this is 1; with loss scaling the scaler sets it
                 optimizer.found_inf = 1.0 - values.isfinite().all().float()
@@ -224,9 +225,10 @@ class _MetricsReader:
         (values, copied, about, logs), self._pending = self._pending, None
         if copied is not None:
             copied.synchronize()
-        *found, stops = values.tolist()
-        self.stopped = stops > 0
-        entry: Entry = dict(zip(self._names, found, strict=True))
+        found = values.tolist()
+        # several ranks add how many of them are to stop
+        self.stopped = any(value > 0 for value in found[len(self._names) :])
+        entry: Entry = dict(zip(self._names, found, strict=False))
         for name in self._finite:
             if not math.isfinite(entry[name]):
                 last = list_checkpoints(self._output_dir)

@@ -129,17 +129,16 @@ class Stage1(Stage):
 
     def measure(self, out: Stage1Output, batch: Batch) -> Tensor:
         """A retrieval counts when it shows the same image."""
-        if isinstance(out, RanksOutput):
-            same_image = out.same_image
-        else:
-            image_ids = batch.image_ids.to(self.device, non_blocking=True)
-            same_image = image_ids[:, None] == image_ids
+        image_ids = batch.image_ids.to(self.device, non_blocking=True)
 
         def recall(similarity: Tensor) -> Tensor:
-            return same_image.gather(1, similarity.argmax(1, keepdim=True)).float().mean()
+            nearest = similarity.argmax(1)
+            if isinstance(out, RanksOutput):
+                return out.same_image.gather(1, nearest[:, None]).float().mean()
+            return (image_ids[nearest] == image_ids).float().mean()
 
-        # ranks match more or fewer pairs than three an image; as many in the mean
-        accuracy = (out.itm_logits.argmax(1) == out.itm_labels).float().sum() / (3 * len(same_image))
+        # a rank may match more or fewer pairs than three an image; all of them have as many
+        accuracy = (out.itm_logits.argmax(1) == out.itm_labels).float().sum() / (3 * len(image_ids))
         losses = [getattr(out, name).detach().float() for name in ("loss", *self.losses)]
         return torch.stack([*losses, recall(out.sim_i2t), recall(out.sim_t2i), accuracy])
 
