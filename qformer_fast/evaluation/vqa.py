@@ -251,15 +251,17 @@ def read_answers(path: str | os.PathLike) -> dict[Id, str]:
 
 def write_answers(path: str | os.PathLike, predictions: dict[Id, str]) -> None:
     """Writes what :func:`read_answers` reads and evaluation servers take."""
-    _check_texts(predictions, "predictions")
-    answers = [{"question_id": key, "answer": answer} for key, answer in predictions.items()]
-    write_text(Path(path), json.dumps(answers))
+    _write(path, predictions, "question_id", "answer")
 
 
 def write_gqa(path: str | os.PathLike, predictions: dict[Id, str]) -> None:
     """Writes GQA's official format of results, [{"questionId", "prediction"}]."""
+    _write(path, predictions, "questionId", "prediction")
+
+
+def _write(path: str | os.PathLike, predictions: dict[Id, str], id_name: str, text_name: str) -> None:
     _check_texts(predictions, "predictions")
-    answers = [{"questionId": key, "prediction": answer} for key, answer in predictions.items()]
+    answers = [{id_name: key, text_name: answer} for key, answer in predictions.items()]
     write_text(Path(path), json.dumps(answers))
 
 

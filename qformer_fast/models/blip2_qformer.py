@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -306,18 +306,20 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         query_rows, itg_rows, first_rows = rows.split([layout.num_query_rows, len(label_rows), batch])
         return FirstSweep(image_kv, weights, query_rows, first_rows, itg_rows)
 
-    def contrast(self, first: FirstSweep, same_image: Tensor) -> Contrast:
-        """ITC; ``same_image`` (batch, batch) bool is True where two pairs show one image."""
-        similarities = self._similarities(self.image_features_of(first), self.text_features_of(first))
-        return Contrast(self.contrastive_loss(*similarities, same_image), *similarities)
+    def contrast(
+        self, first: FirstSweep, same_image: Tensor, gather: Callable[[Tensor], Tensor] | None = None
+    ) -> Contrast:
+        """ITC of the batch's rows.
 
-    def image_features_of(self, first: FirstSweep) -> Tensor:
-        """ITC's features (batch, queries, embed_dim) of sweep 1."""
-        return self._image_features(first.query_rows)
-
-    def text_features_of(self, first: FirstSweep) -> Tensor:
-        """ITC's features (batch, embed_dim) of sweep 1."""
-        return self._text_features(first.first_rows)
+        Args:
+            first (FirstSweep): of the batch.
+            same_image (Tensor): (batch, candidates) bool, True where two pairs show one image.
+            gather (Callable, Optional): of the batch's features, images' or texts', those of all candidates. Default:
+                `None`, the batch itself.
+        """
+        own = self._image_features(first.query_rows), self._text_features(first.first_rows)
+        similarities = self._similarities(*own, None if gather is None else tuple(map(gather, own)))
+        return Contrast(self._contrastive_loss(*similarities, same_image), *similarities)
 
     def caption_loss(self, itg_rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None) -> Tensor:
         """Next-token loss (Qformer.py:1069-1083) of ``itg_rows`` (n, hidden) with ``labels`` (n,), -100 and padding
@@ -369,18 +371,25 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
     def _text_features(self, first_rows: Tensor) -> Tensor:
         return F.normalize(_at_least_fp32(self.text_proj(first_rows)), dim=-1)
 
-    def _similarities(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, batch) each, over the temperature; values agree up to transposition, gradients do not when local.
+    def _similarities(
+        self, images: Tensor, texts: Tensor, candidates: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """(batch, candidates) each, over the temperature, of images and texts with all texts and all images,
+        ``candidates`` the other way round; of a batch with itself values agree up to transposition, gradients do not
+        when local.
 
         Outside autocast: a bf16 cosine near 1 is exact to 1/256 only, which the temperature makes 0.06.
         """
-        with torch.autocast(image_features.device.type, enabled=False):
-            if self.local_gradients:
-                i2t = ops.contrastive_similarity(image_features, text_features.detach())
-                t2i = ops.contrastive_similarity(image_features.detach(), text_features).T
-            else:
-                i2t = ops.contrastive_similarity(image_features, text_features)
+        with torch.autocast(images.device.type, enabled=False):
+            if candidates is None and not self.local_gradients:
+                i2t = ops.contrastive_similarity(images, texts)
                 t2i = i2t.T
+            else:
+                all_images, all_texts = candidates or (images, texts)
+                if self.local_gradients:
+                    all_images, all_texts = all_images.detach(), all_texts.detach()
+                i2t = ops.contrastive_similarity(images, all_texts)
+                t2i = ops.contrastive_similarity(all_images, texts).T
             return i2t / self.temp, t2i / self.temp
 
     def same_image(self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -395,7 +404,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             raise ValueError(f"image_ids must name {batch} images, got {image_ids.shape[0]}")
         return image_ids[:, None] == image_ids[None, :]
 
-    def contrastive_loss(self, sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor) -> Tensor:
+    def _contrastive_loss(self, sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor) -> Tensor:
         """Cross-entropy with targets spread over the pairs of one image and smoothed (blip2_qformer.py:152-178); all
         (batch, candidates).
         """

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qformer_fast import ops
 from qformer_fast.layout import PackedText
-from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output
+from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
 
 # the names that torch 2.14 gave them, or the older ones
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -96,12 +95,10 @@ class DistributedStage1(nn.Module):
         self.received = Counter()
         model, device = self.model, image_embeds.device
         batch = len(image_embeds)
-        text = model.pack_captions(input_ids, attention_mask, batch)
+        text = model.pack_captions(input_ids, attention_mask, batch).to(device)
         label_rows, labels = text.next_tokens()
-        predicted = (labels != model.config.pad_token_id).sum()
-        sizes = self._gather_sizes(text, predicted, image_ids is not None, device)
-        text, label_rows, labels = text.to(device), label_rows.to(device), labels.to(device)
-        batches, _, _, all_predicted, _ = sizes
+        sizes = self._gather_sizes(text, image_ids is not None, labels)
+        batches, *_, all_predicted = sizes
         pairs, first_pair = sum(batches), sum(batches[: self.rank])
         own = torch.arange(batch, device=device)
         everyone, ids = self._gather_captions(text, _numbers(image_ids, first_pair, batch), sizes)
@@ -109,7 +106,7 @@ class DistributedStage1(nn.Module):
 
         weights = model.qformer.encoder_weights(model.query_tokens)
         first = model.first_sweep(model.image_kv(image_embeds), text, label_rows, weights)
-        contrast = self._contrast(model.image_features_of(first), model.text_features_of(first), same_image, batches)
+        contrast = model.contrast(first, same_image, lambda features: self._gather_features(features, batches))
         if negatives is None:
             negatives = model.draw_negatives(contrast, same_image)
         image_index, text_index = (index.to(device) for index in negatives)
@@ -147,17 +144,6 @@ class DistributedStage1(nn.Module):
             same_image=same_image,
         )
 
-    def _contrast(self, images: Tensor, texts: Tensor, same_image: Tensor, batches: list[int]) -> Contrast:
-        """ITC of this rank's rows, its mean over them, against the features of all ranks."""
-        model = self.model
-        all_images, all_texts = (self._gather_features(x, batches) for x in (images, texts))
-        if model.local_gradients:
-            all_images, all_texts = all_images.detach(), all_texts.detach()
-        with torch.autocast(images.device.type, enabled=False):
-            i2t = ops.contrastive_similarity(images, all_texts) / model.temp
-            t2i = ops.contrastive_similarity(all_images, texts).T / model.temp
-        return Contrast(model.contrastive_loss(i2t, t2i, same_image), i2t, t2i)
-
     def _gather_features(self, features: Tensor, batches: list[int]) -> Tensor:
         """Of all ranks; gradients come back to the ranks that the features are of."""
         narrow = features.to(self.feature_dtype)
@@ -165,14 +151,13 @@ class DistributedStage1(nn.Module):
             return self._gather("features", narrow.detach(), batches).to(features.dtype)
         return _Gather.apply(narrow, self, batches).to(features.dtype)
 
-    def _gather_sizes(
-        self, text: PackedText, predicted: Tensor, has_ids: bool, device: torch.device
-    ) -> list[list[int]]:
-        """Of every rank: pairs, text rows, longest caption, tokens to predict, whether there are image ids."""
-        given = torch.tensor([len(text), text.num_rows, text.max_length, 0, has_ids], device=predicted.device)
-        own = given.index_copy(0, given.new_tensor([3]), predicted[None]).to(device)
+    def _gather_sizes(self, text: PackedText, has_ids: bool, labels: Tensor) -> list[list[int]]:
+        """Of every rank: pairs, text rows, longest caption, whether there are image ids, tokens to predict."""
+        own = labels.new_tensor([len(text), text.num_rows, text.max_length, has_ids])
+        predicted = (labels != self.model.config.pad_token_id).sum()
+        own = torch.cat([own, predicted[None]])
         found = self._gather("sizes", own[None], [1] * self.world_size).T.tolist()
-        if len(set(found[-1])) > 1:
+        if len(set(found[3])) > 1:
             raise ValueError(f"image_ids must be given on all ranks or on none, rank {self.rank} got {has_ids}")
         return found
 
@@ -182,7 +167,7 @@ class DistributedStage1(nn.Module):
         narrow = torch.int16 if self.model.config.vocab_size <= 2**15 else torch.int32
         tokens = torch.stack([text.input_ids, text.position_ids], dim=1).to(narrow)
         all_tokens = self._gather("captions", tokens, rows).long()
-        lengths_and_ids = torch.stack([text.lengths, ids.to(text.lengths.device)], dim=1)
+        lengths_and_ids = torch.stack([text.lengths, ids.to(text.lengths.device, non_blocking=True)], dim=1)
         all_lengths, all_ids = self._gather("captions", lengths_and_ids, batches).unbind(1)
         offsets = F.pad(all_lengths.cumsum(0), (1, 0))
         return PackedText(*all_tokens.unbind(1), offsets, max(longest)), all_ids

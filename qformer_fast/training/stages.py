@@ -82,8 +82,7 @@ class Stage(ABC):
         Returns:
             Tensor: (len(metrics),) fp32.
         """
-        alone = isinstance(self.trained, DistributedDataParallel) and not last
-        with self.trained.no_sync() if alone else contextlib.nullcontext():
+        with contextlib.nullcontext() if last or self.ranks.alone else self.trained.no_sync():
             with autocast(self.device, self.run.precision):
                 out = self.forward(images, batch)
             (out.loss * scale).backward()
