@@ -79,6 +79,8 @@ def run_extension() -> None:
     for rows, hidden, intermediate in ((300, 768, 3072), (127, 136, 264)):
         x, bias = new(rows, hidden).detach(), new(intermediate).detach()
         up = x.new_empty(rows, intermediate)
+        for gelu in (False, True):
+            extension.linear(x, new(intermediate, hidden).detach(), bias, gelu=gelu)
         extension.linear_gelu_fwd(x, new(intermediate, hidden).detach(), bias, up)
         extension.linear_gelu_bwd(x, new(hidden, intermediate).detach(), up, bias)
         total = torch.zeros(intermediate, device="cuda")

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "linear_gelu.h"
+#include "products.h"
 
 namespace qformer_fast {
 namespace {
@@ -26,9 +26,9 @@ void check(char const* name, Tensor const& x, Tensor const& like, ScalarType dty
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name, " must be aligned to 16 bytes");
 }
 
-// Checks what both directions have and fills in their arguments.
-LinearGeluArguments arguments_of(Tensor const& rows, Tensor const& weight, bool transposed, Tensor const& bias,
-                                 Tensor const& out, Tensor const& aux) {
+// Checks what all products have and fills in their arguments; backward's weight is transposed.
+void fill(LinearArguments& arguments, Tensor const& rows, Tensor const& weight, bool transposed, Tensor const& bias,
+          Tensor const& out) {
   ScalarType dtype = rows.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "rows must be bf16 or fp16");
   STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 2, "rows and weight must have two dimensions");
@@ -40,9 +40,6 @@ LinearGeluArguments arguments_of(Tensor const& rows, Tensor const& weight, bool 
   bool float_bias = bias.scalar_type() == ScalarType::Float;
   check("bias", bias, rows, float_bias ? ScalarType::Float : dtype, 1, n);
   check(transposed ? "dup" : "out", out, rows, dtype, m, n);
-  bool wanted = transposed || m == 0 || aux.size(0) != 0;
-  check(transposed ? "out" : "up", aux, rows, dtype, wanted ? m : 0, n);
-  LinearGeluArguments arguments{};
   arguments.m = static_cast<int>(m);
   arguments.n = static_cast<int>(n);
   arguments.k = static_cast<int>(k);
@@ -51,11 +48,10 @@ LinearGeluArguments arguments_of(Tensor const& rows, Tensor const& weight, bool 
   arguments.bias = bias.const_data_ptr();
   arguments.float_bias = float_bias;
   arguments.out = out.mutable_data_ptr();
-  arguments.aux = wanted ? aux.mutable_data_ptr() : nullptr;
-  return arguments;
 }
 
-void launch(decltype(linear_gelu_fwd) run, Tensor const& rows, LinearGeluArguments const& arguments) {
+template <class Arguments>
+void launch(char const* (*run)(Dtype, Arguments const&, cudaStream_t), Tensor const& rows, Arguments const& arguments) {
   if (arguments.m == 0) return;
   torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
   void* stream = nullptr;
@@ -65,16 +61,29 @@ void launch(decltype(linear_gelu_fwd) run, Tensor const& rows, LinearGeluArgumen
   STD_TORCH_CHECK(error == nullptr, "a product of ", arguments.m, " rows failed: ", error);
 }
 
+void linear_out(Tensor rows, Tensor weight, Tensor bias, bool gelu, Tensor out) {
+  LinearArguments arguments{};
+  fill(arguments, rows, weight, false, bias, out);
+  launch(gelu ? linear_with_gelu : linear, rows, arguments);
+}
+
 void forward(Tensor rows, Tensor weight, Tensor bias, Tensor up, Tensor out) {
-  launch(linear_gelu_fwd, rows, arguments_of(rows, weight, false, bias, out, up));
+  LinearGeluArguments arguments{};
+  fill(arguments, rows, weight, false, bias, out);
+  check("up", up, rows, rows.scalar_type(), arguments.m, arguments.n);
+  arguments.aux = up.mutable_data_ptr();
+  launch(linear_gelu_fwd, rows, arguments);
 }
 
 void backward(Tensor dout, Tensor weight, Tensor up, Tensor bias, Tensor dup, Tensor out, Tensor column_sums) {
-  LinearGeluArguments arguments = arguments_of(dout, weight, true, bias, dup, out);
+  LinearGeluArguments arguments{};
+  fill(arguments, dout, weight, true, bias, dup);
   int64_t sums = (arguments.m + kRowsPerSum - 1) / kRowsPerSum;
   check("up", up, dout, dout.scalar_type(), arguments.m, arguments.n);
+  check("out", out, dout, dout.scalar_type(), arguments.m, arguments.n);
   check("column_sums", column_sums, dout, ScalarType::Float, sums, arguments.n);
   arguments.c = up.const_data_ptr();
+  arguments.aux = out.mutable_data_ptr();
   arguments.column_sums = static_cast<float*>(column_sums.mutable_data_ptr());
   launch(linear_gelu_bwd, dout, arguments);
 }
@@ -82,6 +91,7 @@ void backward(Tensor dout, Tensor weight, Tensor up, Tensor bias, Tensor dup, Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY(qformer_fast_cuda, m) {
+  m.def("linear(Tensor rows, Tensor weight, Tensor bias, bool gelu, Tensor(a!) out) -> ()");
   m.def("linear_gelu_fwd(Tensor rows, Tensor weight, Tensor bias, Tensor(a!) up, Tensor(b!) out) -> ()");
   m.def(
       "linear_gelu_bwd(Tensor dout, Tensor weight, Tensor up, Tensor bias, Tensor(a!) dup, Tensor(b!) out, "
@@ -89,6 +99,7 @@ STABLE_TORCH_LIBRARY(qformer_fast_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qformer_fast_cuda, CUDA, m) {
+  m.impl("linear", TORCH_BOX(&linear_out));
   m.impl("linear_gelu_fwd", TORCH_BOX(&forward));
   m.impl("linear_gelu_bwd", TORCH_BOX(&backward));
 }

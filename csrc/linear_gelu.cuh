@@ -8,64 +8,15 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
-#include <cutlass/kernel_hardware_info.h>
 #include <cutlass/numeric_conversion.h>
 
-#include "linear_gelu.h"
+#include "gelu.cuh"
+#include "launch.cuh"
 
 namespace qformer_fast {
 
 using namespace cute;
 namespace fusion = cutlass::epilogue::fusion;
-
-// ---- GELU in fp32 -----------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Phi(-a) for a >= 0 as 2 to a polynomial of a. The epilogue is bound by its arithmetic, so bf16 takes fewer terms:
-// relative error below 1.4e-4 up to a = 3.5 (half a unit of bf16 is 2e-3), for fp16 4e-6; both vanish beyond 6.
-template <class Element>
-__device__ __forceinline__ float normal_tail(float a) {
-  float p;
-  if constexpr (cute::is_same_v<Element, cutlass::bfloat16_t>) {
-    p = -2.7504828e-04f;
-    p = fmaf(p, a, 5.3881598e-03f);
-    p = fmaf(p, a, -4.6761263e-02f);
-    p = fmaf(p, a, -4.6612784e-01f);
-    p = fmaf(p, a, -1.1482334f);
-    p = fmaf(p, a, -1.0001903f);
-  } else {
-    p = -1.6459915e-06f;
-    p = fmaf(p, a, 5.8283822e-05f);
-    p = fmaf(p, a, -9.0848055e-04f);
-    p = fmaf(p, a, 8.4377266e-03f);
-    p = fmaf(p, a, -5.3849529e-02f);
-    p = fmaf(p, a, -4.5854414e-01f);
-    p = fmaf(p, a, -1.1512305f);
-    p = fmaf(p, a, -0.99999613f);
-  }
-  return exp2_approx(p);
-}
-
-template <class Element>
-__device__ __forceinline__ float gelu(float y) {
-  float a = fabsf(y);
-  return fmaf(-a, normal_tail<Element>(a), fmaxf(y, 0.f));
-}
-
-// gelu(y) into out; returns its derivative Phi(y) + y phi(y).
-template <class Element>
-__device__ __forceinline__ float gelu_derivative(float y, float& out) {
-  float tail = normal_tail<Element>(fabsf(y));
-  float cdf = y > 0.f ? 1.f - tail : tail;
-  float density = exp2_approx(fmaf(y * y, -0.72134752f, -1.32574806f));  // log2 of exp(-y^2 / 2) / sqrt(2 pi)
-  out = y * cdf;
-  return fmaf(y, density, cdf);
-}
 
 // ---- the epilogue -----------------------------------------------------------------------------------------------
 
@@ -256,7 +207,7 @@ struct LinearGelu {
   using CopyToShared = decltype(cutlass::epilogue::collective::detail::sm90_get_smem_store_op_for_accumulator<
                                 StrideRows, Element, EpilogueTile>());
   using AuxStore = fusion::Sm90AuxStore<kStagesD, EpilogueTile, Element, kRound, StrideRows, SharedAtom, CopyToShared,
-                                        kAlignment, !kBackward>;
+                                        kAlignment, false>;
   using Node = GeluNode<kDirection, Element, kThreads, TileShape, EpilogueTile, AuxStore>;
   using Bias = fusion::Sm90RowBroadcast<0, TileShape, BiasElement, float, Stride<_0, _1, _0>,
                                         16 / sizeof(BiasElement), false>;
@@ -298,27 +249,15 @@ struct LinearGelu {
       args.epilogue.thread = {{}, bias, node};
     else
       args.epilogue.thread = {bias, node};
-    cudaGetDevice(&args.hw_info.device_id);
-    args.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(args.hw_info.device_id);
-    Gemm gemm;
-    auto status = Gemm::can_implement(args);
-    if (status == cutlass::Status::kSuccess) status = gemm.initialize(args, nullptr, stream);
-    if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
-    return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
+    return launch<Gemm>(args, stream);
   }
 };
 
 template <Direction kDirection>
 char const* linear_gelu(Dtype dtype, LinearGeluArguments const& p, cudaStream_t stream) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return p.float_bias ? LinearGelu<kDirection, cutlass::bfloat16_t, float>::run(p, stream)
-                          : LinearGelu<kDirection, cutlass::bfloat16_t, cutlass::bfloat16_t>::run(p, stream);
-    case Dtype::kHalf:
-      return p.float_bias ? LinearGelu<kDirection, cutlass::half_t, float>::run(p, stream)
-                          : LinearGelu<kDirection, cutlass::half_t, cutlass::half_t>::run(p, stream);
-  }
-  return "unknown dtype";
+  return with_elements(dtype, p.float_bias, [&](auto element, auto bias) {
+    return LinearGelu<kDirection, decltype(element), decltype(bias)>::run(p, stream);
+  });
 }
 
 }  // namespace qformer_fast

@@ -10,10 +10,12 @@ from torch import Tensor
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.float16, torch.bfloat16)
-OPERATORS = ("linear_gelu_fwd", "linear_gelu_bwd")
+OPERATORS = ("linear", "linear_gelu_fwd", "linear_gelu_bwd")
 ROWS_PER_SUM = 128
 # from how many rows on a product with GELU is faster than cuBLAS's and a pass over its result
 FWD_ROWS, BWD_ROWS = 2048, 256
+# from how many elements of its result on a product with bias is faster than cuBLAS's
+LINEAR_SIZE = 8192 * 768
 
 
 @torch.compiler.assume_constant_result
@@ -48,11 +50,29 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def linear_is_faster(rows: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`linear` can run here on these, and takes less time than cuBLAS's product and what follows it."""
+    widths = rows.shape[1] % 8 == weight.shape[0] % 8 == 0
+    enough = rows.shape[0] * weight.shape[0] >= LINEAR_SIZE
+    return rows.is_cuda and rows.dtype in DTYPES and widths and enough and why_not() is None
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
+    """rows @ weight^T + bias, with ``gelu`` GELU of it.
+
+    rows (rows, inputs), weight (outputs, inputs), bias (outputs,) of their dtype or fp32; widths multiples of 8.
+    """
+    out = rows.new_empty(rows.shape[0], weight.shape[0])
+    rows, weight, bias = map(_aligned, (rows, weight, bias))
+    torch.ops.qformer_fast_cuda.linear(rows, weight, bias[None], gelu, out)
+    return out
+
+
 def linear_gelu_fwd(rows: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> Tensor:
     """up = rows @ weight^T, rounded to its dtype; returns gelu(up + bias), of up before it is rounded.
 
-    rows (rows, inputs), weight (outputs, inputs) and up (rows, outputs) contiguous, or up without a row, and then it is
-    not written; bias (outputs,) of their dtype or fp32; widths multiples of 8.
+    rows (rows, inputs), weight (outputs, inputs) and up (rows, outputs) contiguous; bias (outputs,) of their dtype or
+    fp32; widths multiples of 8.
     """
     out = rows.new_empty(rows.shape[0], weight.shape[0])
     rows, weight, bias = map(_aligned, (rows, weight, bias))

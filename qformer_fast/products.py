@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qformer_fast import backend as backends
-from qformer_fast import overlap
+from qformer_fast import extension, overlap
 
 # up to how many rows a kernel that reads the weights with many programs is faster than cuBLAS
 FEW_ROWS = 128
@@ -17,13 +17,17 @@ def reads_weights(rows: Tensor) -> bool:
     return rows.shape[0] <= FEW_ROWS and backends.has_kernels(rows)
 
 
-def linear(rows: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
-    """rows @ weight^T + bias, and with ``gelu``, of few rows, GELU of it; for inference."""
-    if not reads_weights(rows):
-        return torch.addmm(bias.to(rows.dtype), rows, weight.t())
-    from qformer_fast import kernels
+def linear(rows: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, backend: str | None = None) -> Tensor:
+    """rows @ weight^T + bias, with ``gelu`` GELU of it; for inference. Backend "triton" leaves the extension out."""
+    if reads_weights(rows):
+        from qformer_fast import kernels
 
-    return kernels.linear_few_rows(rows, weight, bias, gelu=gelu)
+        return kernels.linear_few_rows(rows, weight, bias, gelu=gelu)
+    if (backend or backends.asked_for()) in (None, "cuda") and extension.linear_is_faster(rows, weight):
+        return extension.linear(rows, weight, bias.to(rows.dtype), gelu=gelu)
+    if gelu:
+        return backends.kernel_or_formula("bias_gelu_fwd", rows)(rows @ weight.t(), bias)
+    return torch.addmm(bias.to(rows.dtype), rows, weight.t())
 
 
 def linear_in_parts(rows: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from qformer_fast import extension, ops, reference
+from qformer_fast import extension, ops, products, reference
+from qformer_fast.backend import use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = next(Path(extension.__file__).parent.glob("_C*.so"), None)
@@ -55,24 +56,28 @@ def test_loads_without_a_device():
 def test_fakes():
     """As tracing sees the operators, without a device: nothing returned, what is written to keeps its shape."""
     extension.why_not()
+    operators = torch.ops.qformer_fast_cuda
     with FakeTensorMode():
         x, weight, bias, up, out = (
             torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
             for shape in [(16, 32), (64, 32), (1, 64), (16, 64), (16, 64)]
         )
-        assert torch.ops.qformer_fast_cuda.linear_gelu_fwd(x, weight, bias, up, out) is None
+        assert operators.linear(x, weight, bias, True, out) is None
+        assert operators.linear_gelu_fwd(x, weight, bias, up, out) is None
         sums = torch.empty(1, 64, device="cuda")
-        assert torch.ops.qformer_fast_cuda.linear_gelu_bwd(x, weight.t(), up, bias, out, up, sums) is None
+        assert operators.linear_gelu_bwd(x, weight.t(), up, bias, out, up, sums) is None
 
 
 @pytest.mark.cuda
 def test_opcheck(on_gpu):
     x, weight, bias = draw(130, 32, 64, torch.bfloat16)
     up, out = (x.new_empty(130, 64) for _ in range(2))
-    torch.library.opcheck(torch.ops.qformer_fast_cuda.linear_gelu_fwd.default, (x, weight, bias[None], up, out))
+    operators = torch.ops.qformer_fast_cuda
+    torch.library.opcheck(operators.linear.default, (x, weight, bias[None], True, out))
+    torch.library.opcheck(operators.linear_gelu_fwd.default, (x, weight, bias[None], up, out))
     sums = x.new_empty(2, 64, dtype=torch.float32)
     given = (x, weight.t().contiguous(), up, bias[None], out, torch.empty_like(up), sums)
-    torch.library.opcheck(torch.ops.qformer_fast_cuda.linear_gelu_bwd.default, given)
+    torch.library.opcheck(operators.linear_gelu_bwd.default, given)
 
 
 def test_asked_for_by_name_it_says_why_not():
@@ -107,6 +112,37 @@ def test_linear_gelu(shape, float_bias, dtype, on_gpu, assert_close):
         return {"up": up, "out": F.gelu((up + bias).to(up.dtype))}
 
     assert_close({"up": up, "out": out}, plain(x, weight, bias), plain(x.double(), weight.double(), bias.double()))
+
+
+@pytest.mark.cuda
+@DTYPES
+@pytest.mark.parametrize("gelu", [False, True], ids=["bias", "gelu"])
+@pytest.mark.parametrize("float_bias", [False, True], ids=["bias", "float-bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_linear(shape, float_bias, gelu, dtype, on_gpu, assert_close):
+    given = draw(*shape, dtype, torch.float32 if float_bias else None)
+    out = extension.linear(*given, gelu=gelu)
+
+    def plain(x, weight, bias):
+        y = (x @ weight.t() + bias).to(x.dtype)
+        return {"out": F.gelu(y) if gelu else y}
+
+    assert_close({"out": out}, plain(*given), plain(*(x.double() for x in given)))
+    assert torch.equal(extension.linear(*given, gelu=gelu), out)
+
+
+@pytest.mark.cuda
+def test_which_products_take_the_extension(on_gpu, monkeypatch):
+    x, weight, bias = draw(8192, 64, 768, torch.bfloat16)
+    calls = []
+    monkeypatch.setattr(extension, "linear", lambda rows, *_, **__: calls.append(len(rows)) or rows)
+    products.linear(x, weight, bias)
+    products.linear(x[:8191], weight, bias)
+    products.linear(x, weight, bias, backend="triton")
+    products.linear(x.float(), weight.float(), bias)
+    with use_backend("triton"):
+        products.linear(x, weight, bias)
+    assert calls == [8192]
 
 
 @pytest.mark.cuda

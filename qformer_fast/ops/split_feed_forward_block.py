@@ -21,7 +21,7 @@ from qformer_fast.ops._checks import (
 )
 from qformer_fast.ops._seeds import draw_seeds
 from qformer_fast.ops.dropout_add_layer_norm import statistics_dtype
-from qformer_fast.products import linear, linear_in_parts, product, reads_weights
+from qformer_fast.products import linear, linear_in_parts, product
 
 
 @torch.library.custom_op("qformer_fast::split_feed_forward_block_fwd", mutates_args=())
@@ -55,12 +55,12 @@ def split_feed_forward_block_fwd(
 
     def run(rows: Tensor, part: slice, parameters: list[Tensor], seed: Tensor | None) -> None:
         up_weight, up_bias, down_weight, down_bias, *norm = parameters
-        if _fuses(backend, rows, extension.FWD_ROWS):
+        if not keep:
+            activation = linear(rows, up_weight, up_bias, gelu=True, backend=backend)
+        elif _fuses(backend, rows, extension.FWD_ROWS):
             activation = extension.linear_gelu_fwd(rows, up_weight, up_bias, up[part])
-        elif not keep and reads_weights(rows):
-            activation = linear(rows, up_weight, up_bias, gelu=True)
         else:
-            activation = gelu(torch.mm(rows, up_weight.t(), out=up[part] if keep else None), up_bias)
+            activation = gelu(torch.mm(rows, up_weight.t(), out=up[part]), up_bias)
         down = torch.mm(activation, down_weight.t(), out=x[part]) if keep else linear_in_parts(activation, down_weight)
         add_norm(down, rows, *norm, seed, eps, dropout_p, down_bias, out[part], (mean[part], rstd[part]))
 

@@ -1,4 +1,4 @@
-// The products of the feed-forward block that have GELU beside them. Free of torch.
+// The products that have bias and GELU beside them. Free of torch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,15 +8,18 @@ namespace qformer_fast {
 enum class Dtype { kBFloat16, kHalf };
 
 // Matrices are contiguous rows, aligned to 16 bytes; n and k are multiples of 8.
-struct LinearGeluArguments {
+struct LinearArguments {
   int m, n, k;
-  void const* a;       // (m, k)
-  void const* b;       // (n, k) forward, (k, n) backward
+  void const* a;     // (m, k)
+  void const* b;     // (n, k), in backward (k, n)
+  void const* bias;  // (n,)
+  bool float_bias;   // fp32, else of the matrices' dtype
+  void* out;         // (m, n)
+};
+
+struct LinearGeluArguments : LinearArguments {
   void const* c;       // (m, n) backward: what forward wrote to aux
-  void const* bias;    // (n,)
-  bool float_bias;     // fp32, else of the matrices' dtype
-  void* out;           // (m, n)
-  void* aux;           // (m, n); forward: null if nobody wants it, backward: may be c
+  void* aux;           // (m, n); backward: may be c
   float* column_sums;  // (ceil(m / kRowsPerSum), n) backward
 };
 
@@ -24,6 +27,10 @@ constexpr int kRowsPerSum = 128;
 
 // Each launches on the current device and returns null or what went wrong.
 
+// out = a b^T + bias
+char const* linear(Dtype, LinearArguments const&, cudaStream_t);
+// out = gelu(a b^T + bias)
+char const* linear_with_gelu(Dtype, LinearArguments const&, cudaStream_t);
 // aux = a b^T, out = gelu(aux + bias) with aux before it is rounded
 char const* linear_gelu_fwd(Dtype, LinearGeluArguments const&, cudaStream_t);
 // out = (a b) * gelu'(c + bias), aux = gelu(c + bias), column_sums = sums of out over every kRowsPerSum rows
