@@ -126,7 +126,7 @@ class _Replacement:
         self.qformer.follow(module.training)
         self.forward = _blip2_forward if kind == "Blip2QFormerModel" else _instructblip_forward
         inner = [x for x in module.modules() if x is not module]
-        self.inner = inner
+        self.inner = [vars(x) for x in inner]
         self.hooks = [x.__dict__[kind] for x in inner for kind in HOOKS]
         self.dropouts = [x for x in inner if isinstance(x, nn.Dropout)]
         self.warned: set[str] = set()
@@ -154,14 +154,13 @@ class _Replacement:
         unknown = [name for name, value in options.items() if value is not None and name not in PASSED_ON]
         if unknown:
             return f"arguments {unknown} are not known here"
-        if any(map(operator.contains, map(vars, self.inner), itertools.repeat("forward"))):
+        if any(map(operator.contains, self.inner, itertools.repeat("forward"))):
             return "a module inside has a forward of its own, as offloading puts there"
         if any(self.hooks) and not all(map(_captures_outputs, self.hooks)):
             return "a module inside has hooks"
         if self.module.training and any(x.p != config.hidden_dropout_prob for x in self.dropouts):
             return f"a dropout inside differs from config.hidden_dropout_prob = {config.hidden_dropout_prob}"
-        plain = self.qformer.parameters_read() is not None
-        return None if plain else self.qformer.why_not()
+        return None if self.qformer.reads_parameters() else self.qformer.why_not()
 
     def run_before(self, reason: str, *args: Any, **options: Any) -> Any:
         if reason not in self.warned:

@@ -396,7 +396,7 @@ class _Kernels:
         training = bert.encoder.training
         if any(x.training != training for x in self._dropouts):
             return "a dropout inside has another mode than the encoder"
-        return None if self._qformer.parameters_read() is not None else self._qformer.why_not()
+        return None if self._qformer.reads_parameters() else self._qformer.why_not()
 
 
 def _borrow(bert: BertModel, attention: list[BertSelfAttention], dropouts: list[nn.Dropout]) -> BorrowedQFormer:

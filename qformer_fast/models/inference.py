@@ -55,14 +55,15 @@ class Kept:
                 self._value = make()
             self._tensors, self._key = tensors, key
             self._memory = [x.detach() for x in tensors]
-            self._versions, self._pointers = list(map(_version, tensors)), list(map(Tensor.data_ptr, tensors))
+            self._versions, self._pointers = sum(map(_version, tensors)), list(map(Tensor.data_ptr, tensors))
         return self._value
 
     def _same(self, tensors: list[Tensor]) -> bool:
         return (
             len(tensors) == len(self._tensors)
             and all(map(operator.is_, tensors, self._tensors))
-            and list(map(_version, tensors)) == self._versions
+            # of the same tensors: none of them can have counted back
+            and sum(map(_version, tensors)) == self._versions
             and list(map(Tensor.data_ptr, tensors)) == self._pointers
         )
 

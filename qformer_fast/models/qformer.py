@@ -535,6 +535,10 @@ class QFormer(CheckpointMixin, nn.Module):
         """The parameters of the layers and of the queries' LayerNorm; None where a layer is not PyTorch's own class, so
         that its weight may depend on anything.
         """
+        return [parameters[name] for parameters, name in self._places] if self.reads_parameters() else None
+
+    def reads_parameters(self) -> bool:
+        """Whether :meth:`parameters_read` finds them."""
         layers = self.layers_read()
         if len(layers) != len(self._layers_seen) or not all(map(operator.is_, layers, self._layers_seen)):
             plain = all(type(layer) in PLAIN for layer in layers)
@@ -542,7 +546,7 @@ class QFormer(CheckpointMixin, nn.Module):
                 [(layer._parameters, name) for layer in layers for name in layer._parameters] if plain else None
             )
             self._layers_seen = layers
-        return None if self._places is None else [parameters[name] for parameters, name in self._places]
+        return self._places is not None
 
     def layers_read(self) -> list[nn.Module]:
         """The encoder's linear layers and LayerNorms and the queries' LayerNorm as they are now."""
