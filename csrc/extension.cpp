@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "products.h"
+#include "query_encoder.h"
 
 namespace qformer_fast {
 namespace {
@@ -50,14 +51,24 @@ void fill(LinearArguments& arguments, Tensor const& rows, Tensor const& weight, 
   arguments.out = out.mutable_data_ptr();
 }
 
+Dtype dtype_of(Tensor const& x) {
+  return x.scalar_type() == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kHalf;
+}
+
+// run(stream) on x's device and its current stream.
+template <class Run>
+char const* on_stream_of(Tensor const& x, Run run) {
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return run(static_cast<cudaStream_t>(stream));
+}
+
 template <class Arguments>
 void launch(char const* (*run)(Dtype, Arguments const&, cudaStream_t), Tensor const& rows, Arguments const& arguments) {
   if (arguments.m == 0) return;
-  torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(rows.get_device_index(), &stream));
-  Dtype dtype = rows.scalar_type() == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kHalf;
-  char const* error = run(dtype, arguments, static_cast<cudaStream_t>(stream));
+  char const* error =
+      on_stream_of(rows, [&](cudaStream_t stream) { return run(dtype_of(rows), arguments, stream); });
   STD_TORCH_CHECK(error == nullptr, "a product of ", arguments.m, " rows failed: ", error);
 }
 
@@ -88,6 +99,60 @@ void backward(Tensor dout, Tensor weight, Tensor up, Tensor bias, Tensor dup, Te
   launch(linear_gelu_bwd, dout, arguments);
 }
 
+// How many slots a block has is its caller's to know, who packs them.
+void encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor rows, Tensor queries, Tensor keys_values,
+                    int64_t images, int64_t layers, int64_t cross_layers, int64_t headdim, double eps, Tensor workspace,
+                    Tensor out) {
+  ScalarType dtype = rows.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "rows must be bf16 or fp16");
+  for (Tensor const* x : {&weights, &first_slots, &vectors, &keys_values, &workspace})
+    STD_TORCH_CHECK(x->dim() == 2, "all arguments must have two dimensions");
+  STD_TORCH_CHECK(layers > 0 && layers <= 32 && cross_layers & 1, "layers must be 1 to 32, the first with cross-attention");
+  STD_TORCH_CHECK(images > 0 && keys_values.size(0) % images == 0 && keys_values.size(0) > 0,
+                  "keys_values must be (images * tokens, width), of ", images, " images");
+  int64_t looking = 0;
+  for (int64_t layer = 0; layer < layers; ++layer) looking += cross_layers >> layer & 1;
+  check("rows", rows, rows, dtype, 32, 768);
+  check("queries", queries, rows, dtype, 32, 768);
+  check("keys_values", keys_values, rows, dtype, keys_values.size(0), looking * 2 * 768);
+  check("weights", weights, rows, dtype, weights.size(0), 3072);
+  check("first_slots", first_slots, rows, ScalarType::Int, 1, first_slots.size(1));
+  STD_TORCH_CHECK(first_slots.size(1) % 2 == 1, "first_slots must be of an even number of blocks and one more");
+  check("vectors", vectors, rows, ScalarType::Float, 1, vectors.size(1));
+  int64_t bytes = query_encoder_workspace(static_cast<int>(images));
+  STD_TORCH_CHECK(workspace.size(1) >= bytes, "workspace must be of at least ", bytes, " bytes");
+  check("workspace", workspace, rows, ScalarType::Byte, 1, workspace.size(1));
+  check("out", out, rows, dtype, images * 32, 768);
+  QueryEncoderArguments arguments{};
+  arguments.images = static_cast<int>(images);
+  arguments.tokens = static_cast<int>(keys_values.size(0) / images);
+  arguments.layers = static_cast<int>(layers);
+  arguments.cross_layers = static_cast<uint32_t>(cross_layers);
+  arguments.eps = static_cast<float>(eps);
+  arguments.weights = weights.const_data_ptr();
+  arguments.first_slots = static_cast<int const*>(first_slots.const_data_ptr());
+  arguments.vectors = static_cast<float const*>(vectors.const_data_ptr());
+  arguments.rows = rows.const_data_ptr();
+  arguments.queries = queries.const_data_ptr();
+  arguments.keys_values = keys_values.const_data_ptr();
+  arguments.workspace = workspace.mutable_data_ptr();
+  arguments.out = out.mutable_data_ptr();
+  int clusters = static_cast<int>(first_slots.size(1) / 2);
+  char const* error = on_stream_of(rows, [&](cudaStream_t stream) {
+    return query_encoder(dtype_of(rows), static_cast<int>(headdim), clusters, arguments, stream);
+  });
+  STD_TORCH_CHECK(error == nullptr, "encoding ", images, " images in one launch failed: ", error);
+}
+
+int64_t encode_queries_clusters(Tensor rows, int64_t headdim) {
+  torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  return query_encoder_clusters(dtype_of(rows), static_cast<int>(headdim));
+}
+
+int64_t encode_queries_workspace(Tensor rows, int64_t images) {
+  return query_encoder_workspace(static_cast<int>(images));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(qformer_fast_cuda, m) {
@@ -96,12 +161,21 @@ STABLE_TORCH_LIBRARY(qformer_fast_cuda, m) {
   m.def(
       "linear_gelu_bwd(Tensor dout, Tensor weight, Tensor up, Tensor bias, Tensor(a!) dup, Tensor(b!) out, "
       "Tensor(c!) column_sums) -> ()");
+  m.def(
+      "encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor rows, Tensor queries, "
+      "Tensor keys_values, int images, int layers, int cross_layers, int headdim, float eps, Tensor(a!) workspace, "
+      "Tensor(b!) out) -> ()");
+  m.def("encode_queries_clusters(Tensor rows, int headdim) -> int");
+  m.def("encode_queries_workspace(Tensor rows, int images) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qformer_fast_cuda, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear_out));
   m.impl("linear_gelu_fwd", TORCH_BOX(&forward));
   m.impl("linear_gelu_bwd", TORCH_BOX(&backward));
+  m.impl("encode_queries", TORCH_BOX(&encode_queries));
+  m.impl("encode_queries_clusters", TORCH_BOX(&encode_queries_clusters));
+  m.impl("encode_queries_workspace", TORCH_BOX(&encode_queries_workspace));
 }
 
 }  // namespace qformer_fast

@@ -1,18 +1,9 @@
 // Exact GELU and its derivative in fp32.
 #pragma once
 
-#include <cutlass/cutlass.h>
-#include <cutlass/numeric_types.h>
-
-#include <cute/util/type_traits.hpp>
+#include "ptx.cuh"
 
 namespace qformer_fast {
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Phi(-a) for a >= 0 as 2 to a polynomial of a. The epilogue is bound by its arithmetic, so bf16 takes fewer terms:
 // relative error below 1.4e-4 up to a = 3.5 (half a unit of bf16 is 2e-3), for fp16 4e-6; both vanish beyond 6.

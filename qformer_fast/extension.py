@@ -10,7 +10,7 @@ from torch import Tensor
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.float16, torch.bfloat16)
-OPERATORS = ("linear", "linear_gelu_fwd", "linear_gelu_bwd")
+OPERATORS = ("linear", "linear_gelu_fwd", "linear_gelu_bwd", "encode_queries")
 ROWS_PER_SUM = 128
 # from how many rows on a product with GELU is faster than cuBLAS's and a pass over its result
 FWD_ROWS, BWD_ROWS = 2048, 256
@@ -105,3 +105,52 @@ def linear_gelu_bwd(
     torch.ops.qformer_fast_cuda.linear_gelu_bwd(dout, weight, up, bias[None], dup, out, sums[:, 0])
     sum_parts(sums, dbias, add=total is not None and add)
     return dup, dbias, out
+
+
+def encode_queries(
+    weights: Tensor,
+    first_slots: Tensor,
+    vectors: Tensor,
+    rows: Tensor,
+    queries: Tensor,
+    keys_values: Tensor,
+    images: int,
+    layers: int,
+    cross_layers: int,
+    headdim: int,
+    eps: float,
+    workspace: Tensor,
+    out: Tensor,
+) -> None:
+    """Writes to out the rows after all layers over queries alone, in one launch.
+
+    weights (slots, 3072) and first_slots (blocks + 1,) int32 as :func:`qformer_fast.models.one_launch.pack` gives them,
+    vectors (elements,) fp32 the biases and LayerNorms in the order of their use, rows and queries (32, 768),
+    keys_values (images * tokens, layers with cross-attention * 2 * 768), workspace (bytes,) uint8, out (images * 32,
+    768). Bit i of ``cross_layers``: layer i has cross-attention.
+    """
+    torch.ops.qformer_fast_cuda.encode_queries(
+        weights,
+        first_slots[None],
+        vectors[None],
+        rows,
+        queries,
+        keys_values,
+        images,
+        layers,
+        cross_layers,
+        headdim,
+        eps,
+        workspace[None],
+        out,
+    )
+
+
+def encode_queries_clusters(rows: Tensor, headdim: int) -> int:
+    """How many clusters of two of its blocks, which wait for each other, rows' device holds at once; 0: too few."""
+    return torch.ops.qformer_fast_cuda.encode_queries_clusters(rows, headdim)
+
+
+def encode_queries_workspace(rows: Tensor, images: int) -> int:
+    """Bytes that :func:`encode_queries` needs, zero before their first use."""
+    return torch.ops.qformer_fast_cuda.encode_queries_workspace(rows, images)

@@ -1,0 +1,93 @@
+#include "query_encoder.cuh"
+
+namespace qformer_fast {
+namespace {
+
+template <class Element, int kImages, int kHeaddim>
+__global__ void __launch_bounds__(kThreads, 1)
+    encode_queries(__grid_constant__ QueryEncoderArguments const arguments) {
+  extern __shared__ __align__(128) char dynamic[];
+  Encoder<Element, kImages, kHeaddim>(arguments, *reinterpret_cast<Shared<kImages>*>(dynamic)).run();
+}
+
+struct Launch {
+  void (*kernel)(QueryEncoderArguments) = nullptr;
+  int ring = 0, bytes = 0;
+
+  template <class Element, int kImages>
+  void choose(int headdim, int most_bytes) {
+    if (headdim == 64) kernel = encode_queries<Element, kImages, 64>;
+    if (headdim == 32) kernel = encode_queries<Element, kImages, 32>;
+    ring = (most_bytes - int(sizeof(Shared<kImages>))) / kSlotBytes;
+    if (ring > kMaxSlots) ring = kMaxSlots;
+    bytes = int(sizeof(Shared<kImages>)) + ring * kSlotBytes;
+  }
+
+  Launch(Dtype dtype, int headdim, int images) {
+    int device = 0, most_bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    auto with = [&](auto element) {
+      using Element = decltype(element);
+      int chunk = images_of_chunk(images);
+      if (chunk == 1) choose<Element, 1>(headdim, most_bytes);
+      if (chunk == 2) choose<Element, 2>(headdim, most_bytes);
+      if (chunk == 4) choose<Element, 4>(headdim, most_bytes);
+    };
+    dtype == Dtype::kHalf ? with(cutlass::half_t{}) : with(cutlass::bfloat16_t{});
+  }
+
+  // Clusters that fit at once; 0 where a phase's slots don't fit into the ring.
+  int clusters() const {
+    if (kernel == nullptr || ring < kMostWide || ring < 4 * kMostNarrow) return 0;
+    cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attributes[2];
+    configure(config, attributes, kCluster, nullptr);
+    config.numAttrs = 1;
+    int found = 0;
+    cudaError_t error = cudaOccupancyMaxActiveClusters(&found, reinterpret_cast<void const*>(kernel), &config);
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess ? found : 0;
+  }
+
+  void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute* attributes, int blocks, cudaStream_t stream) const {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = kCluster;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeCooperative;
+    attributes[1].val.cooperative = 1;
+    config.gridDim = blocks;
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+};
+
+}  // namespace
+
+int64_t query_encoder_workspace(int images) { return kBarrierBytes + padded_rows(images) * kRowBytes; }
+
+int query_encoder_clusters(Dtype dtype, int headdim) {
+  int least = kTiles;
+  for (int images : {1, 2, 4}) {
+    int found = Launch(dtype, headdim, images).clusters();
+    least = found < least ? found : least;
+  }
+  return least < kLeastClusters ? 0 : least;
+}
+
+char const* query_encoder(Dtype dtype, int headdim, int clusters, QueryEncoderArguments arguments, cudaStream_t stream) {
+  Launch launch(dtype, headdim, arguments.images);
+  if (launch.kernel == nullptr) return "head dimensions are 32 and 64";
+  arguments.ring = launch.ring;
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attributes[2];
+  launch.configure(config, attributes, clusters * kCluster, stream);
+  cudaError_t error = cudaLaunchKernelEx(&config, launch.kernel, arguments);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace qformer_fast

@@ -1,0 +1,34 @@
+// The Q-Former's layers over queries alone, in one launch. Free of torch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "products.h"
+
+namespace qformer_fast {
+
+// hidden 768, intermediate 3072 and 32 queries an image
+struct QueryEncoderArguments {
+  int images, tokens, layers;
+  uint32_t cross_layers;    // bit i: layer i looks at the image; layer 0 does
+  float eps;                // of the LayerNorms
+  int ring;                 // slots in a block's shared memory; query_encoder() sets it
+  void const* weights;      // all blocks' slots, see query_encoder.cuh
+  int const* first_slots;   // (blocks + 1,) where each block's begin
+  float const* vectors;     // biases and LayerNorms in the order of their use
+  void const* rows;         // (32, 768) after the first self-attention
+  void const* queries;      // (32, 768) what the first cross-attention asks
+  void const* keys_values;  // (images, tokens, layers with cross-attention, 2, 768)
+  void* workspace;          // query_encoder_workspace(images) bytes, aligned to 256, zero before their first use
+  void* out;                // (images, 32, 768)
+};
+
+int64_t query_encoder_workspace(int images);
+// How many clusters of two blocks the current device holds at once; 0 where they are too few.
+int query_encoder_clusters(Dtype, int headdim);
+// Launches ``clusters`` of them on the current device; returns null or what went wrong.
+char const* query_encoder(Dtype, int headdim, int clusters, QueryEncoderArguments, cudaStream_t);
+
+}  // namespace qformer_fast

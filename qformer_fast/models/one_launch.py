@@ -1,0 +1,122 @@
+"""Few images in one launch: the layers over queries alone as one kernel of the extension (csrc/query_encoder.cuh)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qformer_fast import backend as backends
+from qformer_fast import extension
+from qformer_fast.config import QFormerConfig
+from qformer_fast.models.packing import EncoderWeights
+
+MAX_IMAGES = 8
+HIDDEN, INTERMEDIATE, QUERIES, HEADDIMS = 768, 3072, 32, (32, 64)
+# blocks of a cluster; columns and K of a slot, the piece of a weight that a block reads at once
+CLUSTER, TILE, SLICE = 2, 8, 384
+
+
+def why_not(config: QFormerConfig, queries: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why an encoder can't run in one launch, however few the images; None where it can."""
+    if backends.asked_for() not in (None, "cuda"):
+        return f"backend {backends.asked_for()!r} is asked for"
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device}"
+    if reason := extension.why_not():
+        return reason
+    if dtype not in extension.DTYPES:
+        return f"it takes fp16 and bf16, got {dtype}"
+    sizes = {
+        "hidden_size": (config.hidden_size, [HIDDEN]),
+        "intermediate_size": (config.intermediate_size, [INTERMEDIATE]),
+        "the head dimension": (config.headdim, list(HEADDIMS)),
+        "the number of queries": (queries, [QUERIES]),
+    }
+    wrong = [
+        f"{name} must be one of {allowed}, got {size}" for name, (size, allowed) in sizes.items() if size not in allowed
+    ]
+    return "; ".join(wrong) or None
+
+
+def pack(weights: list[Tensor], clusters: int) -> tuple[Tensor, Tensor]:
+    """Weights (outputs, inputs) in the order in which the kernel's products need them, as slots (slots, 3072) that each
+    block reads one after the other, and where each block's begin, (blocks + 1,) int32.
+
+    Of a weight's tiles of 8 outputs each cluster has outputs / 8 / clusters in a row, a block of it a half of the
+    inputs, 384 to a slot. A slot is fragments of mma.m16n8k16's B: column and pair of K a thread, its halves of K
+    together.
+    """
+    slots, owners = [], []
+    for weight in weights:
+        tiles, slices = weight.shape[0] // TILE, weight.shape[1] // CLUSTER // SLICE
+        parts = weight.reshape(tiles, TILE, CLUSTER, slices, SLICE // 16, 2, 4, 2)
+        slots.append(parts.permute(2, 0, 3, 4, 1, 6, 5, 7).reshape(-1, TILE * SLICE))
+        tile = torch.arange(tiles)
+        # the cluster c whose tiles begin at c * tiles // clusters and end before (c + 1) * tiles // clusters
+        cluster = ((tile + 1) * clusters - 1) // tiles
+        blocks = cluster * CLUSTER + torch.arange(CLUSTER)[:, None]
+        owners.append(blocks.repeat_interleave(slices, 1).flatten())
+    owner = torch.cat(owners)
+    order = owner.argsort(stable=True).to(weights[0].device)
+    counts = torch.bincount(owner, minlength=clusters * CLUSTER)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    return torch.cat(slots)[order], starts.to(weights[0].device)
+
+
+class OneLaunch:
+    """An encoder's weights as the kernel reads them, and its launches.
+
+    Args:
+        config (QFormerConfig): for which :func:`why_not` gives None.
+        weights (EncoderWeights): of its layers, in the dtype of the rows.
+        rows, queries (Tensor): (32, 768) and (32, nheads, headdim), what does not depend on the images: the rows after
+            the first self-attention and what the first cross-attention asks.
+        clusters (int): of two blocks, that the device holds at once.
+    """
+
+    def __init__(self, config: QFormerConfig, weights: EncoderWeights, rows: Tensor, queries: Tensor, clusters: int):
+        self.rows, self.queries = rows.contiguous(), queries.flatten(1).contiguous()
+        self.headdim, self.eps, self.layers = config.headdim, config.layer_norm_eps, len(weights.layers)
+        self.cross_layers = sum(1 << layer for layer in config.cross_attention_layers)
+        matrices, vectors = [], []
+        for index, layer in enumerate(weights.layers):
+            blocks = [layer.self_attention, layer.cross_attention, layer.query_feed_forward]
+            for first, first_bias, second, *others in (block.parameters for block in blocks if block is not None):
+                matrices += [first, second]
+                vectors += [first_bias, *others]
+            if index == 0:
+                # self-attention and what cross-attention asks come before the images
+                matrices, vectors = matrices[3:], vectors[5:]
+        self.weights, self.first_slots = pack([x.to(rows.dtype) for x in matrices], clusters)
+        self.vectors = torch.cat([x.float() for x in vectors])
+        self._workspaces: dict[int, Tensor] = {}
+
+    def run(self, keys_values: Tensor, images: int) -> Tensor:
+        """(images * tokens, layers * 2 * 768) -> (images, 32, 768)."""
+        out = keys_values.new_empty(images * QUERIES, HIDDEN)
+        extension.encode_queries(
+            self.weights,
+            self.first_slots,
+            self.vectors,
+            self.rows,
+            self.queries,
+            keys_values,
+            images,
+            self.layers,
+            self.cross_layers,
+            self.headdim,
+            self.eps,
+            self._workspace(),
+            out,
+        )
+        return out.view(images, QUERIES, HIDDEN)
+
+    def _workspace(self) -> Tensor:
+        """Memory of the current stream, whose launches follow each other."""
+        size = extension.encode_queries_workspace(self.rows, MAX_IMAGES)
+        if torch.cuda.is_current_stream_capturing():
+            return self.rows.new_zeros(size, dtype=torch.uint8)
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream not in self._workspaces:
+            self._workspaces[stream] = self.rows.new_zeros(size, dtype=torch.uint8)
+        return self._workspaces[stream]

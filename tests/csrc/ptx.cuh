@@ -1,0 +1,283 @@
+// csrc/ptx.cuh for one CPU thread: every CUDA thread is a fiber, which goes on to the next where it has to wait for others.
+//
+// Copies to shared memory land when they are waited for, bulk copies at once. What is not seen here: the order in which
+// other multiprocessors see memory, and times. x86-64 alone.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cutlass/numeric_types.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <cute/util/type_traits.hpp>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace emulated {
+
+struct Barrier {
+  int arrived = 0, generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  struct {
+    float number;
+    void const* pointer;
+    uint32_t a[4], b[2];
+  } given[2][32];
+};
+
+struct Block {
+  Barrier barrier;
+  Barrier* cluster_barrier;
+  char* shared;
+  std::vector<Warp> warps;
+};
+
+struct Copy {
+  void* to;
+  void const* from;
+  int group;
+};
+
+struct Thread {
+  struct {
+    int x;
+  } thread, block;
+  Block* of;
+  Warp* warp;
+  int lane;
+  int exchanges = 0, committed = 0;
+  std::vector<Copy> copies;
+  void* stack_pointer;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+};
+
+inline Thread* self;
+inline std::vector<Block> blocks;
+inline struct {
+  int x;
+} grid;
+inline void* scheduler;
+inline bool progress;
+inline std::function<void()> body;
+
+asm(R"(
+.text
+.type emulated_switch, @function
+emulated_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+extern "C" void emulated_switch(void** from, void* to);
+
+inline void yield() { emulated_switch(&self->stack_pointer, scheduler); }
+
+template <class Condition>
+void wait_until(Condition met) {
+  while (!met()) yield();
+  progress = true;
+}
+
+inline void wait_at(Barrier& barrier, int count) {
+  int generation = barrier.generation;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  wait_until([&] { return barrier.generation != generation; });
+}
+
+// What all lanes of the warp give; each may be one exchange ahead of another.
+template <class Give>
+auto& exchange(Give give) {
+  auto& given = self->warp->given[self->exchanges++ % 2];
+  give(given[self->lane]);
+  wait_at(self->warp->barrier, 32);
+  return given;
+}
+
+inline void start() {
+  body();
+  self->done = true;
+  yield();
+}
+
+// Runs ``what`` as a grid of ``count`` blocks in clusters of ``cluster``, each with ``bytes`` of shared memory.
+inline void run(int count, int threads, int cluster, size_t bytes, std::function<void()> what) {
+  constexpr size_t kStack = 1 << 15;
+  body = what;
+  grid.x = count;
+  blocks = std::vector<Block>(count);
+  std::vector<Barrier> clusters(count / cluster);
+  std::vector<char*> memory(count);
+  std::vector<Thread> all(size_t(count) * threads);
+  for (int b = 0; b < count; ++b) {
+    Block& block = blocks[b];
+    block.cluster_barrier = &clusters[b / cluster];
+    block.shared = memory[b] = static_cast<char*>(std::aligned_alloc(128, (bytes + 127) / 128 * 128));
+    std::memset(block.shared, 0x7f, bytes);  // numbers that show where they are read
+    block.warps = std::vector<Warp>(threads / 32);
+    for (int t = 0; t < threads; ++t) {
+      Thread& thread = all[size_t(b) * threads + t];
+      thread.thread.x = t, thread.block.x = b, thread.of = &block;
+      thread.warp = &block.warps[t / 32], thread.lane = t % 32;
+      thread.stack.reset(new char[kStack]);
+      auto top = reinterpret_cast<uintptr_t>(thread.stack.get() + kStack) / 16 * 16 - 8;
+      auto* frame = reinterpret_cast<void**>(top);
+      *frame = nullptr;  // where start() would return to
+      *--frame = reinterpret_cast<void*>(&start);
+      thread.stack_pointer = frame - 6;
+      std::memset(thread.stack_pointer, 0, 6 * sizeof(void*));
+    }
+  }
+  for (bool left = true; left;) {
+    left = false;
+    bool moved = false;
+    for (size_t first = 0; first < all.size(); first += 32) {
+      do {
+        progress = false;
+        for (size_t i = first; i < first + 32; ++i) {
+          if (all[i].done) continue;
+          self = &all[i];
+          emulated_switch(&scheduler, self->stack_pointer);
+          left |= !all[i].done;
+          progress |= all[i].done;
+        }
+        moved |= progress;
+      } while (progress);
+    }
+    if (left && !moved) std::abort();  // all wait for each other
+  }
+  for (char* p : memory) std::free(p);
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::self->thread)
+#define blockIdx (emulated::self->block)
+#define gridDim (emulated::grid)
+
+using std::min;
+
+inline void __syncthreads() { emulated::wait_at(emulated::self->of->barrier, int(emulated::self->of->warps.size()) * 32); }
+inline void __syncwarp() {
+  emulated::exchange([](auto&) {});
+}
+inline float __shfl_xor_sync(unsigned, float x, int bits) {
+  return emulated::exchange([&](auto& mine) { mine.number = x; })[emulated::self->lane ^ bits].number;
+}
+template <class T>
+T __ldg(T const* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(T const* p) {
+  return *p;
+}
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+
+namespace qformer_fast {
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+inline void copy_async(void* to, void const* from) {
+  emulated::self->copies.push_back({to, from, emulated::self->committed});
+}
+inline void commit_copies() { ++emulated::self->committed; }
+template <int kOpen = 0>
+void wait_for_copies() {
+  auto& copies = emulated::self->copies;
+  auto open = std::stable_partition(copies.begin(), copies.end(), [](emulated::Copy const& copy) {
+    return copy.group < emulated::self->committed - kOpen;
+  });
+  for (auto copy = copies.begin(); copy != open; ++copy) std::memcpy(copy->to, copy->from, 16);
+  copies.erase(copies.begin(), open);
+}
+
+// A barrier counts the copies that have come.
+inline void start_barrier(uint64_t* barrier) { *barrier = 0; }
+inline void publish_barriers() {}
+inline void copy_bulk(void* to, void const* from, int bytes, uint64_t* barrier) {
+  std::memcpy(to, from, bytes);
+  ++*barrier;
+}
+inline void wait_for_bulk(uint64_t* barrier, int parity) {
+  emulated::wait_until([&] { return int(*barrier % 2) != parity; });
+}
+
+inline void cluster_barrier() {
+  emulated::wait_at(*emulated::self->of->cluster_barrier, int(emulated::self->of->warps.size()) * 64);
+}
+template <class T>
+T load_of_rank(T const* mine, uint32_t rank) {
+  auto* block = emulated::self->of;
+  auto* other = &emulated::blocks[emulated::self->block.x / 2 * 2 + rank];
+  return *reinterpret_cast<T const*>(reinterpret_cast<char const*>(mine) - block->shared + other->shared);
+}
+inline unsigned add_release(unsigned* to, unsigned x) {
+  emulated::progress = true;
+  unsigned before = *to;
+  *to += x;
+  return before;
+}
+inline unsigned load_acquire(unsigned const* from) {
+  unsigned before = *from;
+  emulated::yield();
+  emulated::progress |= *from != before;
+  return *from;
+}
+
+inline void ldmatrix(uint32_t (&a)[4], void const* p) {
+  auto& given = emulated::exchange([&](auto& mine) { mine.pointer = p; });
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(&a[i], static_cast<char const*>(given[i * 8 + emulated::self->lane / 4].pointer) +
+                           emulated::self->lane % 4 * 4, 4);
+}
+inline void ldmatrix_transposed(uint32_t (&a)[4], void const* p) {
+  auto& given = emulated::exchange([&](auto& mine) { mine.pointer = p; });
+  for (int i = 0; i < 4; ++i)
+    for (int half = 0; half < 2; ++half)
+      std::memcpy(reinterpret_cast<char*>(&a[i]) + half * 2,
+                  static_cast<char const*>(given[i * 8 + emulated::self->lane % 4 * 2 + half].pointer) +
+                      emulated::self->lane / 4 * 2, 2);
+}
+
+template <class Element>
+void mma(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+  auto& given = emulated::exchange([&](auto& mine) {
+    std::copy(a, a + 4, mine.a);
+    mine.b[0] = b0, mine.b[1] = b1;
+  });
+  auto of_pair = [](uint32_t pair, int i) {
+    Element both[2];
+    std::memcpy(both, &pair, 4);
+    return float(both[i]);
+  };
+  int lane = emulated::self->lane;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k)
+      c[i] += of_pair(given[lane / 4 * 4 + k % 8 / 2].a[k / 8 * 2 + i / 2], k % 2) *
+              of_pair(given[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2].b[k / 8], k % 2);
+}
+
+}  // namespace qformer_fast

@@ -1,0 +1,43 @@
+// csrc/query_encoder.cuh on the CPU, for tests.
+#include "query_encoder.cuh"
+
+using namespace qformer_fast;
+
+namespace {
+
+template <class Element, int kImages, int kHeaddim>
+void run(QueryEncoderArguments arguments, int clusters) {
+  constexpr size_t kBytes = 232448;  // of a multiprocessor, as on Hopper
+  arguments.ring = std::min(int(kBytes - sizeof(Shared<kImages>)) / kSlotBytes, kMaxSlots);
+  emulated::run(clusters * kCluster, kThreads, kCluster, kBytes, [&] {
+    auto& shared = *reinterpret_cast<Shared<kImages>*>(emulated::self->of->shared);
+    Encoder<Element, kImages, kHeaddim>(arguments, shared).run();
+  });
+}
+
+template <class Element, int kImages>
+void with_heads(QueryEncoderArguments const& arguments, int headdim, int clusters) {
+  headdim == 32 ? run<Element, kImages, 32>(arguments, clusters) : run<Element, kImages, 64>(arguments, clusters);
+}
+
+template <class Element>
+void with_images(QueryEncoderArguments const& arguments, int headdim, int clusters) {
+  int chunk = images_of_chunk(arguments.images);
+  if (chunk == 1) with_heads<Element, 1>(arguments, headdim, clusters);
+  if (chunk == 2) with_heads<Element, 2>(arguments, headdim, clusters);
+  if (chunk == 4) with_heads<Element, 4>(arguments, headdim, clusters);
+}
+
+}  // namespace
+
+extern "C" int64_t workspace(int images) { return kBarrierBytes + padded_rows(images) * kRowBytes; }
+
+extern "C" void encode(bool half, int headdim, int clusters, int images, int tokens, int layers, int cross_layers, float eps,
+                       void* weights, void* first_slots, void* vectors, void* rows, void* queries, void* keys_values,
+                       void* workspace, void* out) {
+  QueryEncoderArguments arguments{images, tokens, layers, uint32_t(cross_layers), eps, 0, weights,
+                                  static_cast<int const*>(first_slots), static_cast<float const*>(vectors), rows, queries,
+                                  keys_values, workspace, out};
+  half ? with_images<cutlass::half_t>(arguments, headdim, clusters)
+       : with_images<cutlass::bfloat16_t>(arguments, headdim, clusters);
+}

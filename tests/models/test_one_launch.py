@@ -1,0 +1,194 @@
+"""The layers over queries in one launch: its kernel's source run on the CPU, a fiber a thread, and on a GPU itself."""
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qformer_fast import QFormerConfig, extension
+from qformer_fast.backend import use_backend
+from qformer_fast.models import one_launch
+from qformer_fast.models.inference import _Runner
+from qformer_fast.models.qformer import QFormer
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("csrc/query_encoder.cuh", "csrc/query_encoder.h", "csrc/products.h", "csrc/gelu.cuh")
+
+
+@pytest.mark.parametrize("clusters", [43, 66])
+@pytest.mark.parametrize("shape", [(768, 768), (2304, 768), (768, 3072)], ids=lambda s: "x".join(map(str, s)))
+def test_pack(shape, clusters):
+    """Blocks find their tiles' elements where the fragments of mma.m16n8k16 want them (PTX ISA, its layout of B)."""
+    outputs, inputs = shape
+    weights = [torch.arange(24576.0).view(64, 384).repeat(12, 2), torch.randn(shape)]
+    packed, starts = one_launch.pack(weights, clusters)
+    assert starts.shape == (2 * clusters + 1,) and starts[-1] == len(packed)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(end):
+        return int(torch.randint(end, (), generator=generator))
+
+    slices = inputs // 768
+    for _ in range(300):
+        cluster, rank, step, lane, half, e = (draw(n) for n in (clusters, 2, 24, 32, 2, 2))
+        first, end = (c * (outputs // 8) // clusters for c in (cluster, cluster + 1))
+        tile, part = draw(end - first), draw(slices)
+        before = (cluster + 1) * 96 // clusters - cluster * 96 // clusters  # the first weight's tiles
+        slot = packed[starts[2 * cluster + rank] + before + tile * slices + part].view(24, 32, 2, 2)
+        row = (first + tile) * 8 + lane // 4
+        column = rank * inputs // 2 + part * 384 + step * 16 + half * 8 + lane % 4 * 2 + e
+        assert slot[step, lane, half, e] == weights[1][row, column]
+
+
+def build(layers: int, headdim: int, dtype: torch.dtype, device: str = "cpu", frequency: int = 2) -> QFormer:
+    """With weights that ``dtype`` holds exactly."""
+    config = QFormerConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=768 // headdim,
+        encoder_hidden_size=64,
+        cross_attention_frequency=frequency,
+        use_qformer_text_input=False,
+    )
+    model = QFormer(config).eval().to(device)
+    for x in model.parameters():
+        x.data = (torch.randn_like(x) * 0.05 if x.ndim > 1 else x + torch.randn_like(x) * 0.1).to(dtype)
+    return model
+
+
+def given(model: QFormer, images: int, tokens: int) -> tuple[nn.Parameter, torch.Tensor]:
+    like = next(model.parameters())
+    queries, embeds = torch.randn(1, 32, 768, device=like.device), torch.randn(images, tokens, 64, device=like.device)
+    return nn.Parameter(queries.to(like.dtype)), embeds.to(like.dtype)
+
+
+def outputs(model: QFormer, queries: torch.Tensor, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As PyTorch's operators compute them in fp64 and in the model's dtype."""
+    dtype = queries.dtype
+    with use_backend("reference"), torch.no_grad():
+        low = model.encode_queries(queries, embeds)
+        high = model.double().encode_queries(queries.double(), embeds.double())
+    model.to(dtype)
+    return high, low
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """csrc/query_encoder.cuh over tests/csrc/ptx.cuh."""
+    compiler, cutlass = shutil.which("c++"), importlib.util.find_spec("cutlass_library")
+    nvcc = shutil.which("nvcc")
+    if compiler is None or cutlass is None or nvcc is None or platform.machine() != "x86_64":
+        pytest.skip("needs a C++ compiler for x86-64, CUTLASS's and CUDA's headers")
+    folder = tmp_path_factory.mktemp("emulated")
+    for name in (*SOURCES, "tests/csrc/ptx.cuh", "tests/csrc/query_encoder.cpp"):
+        shutil.copy(ROOT / name, folder)
+    toolkits = (os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parents[1], "/usr/local/cuda")
+    cuda = next(Path(home) for home in toolkits if home and Path(home, "include/cuda_runtime.h").exists())
+    include = Path(cutlass.submodule_search_locations[0]) / "source/include"
+    library = folder / "query_encoder.so"
+    options = ["-std=c++20", "-O2", "-w", "-fPIC", "-shared", f"-I{include}", f"-I{cuda / 'include'}"]
+    subprocess.run([compiler, *options, folder / "query_encoder.cpp", "-o", library], check=True)
+    found = ctypes.CDLL(str(library))
+    found.workspace.restype = ctypes.c_int64
+    return found
+
+
+@pytest.mark.parametrize(
+    "images, tokens, layers, headdim, clusters, dtype",
+    [
+        (1, 257, 3, 64, 66, torch.bfloat16),
+        (1, 1, 2, 32, 43, torch.float16),
+        (2, 49, 2, 64, 57, torch.bfloat16),
+        (5, 330, 1, 64, 66, torch.bfloat16),
+    ],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_source_on_the_cpu(emulated, images, tokens, layers, headdim, clusters, dtype):
+    model = build(layers, headdim, dtype)
+    queries, embeds = given(model, images, tokens)
+    truth, plain = outputs(model, queries, embeds)
+    with torch.no_grad():
+        runner = _Runner(model, queries, dtype, None)
+        one = one_launch.OneLaunch(model.config, runner.weights, *runner.first, clusters)
+        keys_values = runner.project(embeds.flatten(0, 1))
+    workspace = torch.zeros(emulated.workspace(images), dtype=torch.uint8)
+
+    def run():
+        out = torch.full((images, 32, 768), torch.nan, dtype=dtype)
+        tensors = one.weights, one.first_slots, one.vectors, one.rows, one.queries, keys_values, workspace, out
+        sizes = headdim, clusters, images, tokens, layers, one.cross_layers
+        half, eps = ctypes.c_bool(dtype == torch.float16), ctypes.c_float(one.eps)
+        emulated.encode(half, *sizes, eps, *(ctypes.c_void_p(x.data_ptr()) for x in tensors))
+        return out
+
+    found = run()
+    assert error(found, truth) <= 1.2 * error(plain, truth)
+    if tokens == 1:  # the barrier is left as it was found
+        assert torch.equal(run(), found)
+
+
+@pytest.fixture
+def on_gpu():
+    if reason := extension.why_not():
+        pytest.skip(reason)
+
+
+def launches(model: QFormer, queries: nn.Parameter) -> tuple[_Runner, one_launch.OneLaunch]:
+    runner = _Runner(model, queries, queries.dtype, None)
+    clusters = extension.encode_queries_clusters(runner.first[0], model.config.headdim)
+    assert clusters >= 43
+    return runner, one_launch.OneLaunch(model.config, runner.weights, *runner.first, clusters)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("layers, headdim, frequency", [(1, 64, 2), (6, 32, 1), (12, 64, 2)])
+@torch.no_grad()
+def test_on_a_gpu(layers, headdim, frequency, dtype, on_gpu):
+    model = build(layers, headdim, dtype, "cuda", frequency)
+    for images in range(1, 9):
+        for tokens in (1, 49, 257, 577, 677):
+            queries, embeds = given(model, images, tokens)
+            truth, plain = outputs(model, queries, embeds)
+            runner, one = launches(model, queries)
+            keys_values = runner.project(embeds.flatten(0, 1))
+            found = one.run(keys_values, images)
+            assert error(found, truth) <= 2 * error(plain, truth)
+            assert all(torch.equal(one.run(keys_values, images), found) for _ in range(5))
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_graphs_and_streams(on_gpu):
+    model = build(12, 64, torch.bfloat16, "cuda")
+    queries, embeds = given(model, 4, 257)
+    runner, one = launches(model, queries)
+    inputs = [runner.project(x.flatten(0, 1)) for x in embeds.split(1)]
+    expected = [one.run(x, 1) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(50):
+        found = []
+        for x, stream in zip(inputs, streams, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                found.append(one.run(x, 1))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, found, expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = one.run(inputs[0], 1)
+    inputs[0].copy_(inputs[1])
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected[1])
