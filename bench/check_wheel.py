@@ -1,5 +1,5 @@
-"""A built wheel in fresh environments with one torch after another: it is imported, its extension loads, its operators
-have fakes, it says why CUDA can't run where there is none, and stage 1 computes a loss and gradients.
+"""A built wheel in fresh environments with one Python and torch after another: it is imported, its extension loads, its
+operators have fakes, it says why CUDA can't run where there is none, and stage 1 computes a loss and gradients.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from pathlib import Path
 from _machine import write_result
 
 PROBE = """
-import json, torch, qformer_fast
+import json, platform, torch, qformer_fast
 from torch._subclasses.fake_tensor import FakeTensorMode
 from qformer_fast import Blip2QFormer, QFormerConfig, extension
 from qformer_fast.backend import available
 
-found = {"torch": torch.__version__, "extension": extension.why_not(), "backends": available()}
+found = {"python": platform.python_version(), "torch": torch.__version__}
+found |= {"extension": extension.why_not(), "backends": available()}
 if extension.why_not() in (None, "there is no CUDA device"):
     with FakeTensorMode():
         shapes = [(16, 32), (64, 32), (1, 64), (16, 64), (16, 64)]
         given = [torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
         assert torch.ops.qformer_fast_cuda.linear_gelu_fwd(*given) is None
+        assert torch.ops.qformer_fast_cuda.linear(*given[:3], True, given[4]) is None
 torch.manual_seed(0)
 sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, encoder_hidden_size=48)
 model = Blip2QFormer(QFormerConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
@@ -38,33 +40,36 @@ print(json.dumps(found))
 """
 
 
-def check(wheel: Path, torch_version: str, folder: Path) -> dict[str, object]:
-    """What the probe prints in a new environment with this torch.
+def check(wheel: Path, python: str, torch_version: str, folder: Path) -> dict[str, object]:
+    """What the probe prints in a new environment of this Python with this torch.
 
     Raises:
         subprocess.CalledProcessError: something could not be installed, or the probe failed.
     """
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.run([python, "-m", "venv", folder], check=True)
+    inside = folder / "bin" / "python"
+    install = [inside, "-m", "pip", "install", "--quiet"]
     subprocess.run([*install, f"torch=={torch_version}", wheel], check=True)
-    done = subprocess.run([python, "-c", PROBE], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([inside, "-c", PROBE], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wheel", type=Path, required=True)
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
     parser.add_argument("--torch", nargs="+", default=["2.10.0", "2.12.1", "2.14.1"], help="versions")
-    parser.add_argument("--output", type=Path, help="a JSON file for the result")
+    parser.add_argument("--output", type=Path, help="a JSON file for the result, written anew after every environment")
     options = parser.parse_args()
-    result = {"bench": "check_wheel", "wheel": options.wheel.name, "found": {}}
-    for version in options.torch:
-        with tempfile.TemporaryDirectory() as folder:
-            result["found"][version] = check(options.wheel.resolve(), version, Path(folder) / "environment")
-        print(version, json.dumps(result["found"][version]), flush=True)
-    if options.output:
-        write_result(options.output, result)
+    result = {"bench": "check_wheel", "wheel": options.wheel.name, "found": []}
+    for python in options.python:
+        for version in options.torch:
+            with tempfile.TemporaryDirectory() as folder:
+                found = check(options.wheel.resolve(), python, version, Path(folder) / "environment")
+            result["found"].append(found)
+            print(json.dumps(found), flush=True)
+            if options.output:
+                write_result(options.output, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Every kernel once on a small batch of BLIP-2's width, and calls that must be rejected, for compute-sanitizer.
+r"""Every kernel once on a small batch of BLIP-2's width, and calls that must be rejected, for compute-sanitizer.
 
 compute-sanitizer --tool memcheck python bench/sanitize.py
-compute-sanitizer --tool racecheck --print-limit 100000 python bench/sanitize.py --parts short long launchers extension
+compute-sanitizer --tool racecheck --print-limit 100000 python bench/sanitize.py \
+    --parts short long launchers extension one_launch
 
 Several processes may share the work: --parts. Racecheck's list of hazards in cuBLAS's products of a step grows past 120
 GiB.
@@ -17,7 +18,10 @@ from _cases import CASES, Sizes
 from torch import Tensor
 
 from qformer_fast import Blip2QFormer, QFormerConfig, extension, kernels, ops, reference
+from qformer_fast.models.inference import _Runner
+from qformer_fast.models.one_launch import OneLaunch
 from qformer_fast.models.packing import GradientBuffers
+from qformer_fast.models.qformer import QFormer
 from qformer_fast.training.graphs import StepInputs, step_in_parts
 
 SHORT = Sizes(3, "cuda", vocab=523, layers=2)
@@ -89,6 +93,18 @@ def run_extension() -> None:
     torch.cuda.synchronize()
 
 
+@torch.no_grad()
+def run_one_launch() -> None:
+    config = QFormerConfig(num_hidden_layers=2, encoder_hidden_size=64, use_qformer_text_input=False)
+    model = QFormer(config).to("cuda", torch.bfloat16).eval()
+    runner = _Runner(model, torch.nn.Parameter(new(1, 32, 768).detach()), torch.bfloat16, None)
+    clusters = extension.encode_queries_clusters(runner.first[0], config.headdim)
+    one = OneLaunch(config, runner.weights, *runner.first, clusters)
+    for images, tokens in ((1, 257), (2, 1), (5, 40)):
+        one.run(runner.project(new(images * tokens, 64)), images)
+    torch.cuda.synchronize()
+
+
 def reject() -> None:
     """Calls with a wrong shape, device or dtype, of which none may go through."""
     x, layout = torch.randn(8, 32, device="cuda"), SHORT.layouts()["sweep1"]
@@ -120,6 +136,7 @@ PARTS = {
     "step": run_step,
     "launchers": run_launchers,
     "extension": run_extension,
+    "one_launch": run_one_launch,
     "reject": reject,
 }
 
@@ -128,8 +145,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="all by default")
     for part in parser.parse_args().parts:
-        if part == "extension" and (reason := extension.why_not()):
-            print(f"extension not run: {reason}")
+        if part in ("extension", "one_launch") and (reason := extension.why_not()):
+            print(f"{part} not run: {reason}")
             continue
         PARTS[part]()
         print(f"ran {part}", flush=True)

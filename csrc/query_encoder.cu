@@ -35,16 +35,17 @@ struct Launch {
       if (chunk == 4) choose<Element, 4>(headdim, most_bytes);
     };
     dtype == Dtype::kHalf ? with(cutlass::half_t{}) : with(cutlass::bfloat16_t{});
+    if (kernel != nullptr)
+      cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
 
   // Clusters that fit at once; 0 where a phase's slots don't fit into the ring.
   int clusters() const {
     if (kernel == nullptr || ring < kMostWide || ring < 4 * kMostNarrow) return 0;
-    cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute attributes[2];
     configure(config, attributes, kCluster, nullptr);
-    config.numAttrs = 1;
+    config.numAttrs = 1;  // of a cooperative launch nothing is known before it
     int found = 0;
     cudaError_t error = cudaOccupancyMaxActiveClusters(&found, reinterpret_cast<void const*>(kernel), &config);
     if (error != cudaSuccess) cudaGetLastError();
