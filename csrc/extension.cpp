@@ -132,6 +132,7 @@ void encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor r
   arguments.weights = weights.const_data_ptr();
   arguments.first_slots = static_cast<int const*>(first_slots.const_data_ptr());
   arguments.vectors = static_cast<float const*>(vectors.const_data_ptr());
+  arguments.numbers = static_cast<int>(vectors.size(1));
   arguments.rows = rows.const_data_ptr();
   arguments.queries = queries.const_data_ptr();
   arguments.keys_values = keys_values.const_data_ptr();

@@ -59,6 +59,8 @@ __device__ __forceinline__ void wait_for_bulk(uint64_t* barrier, int parity) {
                  : "memory");
 }
 
+__device__ __forceinline__ void prefetch_to_l2(void const* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---- other blocks ----
 
 __device__ __forceinline__ void cluster_barrier() {

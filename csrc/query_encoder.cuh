@@ -26,13 +26,17 @@ constexpr int kStride = kSlice + 8;             // of staged rows: eight of them
 constexpr int kMaxSlots = 24;
 constexpr int kChunk = 160;                     // tokens staged at once
 constexpr int kReaders = 6;                     // warps that share an image's tokens
-constexpr int kSideBytes = 2 * kQueries * kStride * 2;
 
 // Tiles that a cluster may have: of products to 2304 and 3072 columns, and of those to 768.
 constexpr int kMostWide = 9, kMostNarrow = 3;
 constexpr int kLeastClusters = (4 * kTiles + kMostWide - 1) / kMostWide;
 
+// Of a slice's rows; how many slices of the activation lie in shared memory at once.
 constexpr int stage_bytes(int images) { return images * kQueries * kStride * 2; }
+constexpr int slices_at_once(int images) { return 4 / images; }
+constexpr int side_bytes(int images) {
+  return images == 4 ? stage_bytes(2) : (slices_at_once(images) - 1) * stage_bytes(images);
+}
 
 // How the warps share a product: of a slice's K, of tiles, of images.
 template <int kImages, bool kWide>
@@ -44,7 +48,7 @@ struct Split {
   static constexpr int kOwnTiles = (kMost + kOfTiles - 1) / kOfTiles;
   static constexpr int kStrideOfParts = kMost * kTile;  // 8 or 24 modulo 32: four rows in different banks
   static_assert(kSteps % kOfK == 0 && kStrideOfParts % 16 == 8);
-  static_assert(kOfK * kImages * kQueries * kStrideOfParts * 4 <= kSideBytes);
+  static_assert(kOfK * kImages * kQueries * kStrideOfParts * 4 <= side_bytes(kImages));
 };
 
 // ---- pairs and quadruples of numbers ----
@@ -133,19 +137,19 @@ __device__ Workspace<Element> carve(void* memory, int64_t rows) {
   return w;
 }
 
-// A block's shared memory: ``stage`` holds a product's rows, ``side`` next to it what else a phase needs, last the parts of
-// a product for the other block; cross-attention takes both together. The ring of slots follows.
+// A block's shared memory: ``stage`` holds a product's rows, ``side`` next to it more of them and last the parts of a
+// product for the other block; attention takes both together. The ring of slots follows.
 template <int kImages>
 struct alignas(128) Shared {
   char stage[stage_bytes(kImages)];
-  char side[kSideBytes];
+  char side[side_bytes(kImages)];
   float mean[kImages * kQueries], rstd[kImages * kQueries];
   uint64_t full[kMaxSlots];
   alignas(128) char ring[];
 
-  static_assert(stage_bytes(kImages) % 128 == 0 && kSideBytes % 128 == 0);
-  static_assert((kQueries + 2 * kChunk) * (64 + 8) * 2 <= stage_bytes(1) + kSideBytes);
-  static_assert(kReaders * (kQueries * 64 + 2 * kQueries) * 4 <= stage_bytes(1) + kSideBytes);
+  static_assert(stage_bytes(kImages) % 128 == 0 && side_bytes(kImages) % 128 == 0);
+  static_assert((kQueries + 2 * kChunk) * (64 + 8) * 2 <= stage_bytes(kImages) + side_bytes(kImages));
+  static_assert(kReaders * (kQueries * 64 + 2 * kQueries) * 4 <= stage_bytes(kImages) + side_bytes(kImages));
 };
 
 // The rows that a product reads: LayerNorm of sums, or as they are.
@@ -192,23 +196,30 @@ struct Encoder {
       publish_barriers();
       issue(p.ring);
     }
+    for (int i = (blockIdx.x * kThreads + thread) * 32; i < p.numbers; i += gridDim.x * kThreads * 32)
+      prefetch_to_l2(p.vectors + i);
     __syncthreads();
     int cross = 0;
     RowsOf rows{static_cast<Element const*>(p.rows), nullptr, nullptr, nullptr, true};
     for (int layer = 0; layer < p.layers; ++layer) {
       if (layer > 0) {
         linear<false>(rows, 3 * kTiles, memory.qkv);
-        linear_and_residual<1>(rows, 0, [&](int chunk) { stage_self_attention(chunk); });
+        if constexpr (kImages == 1) {
+          linear_and_residual<1>(rows, 0, [&](int) { stage_qkv(); }, [&] { attend_staged(); });
+        } else {
+          self_attention();
+          linear_and_residual<1>(rows, 0, [&](int chunk) { stage_context(chunk); }, [&] { wait_for_copies(); });
+        }
         rows = normalized(0);
       }
       if (p.cross_layers >> layer & 1) {
         if (layer > 0) narrow_linear(rows, memory.queries);
         cross_attention(layer > 0 ? memory.queries : static_cast<Element const*>(p.queries), layer == 0, cross++);
-        linear_and_residual<1>(rows, 1, [&](int chunk) { stage_plain(memory.context, kHidden, 0, chunk, shared.stage); });
+        linear_and_residual<1>(rows, 1, [&](int chunk) { stage_context(chunk); }, [&] { wait_for_copies(); });
         rows = normalized(1);
       }
       linear<true>(rows, 4 * kTiles, memory.activation);
-      linear_and_residual<4>(rows, 2, [](int) {});
+      linear_and_residual<4>(rows, 2, [&](int chunk) { stage_activation(chunk, 0); }, [] {});
       rows = normalized(2);
     }
     write(rows);
@@ -261,27 +272,38 @@ struct Encoder {
 
   // ---- LayerNorm ----
 
-  // A row's mean and 1 / deviation; a warp's work.
-  __device__ float2 statistics_of(RowsOf const& rows, int row) {
-    float2 parts[kTiles / 32];
-    float mean = 0.f, squares = 0.f;
+  // Means and 1 / deviations of kCount rows, kWarps apart; a warp's work.
+  template <int kCount>
+  __device__ void statistics_of(float2 (&found)[kCount], RowsOf const& rows, int row, int end) {
+    constexpr int kParts = kTiles / 32;
+    float2 parts[kCount][kParts];
 #pragma unroll
-    for (int i = 0; i < kTiles / 32; ++i) {
-      parts[i] = __ldcg(rows.statistics + int64_t(row) * kTiles + i * 32 + lane);
-      mean += parts[i].x;
+    for (int i = 0; i < kCount; ++i)
+#pragma unroll
+      for (int j = 0; j < kParts; ++j)
+        parts[i][j] = __ldcg(rows.statistics + int64_t(min(row + i * kWarps, end - 1)) * kTiles + j * 32 + lane);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float mean = 0.f, squares = 0.f;
+#pragma unroll
+      for (int j = 0; j < kParts; ++j) mean += parts[i][j].x;
+      mean = sum_of_lanes<1, 32>(mean) * (1.f / kTiles);
+#pragma unroll
+      for (int j = 0; j < kParts; ++j) squares += parts[i][j].y + kTile * (parts[i][j].x - mean) * (parts[i][j].x - mean);
+      found[i] = make_float2(mean, rsqrtf(sum_of_lanes<1, 32>(squares) * (1.f / kHidden) + p.eps));
     }
-    mean = sum_of_lanes<1, 32>(mean) * (1.f / kTiles);
-#pragma unroll
-    for (int i = 0; i < kTiles / 32; ++i)
-      squares += parts[i].y + kTile * (parts[i].x - mean) * (parts[i].x - mean);
-    return {mean, rsqrtf(sum_of_lanes<1, 32>(squares) * (1.f / kHidden) + p.eps)};
   }
 
   // Of ``count`` rows from ``first`` on, for all warps.
   __device__ void share_statistics(RowsOf const& rows, int first, int count) {
-    for (int i = warp; i < count; i += kWarps) {
-      float2 found = statistics_of(rows, first + i);
-      if (lane == 0) shared.mean[i] = found.x, shared.rstd[i] = found.y;
+    constexpr int kAtOnce = 3;
+    for (int i = warp; i < count; i += kAtOnce * kWarps) {
+      float2 found[kAtOnce];
+      statistics_of(found, rows, first + i, first + count);
+      if (lane == 0)
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          if (i + j * kWarps < count) shared.mean[i + j * kWarps] = found[j].x, shared.rstd[i + j * kWarps] = found[j].y;
     }
   }
 
@@ -334,13 +356,17 @@ struct Encoder {
   __device__ int first_tile(int count) { return int(int64_t(cluster) * count / clusters); }
   __device__ int own_tiles(int count) { return int(int64_t(cluster + 1) * count / clusters) - first_tile(count); }
 
+  // ``count`` rows of ``columns`` on their way to shared memory.
+  __device__ void stage_rows(Element const* rows, int width, int count, int columns, int stride, Element* to) {
+    int pieces = columns / 8;
+    for (int i = thread; i < count * pieces; i += kThreads)
+      copy_async(to + i / pieces * stride + i % pieces * 8, rows + int64_t(i / pieces) * width + i % pieces * 8);
+  }
+
   // The block's half of a chunk's rows, or the ``slice``-th 384 of it, on their way to ``to`` as they are.
   __device__ void stage_plain(Element const* rows, int width, int slice, int chunk, char* to) {
-    constexpr int kPieces = kSlice / 8;
-    Element const* from = rows + int64_t(chunk) * kRows * width + rank * (width / kCluster) + slice * kSlice;
-    for (int i = thread; i < kRows * kPieces; i += kThreads)
-      copy_async(reinterpret_cast<Element*>(to) + i / kPieces * kStride + i % kPieces * 8,
-                 from + int64_t(i / kPieces) * width + i % kPieces * 8);
+    stage_rows(rows + int64_t(chunk) * kRows * width + rank * (width / kCluster) + slice * kSlice, width, kRows, kSlice,
+               kStride, reinterpret_cast<Element*>(to));
     commit_copies();
   }
 
@@ -442,16 +468,17 @@ struct Encoder {
 
   __device__ void narrow_linear(RowsOf const& rows, Element* to) { linear<false, false>(rows, kTiles, to); }
 
-  // sums[which] = staged rows weight^T + bias + residual, and their statistics. With one slice ``stage(chunk)`` stages the
-  // rows, with four they are the activation.
-  template <int kSlices, class Stage>
-  __device__ void linear_and_residual(RowsOf const& residual, int which, Stage stage) {
+  // sums[which] = rows weight^T + bias + residual, and their statistics. ``begin(chunk)`` has the rows copied to the stage,
+  // of four slices the first ones, ``end()`` waits for one slice's.
+  template <int kSlices, class Begin, class End>
+  __device__ void linear_and_residual(RowsOf const& residual, int which, Begin begin, End end) {
     constexpr int kTurns = (kOwn * kMostNarrow + kThreads / 4 - 1) / (kThreads / 4);
     int tile = first_tile(kTiles), own = own_tiles(kTiles);
     float const* bias = take(kHidden) + tile * kTile;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       int first = chunk * kRows + rank * kOwn;
       float acc[Split<kImages, false>::kOwnTiles][2][4] = {};
+      begin(chunk);
       if (residual.statistics != nullptr) share_statistics(residual, first, kOwn);
       uint32_t kept[kTurns];
 #pragma unroll
@@ -461,14 +488,13 @@ struct Encoder {
         kept[turn] = __ldcg(reinterpret_cast<unsigned const*>(residual.values + int64_t(row) * kHidden + tile * kTile +
                                                               place.column));
       }
-      if (kSlices == 1) {
-        stage(chunk);
-        wait_for_copies();
+      if constexpr (kSlices == 1) {
+        end();
         __syncthreads();
         multiply<false>(acc, shared.stage, own, 1, 0);
-        __syncthreads();
       } else {
         multiply_activation(acc, own, chunk);
+        __syncthreads();
       }
       share<false>(acc, own);
       gather<false>(own, [&](int turn, Place place, float2 x) {
@@ -498,25 +524,31 @@ struct Encoder {
     grid_barrier(own * kSlices);
   }
 
-  // acc += activation weight^T over four slices of K; where two of them fit, one is on its way while one is multiplied.
-  __device__ void multiply_activation(float (&acc)[Split<kImages, false>::kOwnTiles][2][4], int own, int chunk) {
-    constexpr bool kTwo = stage_bytes(kImages) <= kSideBytes;
-    auto place = [&](int slice) { return kTwo && slice % 2 ? shared.side : shared.stage; };
-    stage_plain(memory.activation, kIntermediate, 0, chunk, place(0));
+  // The activation's slices from ``first`` on, as many as fit.
+  __device__ void stage_activation(int chunk, int first) {
 #pragma unroll
-    for (int slice = 0; slice < 4; ++slice) {
-      if (kTwo && slice < 3) {
-        stage_plain(memory.activation, kIntermediate, slice + 1, chunk, place(slice + 1));
-        wait_for_copies<1>();
-      } else {
-        wait_for_copies();
+    for (int i = 0; i < slices_at_once(kImages); ++i)
+      stage_plain(memory.activation, kIntermediate, first + i, chunk, shared.stage + i * stage_bytes(kImages));
+  }
+
+  // acc += activation weight^T, of which the first slices are staged.
+  __device__ void multiply_activation(float (&acc)[Split<kImages, false>::kOwnTiles][2][4], int own, int chunk) {
+    constexpr int kAtOnce = slices_at_once(kImages);
+#pragma unroll
+    for (int first = 0; first < 4; first += kAtOnce) {
+      if (first > 0) {
+        __syncthreads();
+        stage_activation(chunk, first);
       }
+      wait_for_copies();
       __syncthreads();
-      multiply<false>(acc, place(slice), own, 4, slice);
-      __syncthreads();
-      if (!kTwo && slice < 3) stage_plain(memory.activation, kIntermediate, slice + 1, chunk, place(0));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        multiply<false>(acc, shared.stage + i * stage_bytes(kImages), own, 4, first + i);
     }
   }
+
+  __device__ void stage_context(int chunk) { stage_plain(memory.context, kHidden, 0, chunk, shared.stage); }
 
   // ---- attention ----
 
@@ -564,48 +596,70 @@ struct Encoder {
     }
   }
 
-  // Self-attention of the heads in the block's half, staged as the rows of a product, where their queries had been.
-  __device__ void stage_self_attention(int chunk) {
-    constexpr int kPieces = kSlice / 8;
+  // Self-attention of 16 queries of a head to 32: rows of q, k and v, and of what comes out, which may lie where q does.
+  __device__ void attend(Element const* q, Element const* k, Element const* v, int stride, Element* to, int to_stride) {
     float scale = rsqrtf(float(kHeaddim)) * 1.44269504f;
-    Element* k = reinterpret_cast<Element*>(shared.side);
-    for (int image = 0; image < kImages; ++image) {
-      Element* q = reinterpret_cast<Element*>(shared.stage) + image * kQueries * kStride;
-      Element const* from = memory.qkv + int64_t(chunk * kRows + image * kQueries) * 3 * kHidden + rank * kSlice;
-      for (int i = thread; i < 3 * kQueries * kPieces; i += kThreads) {
-        int row = i / kPieces % kQueries, which = i / kPieces / kQueries, column = i % kPieces * 8;
-        Element* to = which == 0 ? q : k + (which - 1) * kQueries * kStride;
-        copy_async(to + row * kStride + column, from + int64_t(row) * 3 * kHidden + which * kHidden + column);
-      }
+    float scores[4][4] = {}, total[2] = {};
+    score(scores, q, k, stride);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) highest = fmaxf(highest, fmaxf(scores[n][half * 2], scores[n][half * 2 + 1]));
+      exponentiate(scores, half, highest_of_lanes<1, 4>(highest), scale, total[half]);
+      total[half] = sum_of_lanes<1, 4>(total[half]);
+    }
+    float out[kHeaddim / 8][4] = {};
+#pragma unroll
+    for (int n = 0; n < 4; n += 2) weigh(out, scores, n, v + n * 8 * stride, stride);
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < kHeaddim / 8; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint32_t*>(to + (half * 8 + lane / 4) * to_stride + tile * 8 + lane % 4 * 2) =
+            pack<Element>(out[tile][half * 2] / total[half], out[tile][half * 2 + 1] / total[half]);
+  }
+
+  // The block's half of one image's queries on their way to the stage, its keys and values to the side.
+  __device__ void stage_qkv() {
+    for (int which = 0; which < 3; ++which)
+      stage_rows(memory.qkv + which * kHidden + rank * kSlice, 3 * kHidden, kQueries, kSlice, kStride,
+                 reinterpret_cast<Element*>(shared.stage) + which * kQueries * kStride);
+    commit_copies();
+  }
+
+  // Self-attention of the heads in the block's half, of what stage_qkv() staged, in place of the queries: every block
+  // does it for its product, which takes less time than a barrier more.
+  __device__ void attend_staged() {
+    wait_for_copies();
+    __syncthreads();
+    for (int task = warp; task < kSlice / kHeaddim * 2; task += kWarps) {
+      Element* q = reinterpret_cast<Element*>(shared.stage) + task % 2 * 16 * kStride + task / 2 * kHeaddim;
+      Element const* k = reinterpret_cast<Element const*>(shared.stage) + kQueries * kStride + task / 2 * kHeaddim;
+      attend(q, k, k + kQueries * kStride, kStride, q, kStride);
+    }
+  }
+
+  // The same once, a head of an image a block; for more images than one.
+  __device__ void self_attention() {
+    constexpr int kWide = kHeaddim + 8;
+    Element* q = reinterpret_cast<Element*>(shared.stage);
+    for (int unit = blockIdx.x; unit < p.images * kHeads; unit += gridDim.x) {
+      int64_t row = unit / kHeads * kQueries;
+      int head = unit % kHeads * kHeaddim;
+      for (int which = 0; which < 3; ++which)
+        stage_rows(memory.qkv + row * 3 * kHidden + which * kHidden + head, 3 * kHidden, kQueries, kHeaddim, kWide,
+                   q + which * kQueries * kWide);
       commit_copies();
       wait_for_copies();
       __syncthreads();
-      for (int task = warp; task < kSlice / kHeaddim * 2; task += kWarps) {
-        int head = task / 2 * kHeaddim;
-        Element* rows = q + task % 2 * 16 * kStride + head;
-        float scores[4][4] = {}, total[2] = {};
-        score(scores, rows, k + head, kStride);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float highest = -INFINITY;
-#pragma unroll
-          for (int n = 0; n < 4; ++n) highest = fmaxf(highest, fmaxf(scores[n][half * 2], scores[n][half * 2 + 1]));
-          exponentiate(scores, half, highest_of_lanes<1, 4>(highest), scale, total[half]);
-          total[half] = sum_of_lanes<1, 4>(total[half]);
-        }
-        float out[kHeaddim / 8][4] = {};
-#pragma unroll
-        for (int n = 0; n < 4; n += 2) weigh(out, scores, n, k + (kQueries + n * 8) * kStride + head, kStride);
-        __syncwarp();
-#pragma unroll
-        for (int tile = 0; tile < kHeaddim / 8; ++tile)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<uint32_t*>(rows + (half * 8 + lane / 4) * kStride + tile * 8 + lane % 4 * 2) =
-                pack<Element>(out[tile][half * 2] / total[half], out[tile][half * 2 + 1] / total[half]);
-      }
-      if (kImages > 1) __syncthreads();
+      if (warp < 2)
+        attend(q + warp * 16 * kWide, q + kQueries * kWide, q + 2 * kQueries * kWide, kWide,
+               memory.context + (row + warp * 16) * kHidden + head, kHidden);
+      __syncthreads();
     }
+    grid_barrier(0);
   }
 
   // The images' heads shared by the clusters, an image's tokens by the blocks of one and there by six pairs of warps, of
@@ -717,14 +771,15 @@ struct Encoder {
   // LayerNorm of the last rows, a row a warp.
   __device__ void write(RowsOf const& rows) {
     for (int row = blockIdx.x * kWarps + warp; row < p.images * kQueries; row += gridDim.x * kWarps) {
-      float2 found = statistics_of(rows, row);
+      float2 found[1];
+      statistics_of(found, rows, row, row + 1);
       for (int column = lane * 2; column < kHidden; column += 64) {
         int64_t place = int64_t(row) * kHidden + column;
         float2 x = unpack<Element>(__ldcg(reinterpret_cast<unsigned const*>(rows.values + place)));
         float2 weight = __ldg(reinterpret_cast<float2 const*>(rows.weight + column));
         float2 bias = __ldg(reinterpret_cast<float2 const*>(rows.bias + column));
         *reinterpret_cast<uint32_t*>(static_cast<Element*>(p.out) + place) = pack<Element>(
-            (x.x - found.x) * found.y * weight.x + bias.x, (x.y - found.x) * found.y * weight.y + bias.y);
+            (x.x - found[0].x) * found[0].y * weight.x + bias.x, (x.y - found[0].x) * found[0].y * weight.y + bias.y);
       }
     }
   }

@@ -18,6 +18,7 @@ struct QueryEncoderArguments {
   void const* weights;      // all blocks' slots, see query_encoder.cuh
   int const* first_slots;   // (blocks + 1,) where each block's begin
   float const* vectors;     // biases and LayerNorms in the order of their use
+  int numbers;              // of them
   void const* rows;         // (32, 768) after the first self-attention
   void const* queries;      // (32, 768) what the first cross-attention asks
   void const* keys_values;  // (images, tokens, layers with cross-attention, 2, 768)

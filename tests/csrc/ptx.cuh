@@ -225,6 +225,8 @@ inline void wait_for_bulk(uint64_t* barrier, int parity) {
   emulated::wait_until([&] { return int(*barrier % 2) != parity; });
 }
 
+inline void prefetch_to_l2(void const*) {}
+
 inline void cluster_barrier() {
   emulated::wait_at(*emulated::self->of->cluster_barrier, int(emulated::self->of->warps.size()) * 64);
 }

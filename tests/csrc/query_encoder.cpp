@@ -36,7 +36,7 @@ extern "C" void encode(bool half, int headdim, int clusters, int images, int tok
                        void* weights, void* first_slots, void* vectors, void* rows, void* queries, void* keys_values,
                        void* workspace, void* out) {
   QueryEncoderArguments arguments{images, tokens, layers, uint32_t(cross_layers), eps, 0, weights,
-                                  static_cast<int const*>(first_slots), static_cast<float const*>(vectors), rows, queries,
+                                  static_cast<int const*>(first_slots), static_cast<float const*>(vectors), 0, rows, queries,
                                   keys_values, workspace, out};
   half ? with_images<cutlass::half_t>(arguments, headdim, clusters)
        : with_images<cutlass::bfloat16_t>(arguments, headdim, clusters);
