@@ -1,8 +1,8 @@
 """Few images, queries without text: Hugging Face's Q-Former eager and compiled, our CUDA graphs, and all layers in one
 launch (csrc/query_encoder.cuh), beside the memory's copy bandwidth measured in the same run.
 
-Our two rows leave out what the public call does on the host to notice changed weights; every row must agree with Hugging
-Face's module in fp32 as closely as that module does in the rows' dtype.
+Our two rows leave out what the public call does on the host to notice changed weights; every row must agree with
+Hugging Face's module in fp32 as closely as that module does in the rows' dtype.
 """
 
 from __future__ import annotations
