@@ -64,7 +64,7 @@ __device__ __forceinline__ void prefetch_to_l2(void const* p) { asm volatile("pr
 // ---- other blocks ----
 
 __device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 __device__ __forceinline__ uint32_t address_of_rank(void const* mine, uint32_t rank) {
