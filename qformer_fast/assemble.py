@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from qformer_fast.config import QFormerConfig
-from qformer_fast.data.batches import LanguageDataset, PairDataset, read_pixels
+from qformer_fast.data.bad import BadData
+from qformer_fast.data.batches import LanguageDataset, PairDataset
 from qformer_fast.data.captions import image_folder, read_pairs
 from qformer_fast.data.examples import read_examples
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.files import check_folder_or_id, read_json
 from qformer_fast.data.language import LanguageTokenizer
+from qformer_fast.data.pictures import PictureBatches, read_pixels
 from qformer_fast.data.tokenizer import load_tokenizer
 from qformer_fast.evaluation.retrieval import CachedTokens, ImageTokens
 from qformer_fast.integrations.checkpoints import load_checkpoint, load_into
@@ -159,10 +161,32 @@ def _build_stage1(config: ModelConfig, weights: Mapping[str, Tensor] | None = No
     return model
 
 
-def encode_pictures(encoder: ImageEncoder, root: Path, names: Sequence[str], batch_size: int) -> Iterator[Tensor]:
-    """Tokens of the pictures ``names`` in ``root``, (batch, tokens, width) on the encoder's device."""
-    for start in tqdm(range(0, len(names), batch_size), unit="batch", disable=None):
-        yield _encode(encoder, root, names[start : start + batch_size])
+def encode_pictures(
+    encoder: ImageEncoder,
+    pictures: PictureBatches,
+    lists: Sequence[Sequence[str]],
+    *,
+    num_workers: int = 0,
+    bad: BadData | None = None,
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Of each list of names those whose pictures can be read, and their tokens (pictures, tokens, width) on the
+    encoder's device.
+
+    Args:
+        encoder (ImageEncoder): on its device.
+        pictures (PictureBatches): through the encoder's transform.
+        lists (Sequence): of names, a batch each.
+        num_workers (int): processes that read pictures. Default: 0.
+        bad (BadData, Optional): what is done with pictures that can't be read. Default: `None`, they are refused.
+
+    Raises:
+        ValueError: a picture that can't be read and is refused; the message names it.
+    """
+    bad, device = bad or BadData(), next(encoder.parameters()).device
+    for names, pixels, problems in tqdm(pictures.loader(lists, num_workers), unit="batch", disable=None):
+        for problem in problems:
+            bad.found("unreadable_picture", problem)
+        yield names, encoder(pixels.to(device)) if names else pixels
 
 
 def image_tokens(
@@ -190,7 +214,9 @@ def image_tokens(
         return CachedTokens(_cache_of(source, names), names)
     encoder = source_encoder(source).to(device, dtype)
     out = None
-    for number, tokens in enumerate(encode_pictures(encoder, root, names, batch_size)):
+    lists = [names[start : start + batch_size] for start in range(0, len(names), batch_size)]
+    pictures = PictureBatches(root, encoder.transform)
+    for number, (_, tokens) in enumerate(encode_pictures(encoder, pictures, lists)):
         if out is None:
             out = tokens.new_empty(len(names), *tokens.shape[1:], device="cpu")
         first = number * batch_size

@@ -212,8 +212,9 @@ def test_bad_values_are_named_before_anything_is_written(train, cache, tmp_path,
 
 
 def test_a_corrupted_cache_is_named(train, cache, tmp_path, capsys):
-    content = (cache / "features.bin").read_bytes()
-    (cache / "features.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    data = cache / "shard-00000" / "features.bin"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert train(data={"feature_cache": cache}) == 1
     assert "features.bin is corrupted or truncated" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -226,8 +227,15 @@ def test_random_encoders_must_be_asked_for(pictures, tmp_path, capsys):
     options = dict(pairs=pictures, output=tmp_path / "new", encoder="tiny-vit", random_encoder="true")
     assert run("extract-features", **options) == 0
     assert len(FeatureCache(tmp_path / "new")) == 4
+    capsys.readouterr()
+    # of other random weights; what is whole is kept
+    assert run("extract-features", **options) == 0
+    assert "new: 4 of 4 pictures in 1 shards" in capsys.readouterr().out
+    assert run("extract-features", **options, dtype="int8") == 1
+    assert "must have dtype 'int8', got 'float16'" in capsys.readouterr().err
+    (tmp_path / "new" / "notes.txt").touch()
     assert run("extract-features", **options) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already and is no extraction" in capsys.readouterr().err
 
 
 def test_pictures_may_be_larger_than_the_encoders(train, pictures, weights, tmp_path, capsys):
@@ -243,13 +251,45 @@ def test_pictures_may_be_larger_than_the_encoders(train, pictures, weights, tmp_
     assert "must have image_size = 32, got 48" in capsys.readouterr().err
 
 
-def test_an_unreadable_picture_leaves_no_cache(pictures, weights, tmp_path, capsys):
-    (pictures / "red.png").write_bytes(b"no picture")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    options = {"batch_size": 2, **encoder(weights)}
-    assert run("extract-features", pairs=pictures, output=tmp_path / "new", **options) == 1
-    assert "red.png is no readable picture" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_picture_is_refused_or_skipped_and_counted(pictures, weights, tmp_path, capsys, workers):
+    """What was done before it is kept, and the same command goes on once it is repaired."""
+    (pictures / "green.png").write_bytes(b"no picture")
+    options = dict(pairs=pictures, batch_size=1, shard_images=1, num_workers=workers, **encoder(weights))
+    assert run("extract-features", output=tmp_path / "new", **options) == 1
+    assert "green.png is no readable picture" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["shard-00000"]
+    options["shard_images"] = 2
+    assert run("extract-features", output=tmp_path / "three", on_bad="skip", **options) == 0
+    printed = capsys.readouterr().out
+    assert "skipped 1 unreadable_picture, the first: " in printed and "green.png is no readable picture" in printed
+    assert "three: 3 of 4 pictures in 2 shards" in printed
+    three = FeatureCache(tmp_path / "three")
+    assert three.keys == ["blue.png", "grey.png", "red.png"]
+    tiny = load_encoder("tiny-vit", str(weights), random=False)
+    expected = tiny(cli.read_pixels(pictures / "grey.png", tiny.transform)[None])[0]
+    torch.testing.assert_close(three["grey.png"].float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_processes_of_torchrun_share_an_extraction(pictures, weights, tmp_path):
+    options = dict(pairs=pictures, shard_images=1, batch_size=1, dtype="int8", **encoder(weights))
+    assert run("extract-features", output=tmp_path / "one", **options) == 0
+    script = tmp_path / "extract.py"
+    configs = open_clip.factory._MODEL_CONFIG_PATHS
+    script.write_text(
+        "import sys, open_clip, qformer_fast.cli\n"
+        f"for path in {[str(path) for path in configs]!r}: open_clip.add_model_config(path)\n"
+        "sys.exit(qformer_fast.cli.main(sys.argv[1:]))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command = [*launch, "extract-features", *arguments, "--output", str(tmp_path / "two")]
+    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    one, two = FeatureCache(tmp_path / "one"), FeatureCache(tmp_path / "two")
+    assert len(two.shards) == 4 and one.keys == two.keys
+    assert torch.equal(one.rows(one.keys), two.rows(one.keys))
 
 
 def test_pictures_may_lie_elsewhere(pictures, weights, tmp_path):

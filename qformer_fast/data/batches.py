@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -19,9 +18,8 @@ from qformer_fast.data.captions import Pair
 from qformer_fast.data.examples import Example
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.language import LanguageTokenizer
+from qformer_fast.data.pictures import Transform, read_pixels
 from qformer_fast.data.tokenizer import encode, pad
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,19 +243,6 @@ class _Rows:
 
 def _pinned(batch: Batch | LanguageBatch) -> Batch | LanguageBatch:
     return type(batch)(*(None if x is None else x.pin_memory() for x in vars(batch).values()))
-
-
-def read_pixels(path: str | os.PathLike, transform: Transform) -> Tensor:
-    """A picture in RGB through ``transform``.
-
-    Raises:
-        ValueError: no picture there that can be read; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return transform(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} is no readable picture: {error}") from error
 
 
 class ShuffledBatches(Sampler[list[int]]):
