@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from argparse import ArgumentError
@@ -23,12 +24,13 @@ from qformer_fast.assemble import (
 )
 from qformer_fast.config import QFormerConfig
 from qformer_fast.data.bad import BadData, OnBad
-from qformer_fast.data.captions import clean_caption, image_folder
-from qformer_fast.data.examples import read_images
+from qformer_fast.data.captions import clean_caption
+from qformer_fast.data.examples import read_any
 from qformer_fast.data.extraction import extract
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.files import write_bytes, write_text
 from qformer_fast.data.pictures import PictureBatches, read_pixels
+from qformer_fast.data.sources import keep_present, read_mixture
 from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 from qformer_fast.demo.config import TASKS, DemoConfig
 from qformer_fast.demo.run import main as run_demo
@@ -47,7 +49,9 @@ class ExtractConfig:
     An extraction that was interrupted goes on with the same options; under torchrun each process does its share.
 
     Args:
-        pairs (str): a JSON list or a folder of pictures, see :func:`qformer_fast.data.examples.read_examples`.
+        pairs (list or str): a JSON list, a folder of pictures or tar shards, see
+            :func:`qformer_fast.data.examples.read_examples`; or several, see
+            :func:`qformer_fast.data.sources.read_mixture`.
         output (str): the cache's folder, made new, or that of an extraction to go on with.
         encoder (str): an open_clip model.
         encoder_pretrained (str, Optional): its open_clip tag or a file.
@@ -57,12 +61,13 @@ class ExtractConfig:
         batch_size (int): pictures at once.
         shard_images (int): pictures a shard; what is done is kept in whole shards.
         num_workers (int): processes that read pictures, for each that encodes them.
-        on_bad (str): "refuse" ends at a picture that can't be read, "skip" goes on without it and counts it.
+        on_bad (str): "refuse" ends at bad data, before the first picture where they can be seen then; "skip" goes on
+            without them, counts them and says so. See :class:`qformer_fast.training.config.DataConfig`.
         dtype (str): "float16", "bfloat16" or "float32" as stored, or "int8" with a scale a token.
         device (str): "auto" takes a GPU where there is one; under torchrun each process its own.
     """
 
-    pairs: str
+    pairs: list[str] | str
     output: str
     encoder: str
     encoder_pretrained: str | None = None
@@ -255,13 +260,15 @@ def extract_features(config: ExtractConfig) -> FeatureCache | None:
     """Runs the encoder over every picture once, in the order in which the pairs first name them, and prints what was
     skipped and whether the cache is whole; `None` where other processes have not done their share yet.
     """
-    keys = read_images(config.pairs)
-    root = Path(config.image_root or image_folder(config.pairs))
-    metadata = {name: getattr(config, name) for name in ENCODER_FIELDS}
     bad = BadData(config.on_bad)
+    paths = [config.pairs] if isinstance(config.pairs, str) else config.pairs
+    read = functools.partial(read_any, bad=bad)
+    mixture = keep_present(read_mixture(paths, read, image_root=config.image_root, bad=bad), bad)
+    keys = list(mixture.members)
+    metadata = {name: getattr(config, name) for name in ENCODER_FIELDS}
     with process_group(JOIN_SECONDS) as ranks:
         encoder = source_encoder(config).to(resolve_device(config.device))
-        pictures = PictureBatches(root, encoder.transform)
+        pictures = PictureBatches(mixture.root, encoder.transform, mixture.members)
         cache = extract(
             config.output,
             keys,

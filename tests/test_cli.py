@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import open_clip
@@ -269,6 +270,99 @@ def test_an_unreadable_picture_is_refused_or_skipped_and_counted(pictures, weigh
     tiny = load_encoder("tiny-vit", str(weights), random=False)
     expected = tiny(cli.read_pixels(pictures / "grey.png", tiny.transform)[None])[0]
     torch.testing.assert_close(three["grey.png"].float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def tars(tmp_path, pictures):
+    """The pictures in two shards, with the same captions in the same order."""
+    (tmp_path / "tars").mkdir()
+    names = sorted(COLOURS)
+    for number in (0, 1):
+        with tarfile.open(tmp_path / "tars" / f"{number}.tar", "w") as tar:
+            for name in names[2 * number : 2 * number + 2]:
+                about = pictures / f"{name}.json"
+                about.write_text(json.dumps({"caption": (pictures / f"{name}.txt").read_text().splitlines()}))
+                for file in (pictures / f"{name}.png", about):
+                    tar.add(file, file.name)
+    return tmp_path / "tars"
+
+
+def test_tar_shards_give_the_same_run_as_a_folder(train, tars, weights, tmp_path):
+    """From pixels, from features, and stopped and resumed, where workers read the tars."""
+    assert train(output="folder", data=encoder(weights)) == 0
+    assert train("--data.pairs", tars / "{0..1}.tar", output="tars", data=encoder(weights)) == 0
+    assert log(tmp_path / "tars") == log(tmp_path / "folder")
+    assert run("extract-features", pairs=tars, output=tmp_path / "cache", dtype="float32", **encoder(weights)) == 0
+    keys = ["0.tar/blue.png", "0.tar/green.png", "1.tar/grey.png", "1.tar/red.png"]
+    assert FeatureCache(tmp_path / "cache").keys == keys
+    assert train("--data.pairs", tars, output="features", data={"feature_cache": tmp_path / "cache"}) == 0
+    for a, b in zip(log(tmp_path / "features"), log(tmp_path / "folder"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    options = {"data": {"num_workers": 1, **encoder(weights)}, "optimizer": {"min_lr": 1e-4, "warmup_steps": 0}}
+    for output, steps in (("parts", 2), ("parts", 4), ("whole", 4)):
+        flags = ["--data.pairs", tars, "--run.steps", steps, "--run.resume", "true"]
+        assert train(*flags, output=output, **options) == 0
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+
+
+def test_mixed_data_sets_have_a_cache_each_or_one_together(train, tars, pictures, weights, tmp_path, capsys):
+    extra = tmp_path / "extra" / "list.json"
+    extra.parent.mkdir()
+    extra.write_text(json.dumps([{"image": "red.png", "caption": "crimson"}]))
+    (extra.parent / "red.png").write_bytes((pictures / "blue.png").read_bytes())
+    both = f"[{tars}, {extra}]"
+    for pairs, output in ((tars, "a"), (extra, "b"), (both, "both")):
+        assert run("extract-features", pairs=pairs, output=tmp_path / output, **encoder(weights)) == 0
+    assert FeatureCache(tmp_path / "both").keys[-2:] == ["tars/1.tar/red.png", "extra/red.png"]
+    one_each = ["--data.pairs", both, "--data.feature_cache", f"[{tmp_path / 'a'}, {tmp_path / 'b'}]"]
+    assert train(*one_each, output="each") == 0
+    together = ["--data.pairs", both, "--data.feature_cache", tmp_path / "both"]
+    assert train(*together, output="together") == 0
+    assert log(tmp_path / "each") == log(tmp_path / "together")
+    kept = yaml.safe_load((tmp_path / "each" / "config.yaml").read_text())
+    assert kept["data"]["pairs"] == [str(tars), str(extra)]
+    assert train("--data.pairs", both, output="pixels", data=encoder(weights)) == 0
+    for a, b in zip(log(tmp_path / "each"), log(tmp_path / "pixels"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert train("--data.pairs", both, "--data.feature_cache", f"[{tmp_path / 'a'}]", output="none") == 1
+    assert "data.feature_cache must be one or 2, one for each pairs, got 1" in capsys.readouterr().err
+
+
+def test_bad_data_end_a_run_before_it_begins_or_are_skipped_and_counted(train, pictures, weights, tmp_path, capsys):
+    more = [{"image": "red.png", "caption": "scarlet"}, {"image": "red.png", "caption": "ruddy"}]
+    bad = [{"image": "red.png", "caption": "."}, {"image": "none.png", "caption": "nothing"}]
+    bad.append({"image": "half.png", "caption": "half of it"})
+    content = (pictures / "blue.png").read_bytes()
+    (pictures / "half.png").write_bytes(content[: len(content) // 2])
+    lists = {"good": [*more, *more], "bad": [*more, *bad, *more]}
+    for name, entries in lists.items():
+        (pictures / f"{name}.json").write_text(json.dumps(entries))
+    flags = ["--data.pairs", pictures / "bad.json", "--data.on_bad"]
+    assert train(*flags, "refuse", data=encoder(weights)) == 1
+    assert "bad.json, entry 2 must have a caption with a word in it, got '.'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert train(*flags, "skip", output="skip", data=encoder(weights)) == 0
+    printed = capsys.readouterr().out
+    for kind, case in (("empty_caption", "entry 2"), ("missing_sample", "none"), ("unreadable_picture", "half")):
+        assert f"skipped 1 {kind}, the first: " in printed and case in printed
+    assert train("--data.pairs", pictures / "good.json", output="good", data=encoder(weights)) == 0
+    assert "skipped" not in capsys.readouterr().out
+    assert log(tmp_path / "skip") == log(tmp_path / "good")
+
+
+def test_a_run_goes_without_a_damaged_shard_of_its_cache(train, pictures, weights, tmp_path, capsys):
+    options = dict(pairs=pictures, output=tmp_path / "cache", shard_images=1, **encoder(weights))
+    assert run("extract-features", **options) == 0
+    (tmp_path / "cache" / "shard-00002" / "features.bin").write_bytes(b"")
+    data = {"feature_cache": tmp_path / "cache"}
+    assert train(data=data) == 1
+    assert "shard-00002/features.bin must be 640 bytes, got 0" in capsys.readouterr().err
+    assert train("--data.on_bad", "skip", data=data) == 0
+    printed = capsys.readouterr().out
+    assert "skipped 1 corrupt_shard, the first: feature_cache: " in printed
+    assert "skipped 1 missing_sample, the first: pairs: the feature cache lacks grey.png" in printed
+    assert run("extract-features", **options) == 0
+    assert train(output="mended", data=data) == 0
 
 
 def test_processes_of_torchrun_share_an_extraction(pictures, weights, tmp_path):

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from qformer_fast.data.captions import Pair
 from qformer_fast.data.examples import Example
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.data.joined import JoinedCaches
 from qformer_fast.data.language import LanguageTokenizer
-from qformer_fast.data.pictures import Transform, read_pixels
+from qformer_fast.data.pictures import Member, Transform, read_pixels
 from qformer_fast.data.tokenizer import encode, pad
 
 
@@ -74,10 +75,14 @@ class ImageTextDataset(Dataset):
         kind (str): what errors call them.
         images (Sequence): keys of the cache, or paths in ``image_root``.
         image_ids (Sequence): equal where they show one image.
-        cache (FeatureCache, Optional): where the images are keys.
+        members (Sequence): where in tars the images are, `None` for those in none.
+        cache (FeatureCache, Optional): or :class:`JoinedCaches`, where the images are keys.
         transform (Callable, Optional): picture to pixels (3, height, width), say ``ImageEncoder.transform``; one of
             ``cache`` and ``transform`` must be given.
         image_root (path): the folder that the images are in, for ``transform``.
+
+    ``skipped`` has how many of each kind of bad data were left out when the texts were read, see
+    :class:`qformer_fast.data.bad.BadData`.
 
     Raises:
         ValueError: no image, both or neither of ``cache`` and ``transform``, images that the cache lacks.
@@ -88,8 +93,9 @@ class ImageTextDataset(Dataset):
         kind: str,
         images: Sequence[str],
         image_ids: Sequence[str],
+        members: Sequence[Member | None],
         *,
-        cache: FeatureCache | None,
+        cache: FeatureCache | JoinedCaches | None,
         transform: Transform | None,
         image_root: str | os.PathLike,
     ):
@@ -102,7 +108,8 @@ class ImageTextDataset(Dataset):
             if missing:
                 raise ValueError(f"{kind} name {len(missing)} images that the feature cache lacks: {missing[:5]}")
         self.cache, self.transform, self.image_root = cache, transform, Path(image_root)
-        self._images = list(images)
+        self.skipped: dict[str, int] = {}
+        self._images, self._members = list(images), list(members)
         numbers = {image_id: number for number, image_id in enumerate(dict.fromkeys(image_ids))}
         self.image_ids = torch.tensor([numbers[image_id] for image_id in image_ids])
 
@@ -114,7 +121,9 @@ class ImageTextDataset(Dataset):
         names = [self._images[i] for i in indices]
         if self.cache is not None:
             return self.cache.rows(names)
-        return torch.stack([read_pixels(self.image_root / name, self.transform) for name in names])
+        members = [self._members[i] for i in indices]
+        read = [read_pixels(self.image_root / x, self.transform, at) for x, at in zip(names, members, strict=True)]
+        return torch.stack(read)
 
 
 class PairDataset(ImageTextDataset):
@@ -137,13 +146,14 @@ class PairDataset(ImageTextDataset):
         pairs: Sequence[Pair],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        cache: FeatureCache | None = None,
+        cache: FeatureCache | JoinedCaches | None = None,
         transform: Transform | None = None,
         image_root: str | os.PathLike = ".",
         max_length: int = 32,
     ):
+        where = {"cache": cache, "transform": transform, "image_root": image_root}
         images, image_ids = [pair.image for pair in pairs], [pair.image_id for pair in pairs]
-        super().__init__("pairs", images, image_ids, cache=cache, transform=transform, image_root=image_root)
+        super().__init__("pairs", images, image_ids, [pair.member for pair in pairs], **where)
         self.pairs = list(pairs)
         self._captions = _Rows(encode(tokenizer, [pair.caption for pair in pairs], max_length=max_length))
 
@@ -178,7 +188,7 @@ class LanguageDataset(ImageTextDataset):
         examples: Sequence[Example],
         language: LanguageTokenizer,
         *,
-        cache: FeatureCache | None = None,
+        cache: FeatureCache | JoinedCaches | None = None,
         transform: Transform | None = None,
         image_root: str | os.PathLike = ".",
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -187,7 +197,8 @@ class LanguageDataset(ImageTextDataset):
     ):
         images = [example.image for example in examples]
         image_ids = [example.image_id or example.image for example in examples]
-        super().__init__("examples", images, image_ids, cache=cache, transform=transform, image_root=image_root)
+        where = {"cache": cache, "transform": transform, "image_root": image_root}
+        super().__init__("examples", images, image_ids, [example.member for example in examples], **where)
         self.examples, self.language = list(examples), language
         texts, prompts = [example.text for example in examples], [example.prompt for example in examples]
         if silent := [i for i, text in enumerate(texts) if not text.strip()]:

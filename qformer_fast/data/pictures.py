@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
 Transform = Callable[[Image.Image], Tensor]
 Member = tuple[int, int]
 """Where a file lies in a tar: its offset and size in bytes."""

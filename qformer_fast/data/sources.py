@@ -1,0 +1,129 @@
+"""Several data sets as one: images named from one folder, and what can't be used found before a run begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from PIL import Image
+
+from qformer_fast.data.bad import BadData, Kind
+from qformer_fast.data.captions import Pair, image_folder
+from qformer_fast.data.examples import Example
+from qformer_fast.data.pictures import Member, read_pixels
+
+Row = TypeVar("Row", Pair, Example)
+
+
+@dataclass(frozen=True)
+class Mixture(Generic[Row]):
+    """Pairs or examples of one or several sources.
+
+    Args:
+        rows (list): one after the other; images are named from ``root``.
+        root (Path): the folder that the pictures are in.
+        prefixes (list): what stands before each source's own image names, "" or a folder with a "/".
+    """
+
+    rows: list[Row]
+    root: Path
+    prefixes: list[str]
+
+    @property
+    def members(self) -> dict[str, Member | None]:
+        """Of each image, in the order in which they are first named, where in its tar it is."""
+        return {row.image: row.member for row in self.rows}
+
+
+def read_mixture(
+    paths: Sequence[str], read: Callable[[str], list[Row]], *, image_root: str | None, bad: BadData
+) -> Mixture[Row]:
+    """Reads sources and puts them behind each other.
+
+    Image ids that the data give are the data's own: equal ones in two sources mean the same picture, as where COCO's
+    captions and Visual Genome's are mixed. An image without one is known by where it lies, so that pictures of two
+    sources that happen to have the same name stay apart.
+
+    Args:
+        paths (Sequence): one or more, as ``read`` takes them.
+        read (Callable): say :func:`qformer_fast.data.captions.read_pairs`.
+        image_root (str, Optional): the folder that all sources' images are in. Default: `None`, each source's own; then
+            images of several are named from the folder that these have in common.
+        bad (BadData): what is done with rows that give an image another id than those before.
+
+    Raises:
+        ValueError: no source; such a row, where it is refused; what ``read`` refuses.
+    """
+    if not paths:
+        raise ValueError("pairs must name at least one source, got none")
+    roots = [Path(image_root or image_folder(path)) for path in paths]
+    root = roots[0] if len(set(roots)) == 1 else Path(os.path.commonpath([root.absolute() for root in roots]))
+    prefixes = ["" if own == root else f"{own.absolute().relative_to(root.absolute()).as_posix()}/" for own in roots]
+    prefixes = ["" if prefix == "./" else prefix for prefix in prefixes]
+    rows, ids = [], {}
+    for path, prefix in zip(paths, prefixes, strict=True):
+        for row in read(path):
+            image = prefix + row.image
+            image_id = image if row.image_id in (None, row.image) else row.image_id
+            if (before := ids.setdefault(image, image_id)) != image_id:
+                problem = f"pairs: {path} must give {row.image} the id {before!r} as before, got {image_id!r}"
+                bad.found("duplicate_id", problem)
+                continue
+            rows.append(dataclasses.replace(row, image=image, image_id=image_id))
+    return Mixture(rows, root, prefixes)
+
+
+def keep_known(mixture: Mixture[Row], known: Container[str], bad: BadData) -> Mixture[Row]:
+    """Without the rows whose images a feature cache lacks.
+
+    Raises:
+        ValueError: there are such, and they are refused.
+    """
+    missing = [image for image in mixture.members if image not in known]
+    if missing and not bad.skips:
+        raise ValueError(f"pairs name {len(missing)} images that the feature cache lacks: {missing[:5]}")
+    return _without(mixture, {x: f"pairs: the feature cache lacks {x}" for x in missing}, "missing_sample", bad)
+
+
+def keep_present(mixture: Mixture[Row], bad: BadData) -> Mixture[Row]:
+    """Without the rows whose pictures are not there; those in tars were seen when these were indexed.
+
+    Raises:
+        ValueError: there are such, and they are refused.
+    """
+    root = mixture.root
+    missing = [x for x, member in mixture.members.items() if member is None and not (root / x).is_file()]
+    return _without(mixture, {x: f"pairs: {root / x} is missing" for x in missing}, "missing_sample", bad)
+
+
+def keep_readable(mixture: Mixture[Row], bad: BadData) -> Mixture[Row]:
+    """Without the rows whose pictures can't be read, which takes as long as reading all of them.
+
+    Raises:
+        ValueError: there are such, and they are refused.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(functools.partial(_problem, mixture.root), *zip(*mixture.members.items(), strict=True))
+        problems = {x: problem for x, problem in zip(mixture.members, found, strict=True) if problem is not None}
+    return _without(mixture, problems, "unreadable_picture", bad)
+
+
+def _problem(root: Path, image: str, member: Member | None) -> str | None:
+    try:
+        read_pixels(root / image, Image.Image.load, member)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _without(mixture: Mixture[Row], problems: dict[str, str], kind: Kind, bad: BadData) -> Mixture[Row]:
+    """Without these images' rows; ``problems`` says of each image what is wrong."""
+    for problem in problems.values():
+        bad.found(kind, problem)
+    return dataclasses.replace(mixture, rows=[row for row in mixture.rows if row.image not in problems])
