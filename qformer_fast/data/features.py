@@ -1,8 +1,9 @@
-"""Image tokens extracted once and read from disk: in shards, memory-mapped, checksummed, each whole or not there."""
+"""Image tokens extracted once and read from disk: in shards, checksummed, each whole or not there."""
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ class FeatureCache:
         expect (Mapping, Optional): entries that the metadata must have, say {"encoder": "ViT-L-14"}.
         bad (BadData, Optional): what is done with damaged shards. Default: `None`, they are refused.
 
-    ``dtype`` is that of :meth:`rows`; ``shards`` are the bytes of those that are whole.
+    ``dtype`` is that of :meth:`rows`; ``shards`` has the number of images of each shard that is whole.
 
     Raises:
         FileNotFoundError: no cache there. ValueError: no shard that is whole, a damaged one that is refused, shards
@@ -84,10 +85,8 @@ class FeatureCache:
         self._rows = {key: (shard, row) for shard, index in enumerate(indices) for row, key in enumerate(index["keys"])}
         if len(self._rows) != len(self.keys):
             raise ValueError(f"feature_cache: {self.folder} must have each key once, got some in two shards")
-        self.shards = [
-            np.memmap(place / DATA, dtype=np.uint8, mode="r").reshape(len(index["keys"]), -1)
-            for place, index in zip(whole, indices, strict=True)
-        ]
+        self.shards = [len(index["keys"]) for index in indices]
+        self._files = [(place / DATA).open("rb", buffering=0) for place in whole]
 
     def _take(self, index: Mapping[str, Any], place: Path, expect: Mapping[str, Any]) -> None:
         """What all shards have in common."""
@@ -115,7 +114,7 @@ class FeatureCache:
         """Tokens of these images: (len(keys), tokens, width) in the cache's ``dtype``.
 
         Raises:
-            KeyError: a key that is not there.
+            KeyError: a key that is not there. ValueError: a file that was cut since the cache was opened.
         """
         missing = [key for key in keys if key not in self._rows]
         if missing:
@@ -123,7 +122,7 @@ class FeatureCache:
         raw = torch.empty(len(keys), self.tokens * token_bytes(self.stored, self.width), dtype=torch.uint8)
         for out, key in zip(raw.numpy(), keys, strict=True):
             shard, row = self._rows[key]
-            out[:] = self.shards[shard][row]
+            _read_at(self._files[shard], out, row * len(out))
         return unpack(raw, self.stored, self.tokens, self.width)
 
     def __getitem__(self, key: str) -> Tensor:
@@ -234,6 +233,20 @@ def write_cache_index(folder: Path, shards: int) -> None:
     text = json.dumps({"shards": shards})
     write_text(folder / CHECKSUMS, json.dumps({INDEX: zlib.crc32(text.encode())}))
     write_text(folder / INDEX, text)
+
+
+def _read_at(file: io.FileIO, out: np.ndarray, offset: int) -> None:
+    """Fills ``out`` from there on; a memory map would take a fault every few pages, and a signal at a file cut since.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    end = offset + len(out)
+    while len(out):
+        count = os.preadv(file.fileno(), [out], end - len(out))
+        if count == 0:
+            raise ValueError(f"feature_cache: {file.name} must have {end} bytes, it was cut since it was opened")
+        out = out[count:]
 
 
 def _reopen(folder: Path, *, skips: bool) -> FeatureCache:

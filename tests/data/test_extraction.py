@@ -40,7 +40,7 @@ def contents(folder):
 def test_shards_hold_what_one_file_holds(tmp_path):
     cache = run(tmp_path / "cache", Encoder())
     whole = FeatureCache.create(tmp_path / "whole", KEYS, [torch.stack(list(TOKENS.values()))], metadata={})
-    assert [len(shard) for shard in cache.shards] == [4, 4, 2] and len(whole.shards) == 1
+    assert cache.shards == [4, 4, 2] and whole.shards == [10]
     mixed = [KEYS[i] for i in (9, 0, 4, 3, 9)]
     assert torch.equal(cache.rows(mixed), whole.rows(mixed)) and cache.keys == KEYS
     assert torch.equal(pickle.loads(pickle.dumps(cache)).rows(mixed), whole.rows(mixed))

@@ -157,6 +157,15 @@ def test_damage_is_found(tmp_path):
         FeatureCache(tmp_path / "other")
 
 
+def test_a_cache_that_is_cut_while_it_is_read_is_named(tmp_path):
+    cache = create(tmp_path / "cache")
+    with (tmp_path / "cache" / SHARD / "features.bin").open("rb+") as file:
+        file.truncate(100)
+    assert cache.rows(["a", "b"]).shape == (2, 4, 5)
+    with pytest.raises(ValueError, match="features.bin must have 120 bytes, it was cut since it was opened"):
+        cache.rows(["b", "c"])
+
+
 def test_a_cache_without_a_whole_shard_is_refused_even_where_bad_data_are_skipped(tmp_path):
     create(tmp_path / "cache")
     (tmp_path / "cache" / SHARD / "features.bin").write_bytes(b"")
