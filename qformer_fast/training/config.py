@@ -152,6 +152,8 @@ class RunConfig:
         keep (int): checkpoints kept.
         resume (bool): go on from the last checkpoint in ``output_dir``.
         tensorboard (bool): write TensorBoard events too.
+        profile (bool): log which shares of the time go to waiting for data, to the image encoder, to the Q-Former and
+            to communication.
         timeout (float): seconds that a process waits for the others, under torchrun, before it ends with an error.
     """
 
@@ -169,6 +171,7 @@ class RunConfig:
     keep: int = 2
     resume: bool = False
     tensorboard: bool = False
+    profile: bool = False
     timeout: float = 600.0
 
     def __post_init__(self) -> None:

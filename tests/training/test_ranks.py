@@ -162,6 +162,16 @@ def test_losses_do_not_depend_on_the_number_of_processes(run, tmp_path) -> None:
     ]
 
 
+def test_a_profile_has_the_share_of_communication_and_changes_nothing(run) -> None:
+    common = dict(steps=4, batch_size=2, dropout=0.1)
+    plain, profiled = run("plain", 2, **common), run("profiled", 2, profile=True, **common)
+    for entry, expected in zip(profiled, plain, strict=True):
+        shares = {name: entry.pop(name) for name in list(entry) if name.startswith("share_")}
+        assert entry == expected
+        assert 0 < shares.pop("share_communication") < 1
+        assert sum(shares.values()) == pytest.approx(1) and shares["share_qformer"] > shares["share_encoder"]
+
+
 def test_stage_2_has_the_mean_of_its_ranks_losses(run, folder) -> None:
     entries = run("two", 2, stage=2, steps=2, batch_size=3)
     model, dataset = build_stage2(FeatureCache(folder / "cache"))
