@@ -97,7 +97,7 @@ def build_dataset(
     else:
         mixture = keep_present(mixture, bad)
         if bad.skips:
-            mixture = keep_readable(mixture, bad)
+            mixture = keep_readable(mixture, bad, config.num_workers)
         images = {"transform": encoder.transform, "image_root": mixture.root}
     if language is None:
         dataset = PairDataset(mixture.rows, load_tokenizer(config.tokenizer), **images, max_length=config.max_length)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Container, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
 from qformer_fast.data.bad import BadData, Kind
 from qformer_fast.data.captions import Pair, image_folder
 from qformer_fast.data.examples import Example
-from qformer_fast.data.pictures import Member, read_pixels
+from qformer_fast.data.pictures import Member, PictureBatches
 
 Row = TypeVar("Row", Pair, Example)
+PICTURES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -102,24 +104,24 @@ def keep_present(mixture: Mixture[Row], bad: BadData) -> Mixture[Row]:
     return _without(mixture, {x: f"pairs: {root / x} is missing" for x in missing}, "missing_sample", bad)
 
 
-def keep_readable(mixture: Mixture[Row], bad: BadData) -> Mixture[Row]:
+def keep_readable(mixture: Mixture[Row], bad: BadData, num_workers: int = 0) -> Mixture[Row]:
     """Without the rows whose pictures can't be read, which takes as long as reading all of them.
 
     Raises:
         ValueError: there are such, and they are refused.
     """
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(functools.partial(_problem, mixture.root), *zip(*mixture.members.items(), strict=True))
-        problems = {x: problem for x, problem in zip(mixture.members, found, strict=True) if problem is not None}
-    return _without(mixture, problems, "unreadable_picture", bad)
+    images = list(mixture.members)
+    lists = [images[start : start + PICTURES_AT_ONCE] for start in range(0, len(images), PICTURES_AT_ONCE)]
+    loader = PictureBatches(mixture.root, _nothing, mixture.members).loader(lists, num_workers)
+    found: dict[str, str] = {}
+    for names, (read, _, problems) in zip(tqdm(lists, desc="looking at pictures", disable=None), loader, strict=True):
+        found |= zip(sorted(set(names) - set(read), key=names.index), problems, strict=True)
+    return _without(mixture, found, "unreadable_picture", bad)
 
 
-def _problem(root: Path, image: str, member: Member | None) -> str | None:
-    try:
-        read_pixels(root / image, Image.Image.load, member)
-    except ValueError as error:
-        return str(error)
-    return None
+def _nothing(_picture: Image.Image) -> Tensor:
+    """A transform for pictures that are only to be read."""
+    return torch.empty(0)
 
 
 def _without(mixture: Mixture[Row], problems: dict[str, str], kind: Kind, bad: BadData) -> Mixture[Row]:

@@ -148,8 +148,9 @@ def test_pictures_that_are_missing_or_damaged_are_found_before_a_run(write, tmp_
     assert [pair.image for pair in present.rows] == ["1.png", "1.png", "2.png"] and bad.counts == {"missing_sample": 1}
     with pytest.raises(ValueError, match=r"2.png is no readable picture"):
         keep_readable(present, BadData())
-    assert [pair.image for pair in keep_readable(present, bad).rows] == ["1.png", "1.png"]
-    assert bad.counts == {"missing_sample": 1, "unreadable_picture": 1}
+    for count, workers in ((1, 0), (2, 1)):
+        assert [pair.image for pair in keep_readable(present, bad, workers).rows] == ["1.png", "1.png"]
+        assert bad.counts == {"missing_sample": 1, "unreadable_picture": count}
 
 
 def test_an_unknown_policy_is_named():
