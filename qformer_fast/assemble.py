@@ -89,7 +89,8 @@ def build_dataset(
     bad = BadData(config.on_bad)
     read = read_pairs if language is None else functools.partial(read_examples, prompt=language.prompt)
     paths = [config.pairs] if isinstance(config.pairs, str) else config.pairs
-    mixture = read_mixture(paths, functools.partial(read, bad=bad), image_root=config.image_root, bad=bad)
+    read = functools.partial(read, bad=bad, num_workers=config.num_workers)
+    mixture = read_mixture(paths, read, image_root=config.image_root, bad=bad)
     if encoder is None:
         cache = _open_caches(config, mixture.prefixes, bad)
         mixture = keep_known(mixture, cache, bad)

@@ -262,7 +262,7 @@ def extract_features(config: ExtractConfig) -> FeatureCache | None:
     """
     bad = BadData(config.on_bad)
     paths = [config.pairs] if isinstance(config.pairs, str) else config.pairs
-    read = functools.partial(read_any, bad=bad)
+    read = functools.partial(read_any, bad=bad, num_workers=config.num_workers)
     mixture = keep_present(read_mixture(paths, read, image_root=config.image_root, bad=bad), bad)
     keys = list(mixture.members)
     metadata = {name: getattr(config, name) for name in ENCODER_FIELDS}

@@ -28,19 +28,39 @@ class BadData:
         self.counts: Counter[Kind] = Counter()
         self._first: dict[Kind, str] = {}
 
-    def found(self, kind: Kind, message: str, count: int = 1) -> None:
-        """Takes note of ``count`` bad entries.
+    def found(self, kind: Kind, message: str) -> None:
+        """Takes note of one bad entry.
 
         Raises:
             ValueError: bad data are refused; ``message`` says what was expected and what came, with file and key.
         """
         if not self.skips:
             raise ValueError(message)
-        self.counts[kind] += count
+        self.counts[kind] += 1
         self._first.setdefault(kind, message)
+
+    def take(self, notes: Notes) -> None:
+        """Takes note of what another process found.
+
+        Raises:
+            ValueError: something, and bad data are refused.
+        """
+        for kind, message in notes.found_there:
+            self.found(kind, message)
 
     def summary(self) -> str:
         """What was skipped, a line a kind with its first case; "" if nothing was."""
         return "\n".join(
             f"skipped {count} {kind}, the first: {self._first[kind]}" for kind, count in self.counts.items()
         )
+
+
+class Notes:
+    """Bad data that one process finds and another, which has the :class:`BadData`, is to know of."""
+
+    def __init__(self) -> None:
+        self.found_there: list[tuple[Kind, str]] = []
+
+    def found(self, kind: Kind, message: str) -> None:
+        """Takes note of one bad entry."""
+        self.found_there.append((kind, message))

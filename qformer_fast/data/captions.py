@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import multiprocessing
 import os
 import re
 import unicodedata
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qformer_fast.data.bad import BadData
+from qformer_fast.data.bad import BadData, Notes
 from qformer_fast.data.files import read_json
 from qformer_fast.data.pictures import IMAGE_SUFFIXES, Member
 from qformer_fast.data.tars import TarSample, are_tars, find_tars, read_tar, tar_folder
@@ -56,7 +59,7 @@ def has_word(text: str) -> bool:
     return any(unicodedata.category(sign)[0] not in "CZM" and sign != "\ufffd" for sign in text)
 
 
-def read_pairs(path: str | os.PathLike, bad: BadData | None = None) -> list[Pair]:
+def read_pairs(path: str | os.PathLike, bad: BadData | None = None, num_workers: int = 0) -> list[Pair]:
     """Pairs of a JSON list, of a folder of pictures, or of tar shards.
 
     Args:
@@ -67,6 +70,7 @@ def read_pairs(path: str | os.PathLike, bad: BadData | None = None) -> list[Pair
             "image_id" (optional) of each key.
         bad (BadData, Optional): what is done with samples that lack something, captions without a word, keys that come
             twice in the shards, and damaged shards. Default: `None`, they are refused.
+        num_workers (int): processes that read shards. Default: 0, this one.
 
     Returns:
         list: one :class:`Pair` a caption, captions cleaned; images as the file names them, or relative to the folder,
@@ -78,7 +82,7 @@ def read_pairs(path: str | os.PathLike, bad: BadData | None = None) -> list[Pair
     """
     bad = bad or BadData()
     if are_tars(path):
-        pairs = _read_tars(path, bad)
+        pairs = _read_tars(path, bad, num_workers)
     elif Path(path).is_dir():
         pairs = _read_folder(Path(path), bad)
     elif Path(path).exists():
@@ -136,18 +140,30 @@ def _read_folder(folder: Path, bad: BadData) -> list[Pair]:
     return pairs
 
 
-def _read_tars(path: str | os.PathLike, bad: BadData) -> list[Pair]:
-    pairs, shard_of, root = [], {}, tar_folder(path)
-    for shard in find_tars(path):
-        for key, sample in read_tar(shard, root, bad).items():
-            if (before := shard_of.setdefault(key, shard)) != shard:
-                bad.found("duplicate_id", f"pairs: {shard} must have no key of {before} again, got {key}")
-                continue
-            pairs += _pairs_of_tar(sample, where=f"{shard}, key {key}", bad=bad)
+def _read_tars(path: str | os.PathLike, bad: BadData, num_workers: int) -> list[Pair]:
+    shards, read = find_tars(path), functools.partial(_read_shard, root=tar_folder(path))
+    with contextlib.ExitStack() as stack:
+        each = stack.enter_context(multiprocessing.Pool(num_workers)).imap if num_workers else map
+        pairs: list[Pair] = []
+        shard_of: dict[str, Path] = {}
+        for shard, (found, notes) in zip(shards, each(read, shards), strict=True):
+            bad.take(notes)
+            for key, of_key in found.items():
+                if (before := shard_of.setdefault(key, shard)) != shard:
+                    bad.found("duplicate_id", f"pairs: {shard} must have no key of {before} again, got {key}")
+                else:
+                    pairs += of_key
     return pairs
 
 
-def _pairs_of_tar(sample: TarSample, *, where: str, bad: BadData) -> list[Pair]:
+def _read_shard(shard: Path, root: Path) -> tuple[dict[str, list[Pair]], Notes]:
+    """Pairs by their key, of some none, and what is bad."""
+    notes = Notes()
+    samples = read_tar(shard, root, notes)
+    return {key: _pairs_of_tar(x, where=f"{shard}, key {key}", bad=notes) for key, x in samples.items()}, notes
+
+
+def _pairs_of_tar(sample: TarSample, *, where: str, bad: Notes) -> list[Pair]:
     try:
         about = sample.about
     except ValueError as error:

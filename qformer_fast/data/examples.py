@@ -37,7 +37,9 @@ class Example:
     member: Member | None = None
 
 
-def read_examples(path: str | os.PathLike, prompt: str = "", bad: BadData | None = None) -> list[Example]:
+def read_examples(
+    path: str | os.PathLike, prompt: str = "", bad: BadData | None = None, num_workers: int = 0
+) -> list[Example]:
     """Captions or questions of a JSON list, or captions of a folder of pictures or of tar shards.
 
     Args:
@@ -48,6 +50,7 @@ def read_examples(path: str | os.PathLike, prompt: str = "", bad: BadData | None
             :func:`qformer_fast.data.captions.clean_question`. Default: "", none.
         bad (BadData, Optional): what is done with what ``read_pairs`` calls bad, and with questions and answers that
             are missing or have no word. Default: `None`, they are refused.
+        num_workers (int): processes that read tar shards. Default: 0, this one.
 
     Returns:
         list: one :class:`Example` a caption or question; images as of ``read_pairs``.
@@ -64,7 +67,7 @@ def read_examples(path: str | os.PathLike, prompt: str = "", bad: BadData | None
         if examples := [example for example in found if example is not None]:
             return examples
         raise ValueError(f"pairs must hold at least one question, found none in {path}")
-    pairs = pairs_of(entries, Path(path), bad) if entries else read_pairs(path, bad)
+    pairs = pairs_of(entries, Path(path), bad) if entries else read_pairs(path, bad, num_workers)
     if not pairs:
         raise ValueError(f"pairs must hold at least one image-caption pair, found none in {path}")
     if PLACE in prompt:
@@ -72,9 +75,9 @@ def read_examples(path: str | os.PathLike, prompt: str = "", bad: BadData | None
     return [Example(pair.image, pair.caption, prompt, pair.image_id, pair.member) for pair in pairs]
 
 
-def read_any(path: str | os.PathLike, bad: BadData | None = None) -> list[Example]:
+def read_any(path: str | os.PathLike, bad: BadData | None = None, num_workers: int = 0) -> list[Example]:
     """:func:`read_examples` for who wants the images alone."""
-    return read_examples(path, PLACE if _are_questions(_entries(path)) else "", bad)
+    return read_examples(path, PLACE if _are_questions(_entries(path)) else "", bad, num_workers)
 
 
 def _entries(path: str | os.PathLike) -> list[Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qformer_fast.data.bad import BadData
+from qformer_fast.data.bad import BadData, Notes
 from qformer_fast.data.pictures import IMAGE_SUFFIXES, Member
 
 TEXT_SUFFIXES = (".txt", ".json")
@@ -86,7 +86,7 @@ def find_tars(path: str | os.PathLike) -> list[Path]:
     return found
 
 
-def read_tar(path: Path, root: Path, bad: BadData) -> dict[str, TarSample]:
+def read_tar(path: Path, root: Path, bad: BadData | Notes) -> dict[str, TarSample]:
     """The samples of a shard by their key, the name up to its first dot; other files than pictures, .txt and .json are
     left alone, and pictures are not read.
 

@@ -63,7 +63,7 @@ EXPECTED = [
 def test_samples_are_webdatasets(shards, pattern):
     pairs = read_pairs(shards / pattern)
     assert [(pair.image, pair.caption, pair.image_id) for pair in pairs] == EXPECTED
-    assert image_folder(shards / pattern) == shards
+    assert read_pairs(shards / pattern, num_workers=2) == pairs and image_folder(shards / pattern) == shards
     examples = read_examples(shards / pattern, "a photo of")
     assert examples == [Example(x.image, x.caption, "a photo of", x.image_id, x.member) for x in pairs]
     assert [example.image for example in read_any(shards / pattern)] == [image for image, _, _ in EXPECTED]
@@ -132,15 +132,20 @@ def test_a_bad_sample_is_refused_or_skipped_and_counted(tmp_path, files, kind, m
     assert bad.counts == {kind: 1} and f"skipped 1 {kind}, the first: pairs: " in bad.summary()
 
 
-def test_a_key_in_two_shards_is_refused_or_its_second_sample_skipped(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_key_in_two_shards_is_refused_or_its_second_sample_skipped(tmp_path, workers):
     write_tar(tmp_path / "0.tar", GOOD)
     files = [("a.png", picture(2)), ("a.txt", b"an ape"), ("b.png", picture(3)), ("b.txt", b"bee")]
     write_tar(tmp_path / "1.tar", files)
     with pytest.raises(ValueError, match=r"1.tar must have no key of .*0.tar again, got a"):
         read_pairs(tmp_path)
     bad = BadData("skip")
-    assert [pair.caption for pair in read_pairs(tmp_path, bad)] == ["an ant", "bee"]
+    assert [pair.caption for pair in read_pairs(tmp_path, bad, workers)] == ["an ant", "bee"]
     assert bad.counts == {"duplicate_id": 1}
+    write_tar(tmp_path / "2.tar", [("c.txt", b"no picture")])
+    (tmp_path / "1.tar").unlink()
+    with pytest.raises(ValueError, match=r"2.tar, key c has no picture"):
+        read_pairs(tmp_path, num_workers=workers)
 
 
 def test_a_damaged_shard_is_refused_or_skipped_and_counted(tmp_path):
