@@ -1,7 +1,7 @@
 """What storing image tokens in fewer bits does to stage 1's losses and gradients.
 
-Tokens of a feature cache in float32 are stored in each dtype and read again, as a cache does; the same pairs, negatives
-and weights, without dropout, in fp32.
+Tokens of a feature cache in floats are stored in each dtype and read again, as a cache does; the same pairs, negatives
+and weights, without dropout, in fp32. ``qformer-fast demo`` leaves a cache and a trained model.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from torch import Tensor
 
 from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.data.batches import Batch, PairDataset, ShuffledBatches
-from qformer_fast.data.captions import read_pairs
+from qformer_fast.data.captions import Pair, read_pairs
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.token_bytes import pack, token_bytes, unpack
 from qformer_fast.data.tokenizer import load_tokenizer
+from qformer_fast.demo import emoji_pairs
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
+
+
+def demo_pairs(cache: FeatureCache) -> list[Pair]:
+    """The drawings whose tokens are in the demo's cache, with their names."""
+    return [Pair(x.key, x.caption, x.concept) for x in emoji_pairs.load_pictures() if x.key in cache]
 
 
 def stored(images: Tensor, dtype: str) -> Tensor:
@@ -73,8 +79,8 @@ def compare(model: Blip2QFormer, dataset: PairDataset, dtypes: list[str], batch_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", required=True, help="as of data.pairs")
-    parser.add_argument("--feature-cache", required=True, help="with --dtype float32 of extract-features")
+    parser.add_argument("--pairs", help="as of data.pairs; without, the demo's drawings and names")
+    parser.add_argument("--feature-cache", required=True, help="of any dtype but int8, best of float32")
     parser.add_argument("--checkpoint", help="a folder of a trained model; without, BLIP-2's sizes and random weights")
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "int8"])
     parser.add_argument("--batch", type=int, default=128)
@@ -83,9 +89,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     options = parser.parse_args()
     cache = FeatureCache(options.feature_cache)
-    if cache.stored != "float32":
-        parser.error(f"--feature-cache must be of float32, got {cache.stored}")
-    dataset = PairDataset(read_pairs(options.pairs), load_tokenizer(), cache=cache)
+    if cache.stored == "int8":
+        parser.error("--feature-cache must hold floats, got int8")
+    pairs = demo_pairs(cache) if options.pairs is None else read_pairs(options.pairs)
+    dataset = PairDataset(pairs, load_tokenizer(), cache=cache)
     torch.manual_seed(0)
     if options.checkpoint is None:
         model = Blip2QFormer(QFormerConfig(encoder_hidden_size=cache.width))
