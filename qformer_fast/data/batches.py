@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,11 @@ class ImageTextDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def digest(self) -> int:
+        """A checksum of which images there are and which are the same."""
+        return zlib.crc32("\n".join(self._images).encode(), zlib.crc32(self.image_ids.numpy()))
 
     def images(self, indices: list[int]) -> Tensor:
         """Image tokens (len(indices), tokens, width) of the cache, or pixels (len(indices), 3, height, width)."""

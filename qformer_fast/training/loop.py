@@ -79,8 +79,8 @@ def train(
     Raises:
         ValueError: checkpoints in ``output_dir`` but ``run.resume`` is False, or of a run with another seed or batch; a
             damaged checkpoint; TensorBoard asked for and not installed; CUDA graphs without a GPU or not of stage 1; a
-            data set for another kind of model. FloatingPointError: a loss or gradient that is NaN or Inf; names it and
-            the step.
+            data set for another kind of model, or one that differs between the ranks. FloatingPointError: a loss or
+            gradient that is NaN or Inf; names it and the step.
     """
     check_output_dir(run)
     optimizer_config = optimizer_config or OptimizerConfig()
@@ -89,6 +89,8 @@ def train(
     device = resolve_device(run.device)
     output_dir = Path(run.output_dir)
     ranks = Ranks.current()
+    # one may have skipped a picture that another could read
+    ranks.check_same("the checksum of dataset", dataset.digest)
     whole_batch = run.batch_size * ranks.world_size
     order = ShuffledBatches(len(dataset), whole_batch, seed=run.seed, rank=ranks.rank, world_size=ranks.world_size)
     torch.manual_seed(run.seed)

@@ -47,6 +47,19 @@ class Ranks:
             x /= self.world_size
         return x
 
+    def check_same(self, name: str, value: int) -> None:
+        """Refuses what differs between the ranks.
+
+        Raises:
+            ValueError: on all ranks, where ``value`` is not the same on each.
+        """
+        if self.alone:
+            return
+        everyone = [0] * self.world_size
+        dist.all_gather_object(everyone, value)
+        if len(set(everyone)) > 1:
+            raise ValueError(f"{name} must be the same on all ranks, got {everyone}")
+
     def wait(self) -> None:
         """Until every rank is here."""
         if not self.alone:

@@ -50,7 +50,7 @@ def nearest_negatives(model, contrast, same_image):
 def work(folder: Path, output: Path, options: dict) -> None:
     """One process of a run; the environment says which."""
     torch.set_num_threads(1)
-    dropout, stage = options.pop("dropout"), options.pop("stage")
+    dropout, stage, lacking = (options.pop(name) for name in ("dropout", "stage", "lacking"))
     if not dropout:
         Blip2QFormer.draw_negatives = nearest_negatives
     cache = FeatureCache(folder / "cache")
@@ -58,6 +58,7 @@ def work(folder: Path, output: Path, options: dict) -> None:
         model, dataset = build_stage2(cache)
     else:
         pairs = [Pair(word, f"{start} {word}", word) for word in WORDS for start in ("a", "one small")]
+        pairs = pairs[: len(pairs) - (int(os.environ["RANK"]) == lacking)]
         dataset = PairDataset(pairs, load_tokenizer(), cache=cache)
         torch.manual_seed(7)
         sizes = SIZES | dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
@@ -96,12 +97,12 @@ def folder(tmp_path_factory) -> Path:
 def start(folder, tmp_path):
     """Starts a run's processes, which write to ``tmp_path / output``."""
 
-    def start(output, world_size, *, dropout=0.0, stage=1, **options) -> list[subprocess.Popen]:
+    def start(output, world_size, *, dropout=0.0, stage=1, lacking=None, **options) -> list[subprocess.Popen]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
-        given = json.dumps(options | {"dropout": dropout, "stage": stage})
+        given = json.dumps(options | {"dropout": dropout, "stage": stage, "lacking": lacking})
         command = [sys.executable, __file__, str(folder), str(tmp_path / output), given]
         return [
             subprocess.Popen(
@@ -195,6 +196,16 @@ def test_a_killed_run_goes_on_with_the_same_losses(start, run, tmp_path) -> None
         process.kill()
     assert [process.wait(timeout=60) for process in processes] == [-signal.SIGKILL] * 2
     assert run("parts", 2, resume=True, **common) == whole
+
+
+def test_ranks_with_other_data_are_refused(start, tmp_path) -> None:
+    """One that skipped a pair more would have other batches."""
+    processes = start("run", 2, steps=2, batch_size=2, lacking=1)
+    assert [process.wait(timeout=60) for process in processes] == [1, 1]
+    for rank in (0, 1):
+        said = (tmp_path / f"run.{rank}.txt").read_text()
+        assert "the checksum of dataset must be the same on all ranks, got [" in said
+    assert read_log(tmp_path / "run") == []
 
 
 def test_a_rank_that_is_killed_ends_the_others(start, tmp_path) -> None:
