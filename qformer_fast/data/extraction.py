@@ -87,7 +87,8 @@ def extract(
     for number in todo:
         batches = _take(encoded, len(lists[number]))
         write_shard(shard_folder(folder, number), shards[number], batches, metadata=metadata, dtype=dtype)
-    if not all(shard_folder(folder, number).exists() for number in range(len(shards))):
+    # another process may be about to write a damaged one again
+    if any(shard_damage(shard_folder(folder, number), verify=False) for number in range(len(shards))):
         return None
     write_cache_index(folder, len(shards))
     return FeatureCache(folder, verify=False)

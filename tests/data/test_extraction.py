@@ -90,6 +90,15 @@ def test_processes_share_the_shards(tmp_path, world_size):
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
+def test_a_cache_waits_for_another_processs_damaged_shard(tmp_path):
+    run(tmp_path / "cache", Encoder())
+    expected = contents(tmp_path / "cache")
+    (tmp_path / "cache" / "shard-00001" / "index.json").write_bytes(b"{")
+    assert run(tmp_path / "cache", Encoder(), rank=0, world_size=2) is None
+    assert run(tmp_path / "cache", Encoder(), rank=1, world_size=2) is not None
+    assert contents(tmp_path / "cache") == expected
+
+
 def test_an_extraction_goes_on_with_another_number_of_processes(tmp_path):
     assert run(tmp_path / "cache", Encoder(), rank=1, world_size=2) is None
     encoder = Encoder()
