@@ -19,6 +19,10 @@ Member = tuple[int, int]
 """Where a file lies in a tar: its offset and size in bytes."""
 
 
+class PictureError(ValueError):
+    """A picture that can't be read."""
+
+
 def read_pixels(path: str | os.PathLike, transform: Transform, member: Member | None = None) -> Tensor:
     """A picture in RGB through ``transform``.
 
@@ -28,18 +32,22 @@ def read_pixels(path: str | os.PathLike, transform: Transform, member: Member | 
         member (Member, Optional): where in the tar it is. Default: `None`, in no tar.
 
     Raises:
-        ValueError: no picture there that can be read; the message names it.
+        PictureError: no picture there that can be read; the message names it.
     """
     path = Path(path)
     try:
-        with Image.open(path if member is None else _member_file(path.parent, member)) as image:
-            return transform(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow has SyntaxError for broken PNGs
-        raise ValueError(f"{path} is no readable picture: {error}") from error
+        with Image.open(path if member is None else _member_file(path, member)) as image:
+            picture = image.convert("RGB")
+    # of damaged files Pillow's decoders raise what they happen to stumble on
+    except Exception as error:
+        raise PictureError(f"{path} is no readable picture: {error}") from error
+    return transform(picture)
 
 
-def _member_file(shard: Path, member: Member) -> io.BytesIO:
+def _member_file(path: Path, member: Member) -> io.BytesIO:
     offset, size = member
+    # names in a tar may have folders
+    shard = next((parent for parent in path.parents if parent.is_file()), path.parent)
     with shard.open("rb") as file:
         file.seek(offset)
         return io.BytesIO(file.read(size))
@@ -66,7 +74,7 @@ class PictureBatches(Dataset):
             try:
                 pixels.append(read_pixels(self.root / name, self.transform, self.members.get(name)))
                 read.append(name)
-            except ValueError as error:
+            except PictureError as error:
                 problems.append(str(error))
         return read, torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0), problems
 

@@ -1,6 +1,7 @@
 """Tar shards: written by webdataset, or by tarfile where they are to be bad; read by offset."""
 
 import io
+import itertools
 import tarfile
 
 import numpy as np
@@ -175,6 +176,15 @@ def test_nothing_left_is_refused(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.png", picture(1))])
     with pytest.raises(ValueError, match="pairs must hold at least one image-caption pair, found none in"):
         read_pairs(tmp_path, BadData("skip"))
+
+
+def test_pictures_may_lie_in_folders_of_a_tar(tmp_path):
+    names = ["./a", "part/b", "../c", "/d"]
+    files = [((f"{name}.png", picture(i)), (f"{name}.txt", b"x")) for i, name in enumerate(names)]
+    write_tar(tmp_path / "0.tar", itertools.chain.from_iterable(files))
+    pairs = read_pairs(tmp_path)
+    assert [pair.image for pair in pairs] == [f"0.tar/{x}.png" for x in names]
+    assert [read_pixels(tmp_path / x.image, colour, x.member) for x in pairs] == [(i, 255 - i, 7) for i in range(4)]
 
 
 def test_a_picture_that_is_damaged_in_its_tar_is_named(tmp_path):
