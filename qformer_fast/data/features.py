@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
-import io
+import itertools
 import json
 import os
 import shutil
@@ -69,24 +70,27 @@ class FeatureCache:
             damages = list(pool.map(functools.partial(shard_damage, verify=verify), places))
         for damage in filter(None, damages):
             bad.found("corrupt_shard", f"feature_cache: {damage}; extract the features again")
-        whole = [place for place, damage in zip(places, damages, strict=True) if damage is None]
-        if not whole:
-            raise ValueError(f"feature_cache: {self.folder} must have at least one shard that is whole, got none")
-        indices = [read_index(place) for place in whole]
-        self._take(indices[0], whole[0], expect or {})
-        for place, index in zip(whole, indices, strict=True):
+        indices = {place: read_index(place) for place, damage in zip(places, damages, strict=True) if damage is None}
+        # of a shard without images no picture could be read, nor what tokens would be like
+        indices = {place: index for place, index in indices.items() if index["keys"]}
+        if not indices:
+            raise ValueError(f"feature_cache: {self.folder} must have at least one whole shard with images, got none")
+        first = next(iter(indices))
+        self._take(indices[first], first, expect or {})
+        for place, index in indices.items():
             for name in ("tokens", "width", "dtype", "metadata"):
-                expected = indices[0][name]
+                expected = indices[first][name]
                 if index[name] != expected:
                     raise ValueError(
-                        f"feature_cache: {place} must have {name} {expected!r} as {whole[0]}, got {index[name]!r}"
+                        f"feature_cache: {place} must have {name} {expected!r} as {first}, got {index[name]!r}"
                     )
-        self.keys: list[str] = [key for index in indices for key in index["keys"]]
-        self._rows = {key: (shard, row) for shard, index in enumerate(indices) for row, key in enumerate(index["keys"])}
-        if len(self._rows) != len(self.keys):
+        self.keys: list[str] = [key for index in indices.values() for key in index["keys"]]
+        self._numbers = {key: number for number, key in enumerate(self.keys)}
+        if len(self._numbers) != len(self.keys):
             raise ValueError(f"feature_cache: {self.folder} must have each key once, got some in two shards")
-        self.shards = [len(index["keys"]) for index in indices]
-        self._files = [(place / DATA).open("rb", buffering=0) for place in whole]
+        self.shards = [len(index["keys"]) for index in indices.values()]
+        self._starts = list(itertools.accumulate(self.shards, initial=0))
+        self._files = [place / DATA for place in indices]
 
     def _take(self, index: Mapping[str, Any], place: Path, expect: Mapping[str, Any]) -> None:
         """What all shards have in common."""
@@ -108,7 +112,7 @@ class FeatureCache:
         return len(self.keys)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._rows
+        return key in self._numbers
 
     def rows(self, keys: Sequence[str]) -> Tensor:
         """Tokens of these images: (len(keys), tokens, width) in the cache's ``dtype``.
@@ -116,13 +120,14 @@ class FeatureCache:
         Raises:
             KeyError: a key that is not there. ValueError: a file that was cut since the cache was opened.
         """
-        missing = [key for key in keys if key not in self._rows]
+        missing = [key for key in keys if key not in self._numbers]
         if missing:
             raise KeyError(f"feature_cache: {self.folder} has no features of {missing[:5]}")
         raw = torch.empty(len(keys), self.tokens * token_bytes(self.stored, self.width), dtype=torch.uint8)
         for out, key in zip(raw.numpy(), keys, strict=True):
-            shard, row = self._rows[key]
-            _read_at(self._files[shard], out, row * len(out))
+            number = self._numbers[key]
+            shard = bisect.bisect_right(self._starts, number) - 1
+            _read_at(self._files[shard], out, (number - self._starts[shard]) * len(out))
         return unpack(raw, self.stored, self.tokens, self.width)
 
     def __getitem__(self, key: str) -> Tensor:
@@ -235,18 +240,24 @@ def write_cache_index(folder: Path, shards: int) -> None:
     write_text(folder / INDEX, text)
 
 
-def _read_at(file: io.FileIO, out: np.ndarray, offset: int) -> None:
+def _read_at(path: Path, out: np.ndarray, offset: int) -> None:
     """Fills ``out`` from there on; a memory map would take a fault every few pages, and a signal at a file cut since.
+
+    No file stays open: a large cache has more shards than a process may have open files.
 
     Raises:
         ValueError: the file ends before.
     """
     end = offset + len(out)
-    while len(out):
-        count = os.preadv(file.fileno(), [out], end - len(out))
-        if count == 0:
-            raise ValueError(f"feature_cache: {file.name} must have {end} bytes, it was cut since it was opened")
-        out = out[count:]
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while len(out):
+            count = os.preadv(descriptor, [out], end - len(out))
+            if count == 0:
+                raise ValueError(f"feature_cache: {path} must have {end} bytes, it was cut since the cache was opened")
+            out = out[count:]
+    finally:
+        os.close(descriptor)
 
 
 def _reopen(folder: Path, *, skips: bool) -> FeatureCache:

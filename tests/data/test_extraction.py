@@ -1,5 +1,6 @@
 """Extraction in shards: the same cache however often it was interrupted and by however many processes it was made."""
 
+import os
 import pickle
 
 import pytest
@@ -46,6 +47,14 @@ def test_shards_hold_what_one_file_holds(tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(cache)).rows(mixed), whole.rows(mixed))
     again = FeatureCache(tmp_path / "cache", expect={"encoder": "test"})
     assert torch.equal(again.rows(mixed), torch.stack([TOKENS[key] for key in mixed]).half())
+
+
+def test_shards_may_be_more_than_open_files(tmp_path):
+    run(tmp_path / "cache", Encoder(), shard_images=1)
+    before = len(os.listdir("/proc/self/fd"))
+    cache = FeatureCache(tmp_path / "cache")
+    assert torch.equal(cache.rows(KEYS), torch.stack(list(TOKENS.values())).half())
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -162,7 +162,7 @@ def test_a_cache_that_is_cut_while_it_is_read_is_named(tmp_path):
     with (tmp_path / "cache" / SHARD / "features.bin").open("rb+") as file:
         file.truncate(100)
     assert cache.rows(["a", "b"]).shape == (2, 4, 5)
-    with pytest.raises(ValueError, match="features.bin must have 120 bytes, it was cut since it was opened"):
+    with pytest.raises(ValueError, match="features.bin must have 120 bytes, it was cut since the cache was opened"):
         cache.rows(["b", "c"])
 
 
@@ -170,6 +170,6 @@ def test_a_cache_without_a_whole_shard_is_refused_even_where_bad_data_are_skippe
     create(tmp_path / "cache")
     (tmp_path / "cache" / SHARD / "features.bin").write_bytes(b"")
     bad = BadData("skip")
-    with pytest.raises(ValueError, match="must have at least one shard that is whole, got none"):
+    with pytest.raises(ValueError, match="must have at least one whole shard with images, got none"):
         FeatureCache(tmp_path / "cache", bad=bad)
     assert bad.counts == {"corrupt_shard": 1}
