@@ -279,6 +279,7 @@ def extract_features(config: ExtractConfig) -> FeatureCache | None:
             batch_size=config.batch_size,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            bad=bad,
         )
     if bad.counts:
         print(bad.summary())

@@ -267,6 +267,10 @@ def test_an_unreadable_picture_is_refused_or_skipped_and_counted(pictures, weigh
     assert "three: 3 of 4 pictures in 2 shards" in printed
     three = FeatureCache(tmp_path / "three")
     assert three.keys == ["blue.png", "grey.png", "red.png"]
+    assert run("extract-features", output=tmp_path / "three", on_bad="skip", **options) == 0
+    assert "skipped 1 unreadable_picture, the first: " in capsys.readouterr().out
+    assert run("extract-features", output=tmp_path / "three", **options) == 1
+    assert "shard-00000 was written without green.png" in capsys.readouterr().err
     tiny = load_encoder("tiny-vit", str(weights), random=False)
     expected = tiny(cli.read_pixels(pictures / "grey.png", tiny.transform)[None])[0]
     torch.testing.assert_close(three["grey.png"].float(), expected, rtol=1e-3, atol=1e-3)

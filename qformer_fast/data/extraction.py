@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qformer_fast.data.bad import BadData
 from qformer_fast.data.features import (
     INDEX,
     FeatureCache,
@@ -37,6 +38,7 @@ def extract(
     batch_size: int = 32,
     rank: int = 0,
     world_size: int = 1,
+    bad: BadData | None = None,
 ) -> FeatureCache | None:
     """Writes a :class:`FeatureCache`, keeping the whole shards that an earlier, interrupted call left.
 
@@ -48,21 +50,23 @@ def extract(
             number of processes may have been another.
         keys (Sequence): one name an image, all different.
         encode (Callable): is given lists of up to ``batch_size`` keys and yields for each the keys and their tokens
-            (batch, tokens, width), in the same order; it may leave out keys, and the whole of a list if the shard has
-            another.
+            (batch, tokens, width), in the same order; it may leave out keys.
         metadata (Mapping), dtype (str): see :meth:`FeatureCache.create`.
         shard_images (int): keys a shard. Default: 4096.
         batch_size (int): keys a list. Default: 32.
-        rank, world_size (int): which process this is, of how many. Default: 0 and 1.
+        rank, world_size (int): which process this is, of how many; no two at once may be the same. Default: 0 and 1.
+        bad (BadData, Optional): what is done with keys that an earlier call left out; they are not tried again.
+            Default: `None`, they are refused.
 
     Returns:
         FeatureCache: or `None` where other processes have not written all of theirs yet.
 
     Raises:
-        FileExistsError: something else in ``folder``. ValueError: shards there of other keys, metadata or dtype; keys,
-            dtype or tokens that can't be stored, see :meth:`FeatureCache.create`. Whole shards stay then.
+        FileExistsError: something else in ``folder``. ValueError: shards there of other keys, metadata or dtype, or
+            that lack keys, which are refused; keys, dtype or tokens that can't be stored, see
+            :meth:`FeatureCache.create`; no image in all shards. Whole shards stay then.
     """
-    folder = Path(folder)
+    folder, bad = Path(folder), bad or BadData()
     check_keys(keys)
     for name, value in (("shard_images", shard_images), ("batch_size", batch_size)):
         if value < 1:
@@ -81,7 +85,10 @@ def extract(
             shutil.rmtree(place)
             todo.append(number)
             continue
-        _check_same(place, shards[number], metadata, dtype)
+        index = read_index(place)
+        _check_same(place, index, shards[number], metadata, dtype)
+        for key in index["skipped"]:
+            bad.found("unreadable_picture", f"output: {place} was written without {key}; remove it to try again")
     lists = {number: _lists(shards[number], batch_size) for number in todo}
     encoded = iter(encode([part for number in todo for part in lists[number]]))
     for number in todo:
@@ -123,8 +130,9 @@ def _clear_away(place: Path) -> None:
         shutil.rmtree(scratch)
 
 
-def _check_same(place: Path, keys: Sequence[str], metadata: Mapping[str, Any], dtype: str) -> None:
-    index = read_index(place)
+def _check_same(
+    place: Path, index: Mapping[str, Any], keys: Sequence[str], metadata: Mapping[str, Any], dtype: str
+) -> None:
     for name, expected in (("metadata", json.loads(json.dumps(dict(metadata)))), ("dtype", dtype)):
         if index[name] != expected:
             raise ValueError(f"output: {place} must have {name} {expected!r}, got {index[name]!r}")

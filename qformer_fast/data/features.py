@@ -221,7 +221,7 @@ def write_shard(
         metadata, dtype: see :meth:`FeatureCache.create`.
 
     Raises:
-        ValueError: what :meth:`FeatureCache.create` refuses of batches and dtype; no image at all.
+        ValueError: what :meth:`FeatureCache.create` refuses of batches and dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
@@ -279,7 +279,7 @@ def _keyed(keys: Sequence[str], batches: Iterable[Tensor]) -> Iterator[tuple[Seq
 def _write_batches(
     path: Path, batches: Iterable[tuple[Sequence[str], Tensor]], dtype: str
 ) -> tuple[list[str], int, int]:
-    """Writes the tokens and returns the keys, how many tokens an image has and how wide they are."""
+    """Writes the tokens and returns the keys, how many tokens an image has and how wide they are; 0 without images."""
     written: list[str] = []
     shape = None
     with path.open("wb") as file:
@@ -295,6 +295,4 @@ def _write_batches(
                 raise ValueError(f"batches must hold finite image tokens, got NaN or Inf in {names[:5]}")
             file.write(pack(batch, dtype))
             written += keys
-    if shape is None:
-        raise ValueError(f"batches must hold at least one image, got none for {path}")
-    return written, *shape
+    return written, *(shape or (0, 0))

@@ -151,10 +151,24 @@ def test_what_is_left_out_is_remembered_and_not_tried_again(tmp_path):
     cache = run(tmp_path / "cache", Encoder(unreadable=unreadable))
     assert cache.keys == [key for key in KEYS if key not in unreadable]
     assert torch.equal(cache["image7"], TOKENS["image7"].half())
-    again = Encoder()
-    assert len(run(tmp_path / "cache", again)) == 5 and again.seen == []
-    with pytest.raises(ValueError, match="batches must hold at least one image, got none for .*shard-00002"):
-        run(tmp_path / "none", Encoder(unreadable=KEYS[8:]))
+    again, bad = Encoder(), BadData("skip")
+    assert len(run(tmp_path / "cache", again, bad=bad)) == 5 and again.seen == []
+    assert bad.counts == {"unreadable_picture": 5}
+    with pytest.raises(ValueError, match="shard-00000 was written without image1; remove it to try again"):
+        run(tmp_path / "cache", again)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_shard_may_be_left_without_an_image(tmp_path, dtype):
+    for lost in (KEYS[8:], KEYS[:4]):
+        folder = tmp_path / lost[0]
+        cache = run(folder, Encoder(unreadable=lost), dtype=dtype)
+        kept = [key for key in KEYS if key not in lost]
+        assert cache.keys == kept and sum(cache.shards) == len(kept)
+        assert torch.equal(FeatureCache(folder).rows(kept)[:, 0, 0].round(), torch.tensor([float(x[5:]) for x in kept]))
+        assert run(folder, Encoder(), dtype=dtype, bad=BadData("skip")).keys == kept
+    with pytest.raises(ValueError, match="none must have at least one whole shard with images, got none"):
+        run(tmp_path / "none", Encoder(unreadable=KEYS))
 
 
 def test_damaged_shards_are_refused_or_skipped_and_counted(tmp_path):
