@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,13 @@ def pairs_of(entries: list[Any], path: Path, bad: BadData) -> list[Pair]:
             bad.found("missing_sample", f'pairs: {where} must have "image" and "caption", got {entry!r}')
             continue
         image = str(entry["image"])
-        pairs += _pairs(image, entry["caption"], str(entry.get("image_id", image)), None, where=where, bad=bad)
+        pairs += _pairs(image, entry["caption"], id_of(entry, image), None, where=where, bad=bad)
     return pairs
+
+
+def id_of(entry: Mapping[str, Any], image: str) -> str:
+    """What an entry says that its image is, or the image's own name where it says nothing or null."""
+    return image if entry.get("image_id") is None else str(entry["image_id"])
 
 
 def image_folder(path: str | os.PathLike) -> Path:
@@ -134,7 +140,11 @@ def _read_folder(folder: Path, bad: BadData) -> list[Pair]:
         if not captions.exists():
             bad.found("missing_sample", f"pairs: {image} has no captions, expected {captions.name} beside it")
             continue
-        lines = [line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            bad.found("missing_sample", f"pairs: {captions} must have text that can be read: {error}")
+            continue
         name = image.relative_to(folder).as_posix()
         pairs += _pairs(name, lines or "", name, None, where=str(captions), bad=bad)
     return pairs
@@ -173,7 +183,7 @@ def _pairs_of_tar(sample: TarSample, *, where: str, bad: Notes) -> list[Pair]:
         lacks = "picture" if not sample.image else ".txt, and no .json with a caption"
         bad.found("missing_sample", f"pairs: {where} has no {lacks}")
         return []
-    image_id = str(about.get("image_id", sample.image))
+    image_id = id_of(about, sample.image)
     return _pairs(sample.image, about["caption"], image_id, sample.member, where=where, bad=bad)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qformer_fast.data.bad import BadData
-from qformer_fast.data.captions import clean_question, pairs_of, read_entries, read_pairs
+from qformer_fast.data.captions import clean_question, id_of, pairs_of, read_entries, read_pairs
 from qformer_fast.data.pictures import Member
 from qformer_fast.data.tars import are_tars
 
@@ -105,4 +105,4 @@ def _question(entry: Any, prompt: str, bad: BadData, *, where: str) -> Example |
         bad.found("empty_caption", f"pairs: {where} must have an answer with a word in it, got {entry['answer']!r}")
         return None
     [(answer, _)] = said.most_common(1)
-    return Example(image, answer, prompt.replace(PLACE, cleaned), str(entry.get("image_id", image)))
+    return Example(image, answer, prompt.replace(PLACE, cleaned), id_of(entry, image))

@@ -9,6 +9,7 @@ from PIL import Image
 from qformer_fast.data.bad import BadData
 from qformer_fast.data.batches import PairDataset
 from qformer_fast.data.captions import Pair, read_pairs
+from qformer_fast.data.examples import read_examples
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.joined import JoinedCaches
 from qformer_fast.data.sources import keep_known, keep_present, keep_readable, read_mixture
@@ -119,12 +120,29 @@ def test_bad_pictures_of_a_folder_are_skipped_and_counted(tmp_path):
         (tmp_path / f"{name}.png").touch()
         if caption is not None:
             (tmp_path / f"{name}.txt").write_text(caption)
+    (tmp_path / "e.png").touch()
+    (tmp_path / "e.txt").write_bytes(b"caf\xe9")
     bad = BadData("skip")
     assert [pair.caption for pair in read_pairs(tmp_path, bad)] == ["an ant", "a", "b"]
-    assert bad.counts == {"missing_sample": 1, "empty_caption": 2}
-    (tmp_path / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"c.txt must have a caption with a word in it, got ''"):
-        read_pairs(tmp_path)
+    assert bad.counts == {"missing_sample": 2, "empty_caption": 2}
+    problems = {
+        "b": "b.png has no captions, expected b.txt beside it",
+        "c": "c.txt must have a caption with a word in it, got ''",
+        "d": r"d.txt must have a caption with a word in it, got '\.\.\.'",
+        "e": "e.txt must have text that can be read",
+    }
+    for name, match in problems.items():
+        with pytest.raises(ValueError, match=match):
+            read_pairs(tmp_path)
+        (tmp_path / f"{name}.png").unlink()
+
+
+def test_an_id_that_is_null_is_none(write):
+    """Pictures whose ids nobody knows are not one and the same."""
+    entries = [{"image": f"{i}.png", "caption": "x", "image_id": None} for i in (1, 2)]
+    assert [pair.image_id for pair in read_pairs(write("list.json", entries))] == ["1.png", "2.png"]
+    questions = [{"question": "what?", "answer": "x", **entry} for entry in entries]
+    assert [row.image_id for row in read_examples(write("vqa.json", questions), "{}")] == ["1.png", "2.png"]
 
 
 def test_images_that_a_cache_lacks_are_refused_or_skipped_and_counted(write, tmp_path):

@@ -42,7 +42,12 @@ def shards(tmp_path):
         {"__key__": "0000", "png": picture(0), "txt": "A red fox."},
         {"__key__": "0001", "jpg": picture(50, "jpeg"), "json": b'{"caption": "snow", "image_id": 17}'},
         {"__key__": "0002", "webp": picture(100, "webp"), "txt": "tea", "json": b'{"image_id": "17", "width": 6}'},
-        {"__key__": "0003", "png": picture(150), "json": b'{"caption": ["a cup", "two cups"]}', "cls": b"7"},
+        {
+            "__key__": "0003",
+            "png": picture(150),
+            "json": b'{"caption": ["a cup", "two cups"], "image_id": null}',
+            "cls": b"7",
+        },
     ]
     for number in (0, 1):
         with webdataset.TarWriter(str(tmp_path / f"cc-{number:03d}.tar")) as writer:
