@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qformer_fast.data.bad import BadData, Notes
+from qformer_fast.data.files import CHUNK_BYTES
 from qformer_fast.data.pictures import IMAGE_SUFFIXES, Member
 
 TEXT_SUFFIXES = (".txt", ".json")
@@ -68,10 +69,13 @@ def find_tars(path: str | os.PathLike) -> list[Path]:
     """The shards of a folder, or of a pattern like "cc3m-{00000..00331}.tar" or "cc3m-*.tar", sorted.
 
     Raises:
-        FileNotFoundError: none.
+        FileNotFoundError: none. ValueError: a folder with pictures beside the shards.
     """
     if Path(path).is_dir():
-        return sorted(Path(path).rglob("*.tar"))
+        files = sorted(Path(path).rglob("*"))
+        if pictures := [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]:
+            raise ValueError(f"pairs: {path} must hold tar shards or pictures, got both, {pictures[0]} among them")
+        return [file for file in files if file.suffix == ".tar"]
     parts = _RANGE.split(os.fspath(path))
     ranges = [
         [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
@@ -127,8 +131,13 @@ def read_tar(path: Path, root: Path, bad: BadData | Notes) -> dict[str, TarSampl
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """tarfile takes a broken header, or a file cut between two members, for the end, which is a block of zeros."""
+    """tarfile takes a broken header, one of zeros, or a file cut between two members, for the end, which is a block of
+    zeros with nothing but zeros behind it.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no end where one is expected, at byte {offset}")
+        while rest := file.read(CHUNK_BYTES):
+            if rest.count(0) != len(rest):
+                raise tarfile.ReadError(f"more behind the end at byte {offset}")

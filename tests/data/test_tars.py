@@ -155,7 +155,9 @@ def test_a_key_in_two_shards_is_refused_or_its_second_sample_skipped(tmp_path, w
 
 
 def test_a_damaged_shard_is_refused_or_skipped_and_counted(tmp_path):
-    """Cut anywhere, at a member's end too, or a header overwritten: tarfile alone takes some of these for whole."""
+    """Cut anywhere, at a member's end too, a header overwritten, or two shards in one file: tarfile alone takes some of
+    these for whole.
+    """
     good = [(f"{key}.{suffix}", content) for key in "abc" for suffix, content in (("png", picture(1)), ("txt", b"x"))]
     write_tar(tmp_path / "1.tar", good)
     whole = (tmp_path / "1.tar").read_bytes()
@@ -164,8 +166,9 @@ def test_a_damaged_shard_is_refused_or_skipped_and_counted(tmp_path):
     write_tar(tmp_path / "2.tar", [("z.png", picture(2)), ("z.txt", b"zebra")])
     cuts = [*offsets, *(offset + 100 for offset in offsets[:-1]), *(offset + 600 for offset in offsets[:-1])]
     damaged = [whole[:cut] for cut in cuts]
-    damaged += [whole[:at] + b"\xff" * 512 + whole[at + 512 :] for at in offsets[:-1]]
-    damaged += [b"", b"no tar at all"]
+    for filling in (b"\xff", b"\0"):
+        damaged += [whole[:at] + filling * 512 + whole[at + 512 :] for at in offsets[:-1]]
+    damaged += [b"", b"no tar at all", whole + whole]
     for content in damaged:
         (tmp_path / "1.tar").write_bytes(content)
         with pytest.raises(ValueError, match=r"1.tar is missing, corrupted or truncated: "):
@@ -175,6 +178,15 @@ def test_a_damaged_shard_is_refused_or_skipped_and_counted(tmp_path):
         assert bad.counts == {"corrupt_shard": 1}
     (tmp_path / "1.tar").write_bytes(whole)
     assert len(read_pairs(tmp_path)) == 4
+
+
+def test_a_folder_with_pictures_beside_shards_is_refused(tmp_path):
+    """Which of the two are meant is not guessed."""
+    write_tar(tmp_path / "0.tar", GOOD)
+    (tmp_path / "b.png").write_bytes(picture(2))
+    with pytest.raises(ValueError, match="must hold tar shards or pictures, got both, .*b.png among them"):
+        read_pairs(tmp_path)
+    assert len(read_pairs(tmp_path / "*.tar")) == 1
 
 
 def test_nothing_left_is_refused(tmp_path):
