@@ -55,7 +55,8 @@ class ExtractConfig:
         output (str): the cache's folder, made new, or that of an extraction to go on with.
         encoder (str): an open_clip model.
         encoder_pretrained (str, Optional): its open_clip tag or a file.
-        image_root (str, Optional): the folder that the pairs' images are in. Default: `None`, that of ``pairs``.
+        image_root (str, Optional): the folder that the pairs' images are in, but for those in tars. Default: `None`,
+            that of ``pairs``.
         random_encoder (bool): accept an encoder with random weights.
         image_size (int, Optional): pictures' rows and columns. Default: `None`, the encoder's own.
         batch_size (int): pictures at once.

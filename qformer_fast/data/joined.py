@@ -20,19 +20,19 @@ class JoinedCaches:
             that has the name is read.
 
     Raises:
-        ValueError: tokens of other shapes or dtypes.
+        ValueError: tokens of other shapes, dtypes or metadata, say of another encoder.
     """
 
     def __init__(self, caches: Sequence[FeatureCache], prefixes: Sequence[str]):
         self._parts = list(zip(prefixes, caches, strict=True))
         first = caches[0]
         for cache in caches:
-            expected, found = ((x.tokens, x.width, x.dtype) for x in (first, cache))
-            if found != expected:
-                raise ValueError(
-                    f"feature_cache: {cache.folder} must have tokens, width and dtype {expected} as {first.folder}, "
-                    f"got {found}"
-                )
+            for name in ("tokens", "width", "dtype", "metadata"):
+                expected, found = getattr(first, name), getattr(cache, name)
+                if found != expected:
+                    raise ValueError(
+                        f"feature_cache: {cache.folder} must have {name} {expected!r} as {first.folder}, got {found!r}"
+                    )
         self.tokens, self.width, self.dtype = first.tokens, first.width, first.dtype
 
     def _find(self, name: str) -> tuple[int, str] | None:

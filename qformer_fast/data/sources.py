@@ -18,6 +18,7 @@ from qformer_fast.data.bad import BadData, Kind
 from qformer_fast.data.captions import Pair, image_folder
 from qformer_fast.data.examples import Example
 from qformer_fast.data.pictures import Member, PictureBatches
+from qformer_fast.data.tars import are_tars
 
 Row = TypeVar("Row", Pair, Example)
 PICTURES_AT_ONCE = 64
@@ -55,8 +56,9 @@ def read_mixture(
     Args:
         paths (Sequence): one or more, as ``read`` takes them.
         read (Callable): say :func:`qformer_fast.data.captions.read_pairs`.
-        image_root (str, Optional): the folder that all sources' images are in. Default: `None`, each source's own; then
-            images of several are named from the folder that these have in common.
+        image_root (str, Optional): the folder that the images of all sources but tar shards, which hold theirs, are
+            in. Default: `None`, each source's own. Images in several folders are named from the one that these have in
+            common.
         bad (BadData): what is done with rows that give an image another id than those before.
 
     Raises:
@@ -64,14 +66,13 @@ def read_mixture(
     """
     if not paths:
         raise ValueError("pairs must name at least one source, got none")
-    roots = [Path(image_root or image_folder(path)) for path in paths]
-    root = roots[0] if len(set(roots)) == 1 else Path(os.path.commonpath([root.absolute() for root in roots]))
-    prefixes = ["" if own == root else f"{own.absolute().relative_to(root.absolute()).as_posix()}/" for own in roots]
-    prefixes = ["" if prefix == "./" else prefix for prefix in prefixes]
+    roots = [os.path.abspath(image_folder(x) if image_root is None or are_tars(x) else image_root) for x in paths]
+    root = Path(os.path.commonpath(roots))
+    prefixes = ["" if own == root else f"{own.relative_to(root).as_posix()}/" for own in map(Path, roots)]
     rows, ids = [], {}
     for path, prefix in zip(paths, prefixes, strict=True):
         for row in read(path):
-            image = prefix + row.image
+            image = os.path.join(prefix, row.image)
             image_id = image if row.image_id in (None, row.image) else row.image_id
             if (before := ids.setdefault(image, image_id)) != image_id:
                 problem = f"pairs: {path} must give {row.image} the id {before!r} as before, got {image_id!r}"

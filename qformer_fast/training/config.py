@@ -75,7 +75,8 @@ class DataConfig:
         random_encoder (bool): accept an encoder with random weights.
         image_size (int, Optional): pictures' rows and columns; with a feature cache what it must be of. Default:
             `None`, the encoder's own.
-        image_root (str, Optional): the folder that the pairs' images are in. Default: `None`, that of ``pairs``.
+        image_root (str, Optional): the folder that the pairs' images are in, but for those in tars. Default: `None`,
+            that of ``pairs``.
         on_bad (str): what is done with a damaged shard, a sample that lacks its picture or its text, a picture that
             can't be read, a caption without a word, and an id that comes twice: "refuse" ends the run before it begins,
             or in it at such a picture; "skip" counts them and says so, and reads every picture once before the run

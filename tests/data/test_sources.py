@@ -1,6 +1,7 @@
 """Several data sets as one, and what is left out of them."""
 
 import json
+import tarfile
 
 import pytest
 import torch
@@ -78,8 +79,23 @@ def test_two_lists_of_one_folder_name_the_same_pictures(write, tmp_path):
     elsewhere = write("else/where.json", [{"image": "1.png", "caption": "a tom"}])
     together = mixture([first, elsewhere], image_root=str(tmp_path / "coco"))
     assert [pair.image_id for pair in together.rows] == ["1.png", "1.png"]
+    around = mixture([first, str(tmp_path / "else" / ".." / "coco" / "more.json")])
+    assert [pair.image_id for pair in around.rows] == ["1.png", "1.png"]
+    absolute = mixture([first, write("else/all.json", [{"image": str(tmp_path / "3.png"), "caption": "x"}])])
+    assert absolute.rows[1].image == str(tmp_path / "3.png")
     below = mixture([write("list.json", [{"image": "coco/1.png", "caption": "x"}]), first])
     assert [pair.image_id for pair in below.rows] == ["coco/1.png", "coco/1.png"] and below.prefixes == ["", "coco/"]
+
+
+def test_pictures_of_tars_are_in_them_wherever_the_others_are(write, tmp_path):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for name in ("a.png", "a.txt"):
+            (tmp_path / name).write_text("ant")
+            tar.add(tmp_path / name, name)
+    paths = [write("lists/list.json", COCO[2:]), str(tmp_path / "tars" / "*.tar")]
+    mixed = mixture(paths, image_root=str(tmp_path / "pictures"))
+    assert [pair.image for pair in mixed.rows] == ["pictures/3.png", "tars/0.tar/a.png"] and mixed.root == tmp_path
 
 
 def test_a_picture_with_two_ids_is_refused_or_its_second_one_skipped(write):
@@ -189,6 +205,14 @@ def test_caches_of_two_sources_are_read_as_one(tmp_path):
     assert (joined.tokens, joined.width, joined.dtype) == (2, 3, torch.float32)
     with pytest.raises(KeyError, match=r"none has features of \['coco/9.png'\]"):
         joined.rows(["coco/1.png", "coco/9.png"])
-    other = FeatureCache.create(tmp_path / "c", ["1.png"], [torch.zeros(1, 2, 3)], metadata={})
-    with pytest.raises(ValueError, match=r"c must have tokens, width and dtype \(2, 3, torch.float32\) as .*a, got"):
-        JoinedCaches([caches[0], other], ["a", "b"])
+    changes = {
+        "tokens": (torch.zeros(1, 4, 3), {}, {}),
+        "width": (torch.zeros(1, 2, 4), {}, {}),
+        "dtype": (torch.zeros(1, 2, 3), {}, {"dtype": "float16"}),
+        "metadata": (torch.zeros(1, 2, 3), {"encoder": "other"}, {}),
+    }
+    for name, (tokens, metadata, options) in changes.items():
+        options = {"metadata": metadata, "dtype": "float32", **options}
+        other = FeatureCache.create(tmp_path / name, ["1.png"], [tokens], **options)
+        with pytest.raises(ValueError, match=f"{name} must have {name} .* as .*a, got"):
+            JoinedCaches([caches[0], other], ["a", "b"])
