@@ -84,21 +84,21 @@ def build_dataset(
     config: DataConfig, encoder: ImageEncoder | None, language: LanguageConfig | None = None
 ) -> PairDataset | LanguageDataset:
     """Pairs, or with ``language`` examples, with cached tokens or with the pixels that ``encoder`` takes; prints which
-    bad data were skipped.
+    bad data were skipped. Ranks of a process group all call this, and share the search for damage.
     """
-    bad = BadData(config.on_bad)
+    bad, ranks = BadData(config.on_bad), Ranks.current()
     read = read_pairs if language is None else functools.partial(read_examples, prompt=language.prompt)
     paths = [config.pairs] if isinstance(config.pairs, str) else config.pairs
     read = functools.partial(read, bad=bad, num_workers=config.num_workers)
     mixture = read_mixture(paths, read, image_root=config.image_root, bad=bad)
     if encoder is None:
-        cache = _open_caches(config, mixture.prefixes, bad)
+        cache = _open_caches(config, mixture.prefixes, bad, ranks)
         mixture = keep_known(mixture, cache, bad)
         images = {"cache": cache}
     else:
         mixture = keep_present(mixture, bad)
         if bad.skips:
-            mixture = keep_readable(mixture, bad, config.num_workers)
+            mixture = keep_readable(mixture, bad, config.num_workers, ranks)
         images = {"transform": encoder.transform, "image_root": mixture.root}
     if language is None:
         dataset = PairDataset(mixture.rows, load_tokenizer(config.tokenizer), **images, max_length=config.max_length)
@@ -113,7 +113,7 @@ def build_dataset(
             captions_tokenizer=tokenizer if language.joint else None,
         )
     dataset.skipped = dict(bad.counts)
-    if bad.counts and Ranks.current().first:
+    if bad.counts and ranks.first:
         print(bad.summary())
     return dataset
 
@@ -127,14 +127,16 @@ def _expected(source: EncoderSource) -> dict[str, Any]:
     return {name: value for name in ENCODER_FIELDS if (value := getattr(source, name)) is not None}
 
 
-def _open_caches(config: DataConfig, prefixes: Sequence[str], bad: BadData) -> FeatureCache | JoinedCaches:
+def _open_caches(
+    config: DataConfig, prefixes: Sequence[str], bad: BadData, ranks: Ranks
+) -> FeatureCache | JoinedCaches:
     """One cache for all sources, or one each."""
-    folders = config.feature_cache
+    folders, options = config.feature_cache, {"expect": _expected(config), "bad": bad, "ranks": ranks}
     if isinstance(folders, str):
-        return FeatureCache(folders, expect=_expected(config), bad=bad)
+        return FeatureCache(folders, **options)
     if len(folders) != len(prefixes):
         raise ValueError(f"data.feature_cache must be one or {len(prefixes)}, one for each pairs, got {len(folders)}")
-    return JoinedCaches([FeatureCache(x, expect=_expected(config), bad=bad) for x in folders], prefixes)
+    return JoinedCaches([FeatureCache(folder, **options) for folder in folders], prefixes)
 
 
 def build_model(config: ModelConfig, language: LanguageConfig | None = None) -> Blip2QFormer | Blip2OPT | Blip2Joint:

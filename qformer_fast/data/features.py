@@ -22,6 +22,7 @@ from torch import Tensor
 from qformer_fast.data.bad import BadData
 from qformer_fast.data.files import CHECKSUMS, find_damage, new_folder, write_text
 from qformer_fast.data.token_bytes import DTYPES, pack, read_dtype, token_bytes, unpack
+from qformer_fast.training.ranks import Ranks
 
 INDEX = "index.json"
 DATA = "features.bin"
@@ -39,6 +40,8 @@ class FeatureCache:
         verify (bool): compare the tokens' checksums, which reads all files once. Default: True.
         expect (Mapping, Optional): entries that the metadata must have, say {"encoder": "ViT-L-14"}.
         bad (BadData, Optional): what is done with damaged shards. Default: `None`, they are refused.
+        ranks (Ranks, Optional): processes that all open the cache now and share the reading. Default: `None`, this one
+            reads all.
 
     ``dtype`` is that of :meth:`rows`; ``shards`` has the number of images of each shard that is whole.
 
@@ -54,6 +57,7 @@ class FeatureCache:
         verify: bool = True,
         expect: Mapping[str, Any] | None = None,
         bad: BadData | None = None,
+        ranks: Ranks | None = None,
     ):
         self.folder, bad = Path(folder), bad or BadData()
         self._skips = bad.skips
@@ -66,11 +70,10 @@ class FeatureCache:
         if "shards" not in about:
             raise ValueError(f"feature_cache: {self.folder / INDEX} must have shards, extract the features again")
         places = [shard_folder(self.folder, number) for number in range(about["shards"])]
-        with ThreadPoolExecutor() as pool:
-            damages = list(pool.map(functools.partial(shard_damage, verify=verify), places))
-        for damage in filter(None, damages):
+        damages = (ranks or Ranks()).look(places, functools.partial(_damages, verify=verify))
+        for damage in damages.values():
             bad.found("corrupt_shard", f"feature_cache: {damage}; extract the features again")
-        indices = {place: read_index(place) for place, damage in zip(places, damages, strict=True) if damage is None}
+        indices = {place: read_index(place) for place in places if place not in damages}
         # of a shard without images no picture could be read, nor what tokens would be like
         indices = {place: index for place, index in indices.items() if index["keys"]}
         if not indices:
@@ -192,6 +195,12 @@ def shard_damage(place: Path, *, verify: bool = True) -> str | None:
         size = path.stat().st_size if path.exists() else "no file"
         return f"{path} must be {expected} bytes, got {size}; it is truncated or of another cache"
     return find_damage(place, [DATA]) if verify else None
+
+
+def _damages(places: Sequence[Path], *, verify: bool) -> dict[Path, str]:
+    with ThreadPoolExecutor() as pool:
+        damages = pool.map(functools.partial(shard_damage, verify=verify), places)
+        return {place: damage for place, damage in zip(places, damages, strict=True) if damage is not None}
 
 
 def check_keys(keys: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from qformer_fast.data.captions import Pair, image_folder
 from qformer_fast.data.examples import Example
 from qformer_fast.data.pictures import Member, PictureBatches
 from qformer_fast.data.tars import are_tars
+from qformer_fast.training.ranks import Ranks
 
 Row = TypeVar("Row", Pair, Example)
 PICTURES_AT_ONCE = 64
@@ -105,19 +106,32 @@ def keep_present(mixture: Mixture[Row], bad: BadData) -> Mixture[Row]:
     return _without(mixture, {x: f"pairs: {root / x} is missing" for x in missing}, "missing_sample", bad)
 
 
-def keep_readable(mixture: Mixture[Row], bad: BadData, num_workers: int = 0) -> Mixture[Row]:
+def keep_readable(
+    mixture: Mixture[Row], bad: BadData, num_workers: int = 0, ranks: Ranks | None = None
+) -> Mixture[Row]:
     """Without the rows whose pictures can't be read, which takes as long as reading all of them.
+
+    Args:
+        mixture (Mixture): whose pictures are there.
+        bad (BadData): what is done with those that can't be read.
+        num_workers (int): processes that read. Default: 0, this one.
+        ranks (Ranks, Optional): processes that all call this now and share the pictures. Default: `None`, this one
+            looks at all.
 
     Raises:
         ValueError: there are such, and they are refused.
     """
-    images = list(mixture.members)
-    lists = [images[start : start + PICTURES_AT_ONCE] for start in range(0, len(images), PICTURES_AT_ONCE)]
-    loader = PictureBatches(mixture.root, _nothing, mixture.members).loader(lists, num_workers)
-    found: dict[str, str] = {}
-    for names, (read, _, problems) in zip(tqdm(lists, desc="looking at pictures", disable=None), loader, strict=True):
-        found |= zip(sorted(set(names) - set(read), key=names.index), problems, strict=True)
-    return _without(mixture, found, "unreadable_picture", bad)
+    pictures = PictureBatches(mixture.root, _nothing, mixture.members)
+
+    def find(images: Sequence[str]) -> dict[str, str]:
+        lists = [images[start : start + PICTURES_AT_ONCE] for start in range(0, len(images), PICTURES_AT_ONCE)]
+        found: dict[str, str] = {}
+        progress = tqdm(pictures.loader(lists, num_workers), desc="looking at pictures", disable=None)
+        for names, (read, _, problems) in zip(lists, progress, strict=True):
+            found |= zip(sorted(set(names) - set(read), key=names.index), problems, strict=True)
+        return found
+
+    return _without(mixture, (ranks or Ranks()).look(list(mixture.members), find), "unreadable_picture", bad)
 
 
 def _nothing(_picture: Image.Image) -> Tensor:

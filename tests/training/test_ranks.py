@@ -93,15 +93,18 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture
 def start(folder, tmp_path):
     """Starts a run's processes, which write to ``tmp_path / output``."""
 
     def start(output, world_size, *, dropout=0.0, stage=1, lacking=None, **options) -> list[subprocess.Popen]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
         given = json.dumps(options | {"dropout": dropout, "stage": stage, "lacking": lacking})
         command = [sys.executable, __file__, str(folder), str(tmp_path / output), given]
         return [
@@ -196,6 +199,37 @@ def test_a_killed_run_goes_on_with_the_same_losses(start, run, tmp_path) -> None
         process.kill()
     assert [process.wait(timeout=60) for process in processes] == [-signal.SIGKILL] * 2
     assert run("parts", 2, resume=True, **common) == whole
+
+
+LOOK = """
+import json, os
+from qformer_fast.training.ranks import process_group
+
+looked_at = []
+
+def find(items):
+    looked_at.extend(items)
+    return {x: f"bad {x}" for x in items if x in (2, 4) or (x == 1 and os.environ["RANK"] == "3")}
+
+with process_group(60.0) as ranks:
+    found = ranks.look(range(5), find)
+print(json.dumps([looked_at, list(found)]))
+"""
+
+
+def test_ranks_of_a_host_share_the_search_for_damage_and_all_are_told() -> None:
+    """Two hosts of two; on the second one another item is damaged too."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOOK],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)},
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(4)
+    ]
+    said = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    assert said == [[[0, 2, 4], [1, 2, 4]], [[1, 3], [1, 2, 4]]] * 2
 
 
 def test_ranks_with_other_data_are_refused(start, tmp_path) -> None:
