@@ -242,7 +242,7 @@ class _MetricsReader:
         on_host, copied = values.to("cpu", non_blocking=True), None
         if values.is_cuda:
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(values.device))
         self._pending = on_host, copied, about, interval, logs
 
     def flush(self) -> None:
