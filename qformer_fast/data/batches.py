@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -251,8 +252,9 @@ class _Rows:
     """Token ids of many texts in one tensor, which processes share; a list of numbers gives the rows of these texts."""
 
     def __init__(self, rows: Sequence[Sequence[int]]):
-        self.ids = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int32)
-        self._starts = list(itertools.accumulate(map(len, rows), initial=0))
+        self._starts = np.cumsum([0, *map(len, rows)])
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, count=self._starts[-1])
+        self.ids = torch.from_numpy(flat)
 
     def __getitem__(self, indices: Iterable[int]) -> list[Tensor]:
         return [self.ids[self._starts[i] : self._starts[i + 1]] for i in indices]

@@ -19,7 +19,7 @@ from qformer_fast.data.pictures import IMAGE_SUFFIXES, Member
 from qformer_fast.data.tars import TarSample, are_tars, find_tars, read_tar, tar_folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One caption of one image.
 

@@ -18,7 +18,7 @@ PLACE = "{}"
 QUESTION_FIELDS = {"image", "question", "answer"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One text about one image.
 
