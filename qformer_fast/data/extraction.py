@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,10 @@ def extract(
             raise ValueError(f"{name} must be at least 1, got {value}")
     shards = [keys[start : start + shard_images] for start in range(0, len(keys), shard_images)]
     _check_folder(folder, len(shards))
-    todo = []
-    for number in range(rank, len(shards), world_size):
+    own, todo = range(rank, len(shards), world_size), []
+    _clear_away(folder, {shard_folder(folder, number).name for number in own})
+    for number in own:
         place = shard_folder(folder, number)
-        _clear_away(place)
         if not place.exists():
             todo.append(number)
             continue
@@ -124,10 +124,11 @@ def _check_folder(folder: Path, shards: int) -> None:
         raise FileExistsError(f"output: {folder} exists already and is no extraction in {shards} shards: {others[:5]}")
 
 
-def _clear_away(place: Path) -> None:
-    """Removes what a killed process left of a shard."""
-    for scratch in place.parent.glob(f".{place.name}-*"):
-        shutil.rmtree(scratch)
+def _clear_away(folder: Path, names: Container[str]) -> None:
+    """Removes what killed processes left of these shards."""
+    for scratch in folder.glob(".shard-*"):
+        if scratch.name[1:].rpartition("-")[0] in names:
+            shutil.rmtree(scratch)
 
 
 def _check_same(

@@ -91,7 +91,10 @@ def test_processes_share_the_shards(tmp_path, world_size):
     run(tmp_path / "whole", Encoder())
     encoders = [Encoder() for _ in range(world_size)]
     found = []
+    scratch = tmp_path / "cache" / ".shard-00000-written_now"
+    scratch.mkdir(parents=True)
     for rank in reversed(range(world_size)):
+        assert scratch.exists()
         found.append(run(tmp_path / "cache", encoders[rank], rank=rank, world_size=world_size))
     assert [cache is None for cache in found] == [True] * (world_size - 1) + [False]
     assert sorted(key for encoder in encoders for key in encoder.seen) == KEYS
