@@ -96,7 +96,7 @@ def build_dataset(
         mixture = keep_known(mixture, cache, bad)
         images = {"cache": cache}
     else:
-        mixture = keep_present(mixture, bad)
+        mixture = keep_present(mixture, bad, ranks)
         if bad.skips:
             mixture = keep_readable(mixture, bad, config.num_workers, ranks)
         images = {"transform": encoder.transform, "image_root": mixture.root}

@@ -187,7 +187,9 @@ def _pairs_of_tar(sample: TarSample, *, where: str, bad: Notes) -> list[Pair]:
     return _pairs(sample.image, about["caption"], image_id, sample.member, where=where, bad=bad)
 
 
-def _pairs(image: str, captions: Any, image_id: str, member: Member | None, *, where: str, bad: BadData) -> list[Pair]:
+def _pairs(
+    image: str, captions: Any, image_id: str, member: Member | None, *, where: str, bad: BadData | Notes
+) -> list[Pair]:
     """One pair a caption, of one or a list."""
     pairs = []
     for caption in captions if isinstance(captions, list) else [captions]:

@@ -95,15 +95,25 @@ def keep_known(mixture: Mixture[Row], known: Container[str], bad: BadData) -> Mi
     return _without(mixture, {x: f"pairs: the feature cache lacks {x}" for x in missing}, "missing_sample", bad)
 
 
-def keep_present(mixture: Mixture[Row], bad: BadData) -> Mixture[Row]:
+def keep_present(mixture: Mixture[Row], bad: BadData, ranks: Ranks | None = None) -> Mixture[Row]:
     """Without the rows whose pictures are not there; those in tars were seen when these were indexed.
+
+    Args:
+        mixture (Mixture): of any sources.
+        bad (BadData): what is done with those that are missing.
+        ranks (Ranks, Optional): processes that all call this now and share the pictures. Default: `None`, this one
+            looks for all.
 
     Raises:
         ValueError: there are such, and they are refused.
     """
     root = mixture.root
-    missing = [x for x, member in mixture.members.items() if member is None and not (root / x).is_file()]
-    return _without(mixture, {x: f"pairs: {root / x} is missing" for x in missing}, "missing_sample", bad)
+
+    def find(images: Sequence[str]) -> dict[str, str]:
+        return {image: f"pairs: {root / image} is missing" for image in images if not (root / image).is_file()}
+
+    images = [image for image, member in mixture.members.items() if member is None]
+    return _without(mixture, (ranks or Ranks()).look(images, find), "missing_sample", bad)
 
 
 def keep_readable(

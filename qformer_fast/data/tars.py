@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's layout, indexed once, so that any picture can be read where it lies.
+"""Tar shards in webdataset's layout, indexed at the start, so that any picture can be read where it lies.
 
 webdataset reads shards from front to end, and the indexed access that it had (wids) is gone from its version 1; the
 order of a run that resumes exactly needs an index, and tarfile gives the offsets.

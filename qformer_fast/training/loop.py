@@ -89,7 +89,7 @@ def train(
     device = resolve_device(run.device)
     output_dir = Path(run.output_dir)
     ranks = Ranks.current()
-    # one may have skipped a picture that another could read
+    # hosts may have other files
     ranks.check_same("the checksum of dataset", dataset.digest)
     whole_batch = run.batch_size * ranks.world_size
     order = ShuffledBatches(len(dataset), whole_batch, seed=run.seed, rank=ranks.rank, world_size=ranks.world_size)
