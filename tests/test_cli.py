@@ -369,10 +369,10 @@ def test_a_run_goes_without_a_damaged_shard_of_its_cache(train, pictures, weight
     assert train(output="mended", data=data) == 0
 
 
-def test_processes_of_torchrun_share_an_extraction(pictures, weights, tmp_path):
-    options = dict(pairs=pictures, shard_images=1, batch_size=1, dtype="int8", **encoder(weights))
-    assert run("extract-features", output=tmp_path / "one", **options) == 0
-    script = tmp_path / "extract.py"
+@pytest.fixture
+def torchrun(tmp_path):
+    """Runs a command in two processes and gives what they printed."""
+    script = tmp_path / "command.py"
     configs = open_clip.factory._MODEL_CONFIG_PATHS
     script.write_text(
         "import sys, open_clip, qformer_fast.cli\n"
@@ -380,14 +380,48 @@ def test_processes_of_torchrun_share_an_extraction(pictures, weights, tmp_path):
         "sys.exit(qformer_fast.cli.main(sys.argv[1:]))\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [*launch, "extract-features", *arguments, "--output", str(tmp_path / "two")]
     environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
+
+    def torchrun(command, **options):
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        command = [*launch, command, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return torchrun
+
+
+def test_processes_of_torchrun_share_an_extraction(torchrun, pictures, weights, tmp_path):
+    options = dict(pairs=pictures, shard_images=1, batch_size=1, dtype="int8", **encoder(weights))
+    assert run("extract-features", output=tmp_path / "one", **options) == 0
+    torchrun("extract-features", output=tmp_path / "two", **options)
     one, two = FeatureCache(tmp_path / "one"), FeatureCache(tmp_path / "two")
     assert len(two.shards) == 4 and one.keys == two.keys
     assert torch.equal(one.rows(one.keys), two.rows(one.keys))
+
+
+def test_processes_of_torchrun_train_without_the_same_damaged_data(torchrun, train, pictures, weights, tmp_path):
+    """Each looks at half of the shards, or of the pictures; what is bad is printed once."""
+    options = dict(pairs=pictures, output=tmp_path / "cache", shard_images=1, **encoder(weights))
+    assert run("extract-features", **options) == 0
+    (tmp_path / "cache" / "shard-00001" / "features.bin").write_bytes(b"")
+    (pictures / "green.png").write_bytes(b"no picture")
+    entries = {}
+    for name, data in (("features", {"feature_cache": tmp_path / "cache"}), ("pixels", encoder(weights))):
+        assert train("--data.on_bad", "skip", output=f"one_{name}", data=data) == 0
+        printed = torchrun(
+            "train",
+            config=tmp_path / f"one_{name}" / "config.yaml",
+            **{
+                "run.output_dir": tmp_path / name,
+                "run.batch_size": 2,
+            },
+        )
+        assert printed.count("skipped 1 ") == (2 if name == "features" else 1) and "green.png" in printed
+        entries[name] = log(tmp_path / name)
+    for a, b in zip(entries["features"], entries["pixels"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)  # the cache is fp16
 
 
 def test_pictures_may_lie_elsewhere(pictures, weights, tmp_path):
