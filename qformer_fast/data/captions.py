@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import re
 import unicodedata
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def _read_folder(folder: Path, bad: BadData) -> list[Pair]:
 def _read_tars(path: str | os.PathLike, bad: BadData, num_workers: int) -> list[Pair]:
     shards, read = find_tars(path), functools.partial(_read_shard, root=tar_folder(path))
     with contextlib.ExitStack() as stack:
-        each = stack.enter_context(multiprocessing.Pool(num_workers)).imap if num_workers else map
+        each = stack.enter_context(ProcessPoolExecutor(num_workers)).map if num_workers else map
         pairs: list[Pair] = []
         shard_of: dict[str, Path] = {}
         for shard, (found, notes) in zip(shards, each(read, shards), strict=True):

@@ -2,7 +2,11 @@
 
 import io
 import itertools
+import multiprocessing
+import os
+import signal
 import tarfile
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -187,6 +191,18 @@ def test_a_folder_with_pictures_beside_shards_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must hold tar shards or pictures, got both, .*b.png among them"):
         read_pairs(tmp_path)
     assert len(read_pairs(tmp_path / "*.tar")) == 1
+
+
+def kill_this_process(*_arguments, **_options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="a worker must be a copy of this process")
+def test_a_worker_that_is_killed_ends_the_reading(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", GOOD)
+    monkeypatch.setattr("qformer_fast.data.captions.read_tar", kill_this_process)
+    with pytest.raises(BrokenProcessPool):
+        read_pairs(tmp_path, num_workers=1)
 
 
 def test_nothing_left_is_refused(tmp_path):
