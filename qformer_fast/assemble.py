@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +16,16 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from qformer_fast.config import QFormerConfig
-from qformer_fast.data.batches import LanguageDataset, PairDataset, read_pixels
-from qformer_fast.data.captions import image_folder, read_pairs
+from qformer_fast.data.bad import BadData
+from qformer_fast.data.batches import LanguageDataset, PairDataset
+from qformer_fast.data.captions import read_pairs
 from qformer_fast.data.examples import read_examples
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.files import check_folder_or_id, read_json
+from qformer_fast.data.joined import JoinedCaches
 from qformer_fast.data.language import LanguageTokenizer
+from qformer_fast.data.pictures import PictureBatches, read_pixels
+from qformer_fast.data.sources import keep_known, keep_present, keep_readable, read_mixture
 from qformer_fast.data.tokenizer import load_tokenizer
 from qformer_fast.evaluation.retrieval import CachedTokens, ImageTokens
 from qformer_fast.integrations.checkpoints import load_checkpoint, load_into
@@ -31,6 +35,7 @@ from qformer_fast.models.blip2_opt import Blip2OPT
 from qformer_fast.models.blip2_qformer import Blip2QFormer, init_from_bert
 from qformer_fast.models.language import load_language_model
 from qformer_fast.training.config import DataConfig, LanguageConfig, ModelConfig
+from qformer_fast.training.ranks import Ranks
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 LANGUAGE_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
@@ -78,29 +83,60 @@ def source_encoder(source: EncoderSource) -> ImageEncoder:
 def build_dataset(
     config: DataConfig, encoder: ImageEncoder | None, language: LanguageConfig | None = None
 ) -> PairDataset | LanguageDataset:
-    """Pairs, or with ``language`` examples, with cached tokens or with the pixels that ``encoder`` takes."""
+    """Pairs, or with ``language`` examples, with cached tokens or with the pixels that ``encoder`` takes; prints which
+    bad data were skipped. Ranks of a process group all call this, and share the search for damage.
+    """
+    bad, ranks = BadData(config.on_bad), Ranks.current()
+    read = read_pairs if language is None else functools.partial(read_examples, prompt=language.prompt)
+    paths = [config.pairs] if isinstance(config.pairs, str) else config.pairs
+    read = functools.partial(read, bad=bad, num_workers=config.num_workers)
+    mixture = read_mixture(paths, read, image_root=config.image_root, bad=bad)
     if encoder is None:
-        images = {"cache": open_cache(config)}
+        cache = _open_caches(config, mixture.prefixes, bad, ranks)
+        mixture = keep_known(mixture, cache, bad)
+        images = {"cache": cache}
     else:
-        images = {"transform": encoder.transform, "image_root": config.image_root or image_folder(config.pairs)}
+        mixture = keep_present(mixture, bad, ranks)
+        if bad.skips:
+            mixture = keep_readable(mixture, bad, config.num_workers, ranks)
+        images = {"transform": encoder.transform, "image_root": mixture.root}
     if language is None:
-        tokenizer = load_tokenizer(config.tokenizer)
-        return PairDataset(read_pairs(config.pairs), tokenizer, **images, max_length=config.max_length)
-    tokenizer = load_tokenizer(config.tokenizer) if language.qformer_prompts or language.joint else None
-    return LanguageDataset(
-        read_examples(config.pairs, language.prompt),
-        LanguageTokenizer.from_pretrained(language.model, max_length=language.max_length),
-        **images,
-        qformer_tokenizer=tokenizer if language.qformer_prompts else None,
-        qformer_max_length=config.max_length,
-        captions_tokenizer=tokenizer if language.joint else None,
-    )
+        dataset = PairDataset(mixture.rows, load_tokenizer(config.tokenizer), **images, max_length=config.max_length)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer) if language.qformer_prompts or language.joint else None
+        dataset = LanguageDataset(
+            mixture.rows,
+            LanguageTokenizer.from_pretrained(language.model, max_length=language.max_length),
+            **images,
+            qformer_tokenizer=tokenizer if language.qformer_prompts else None,
+            qformer_max_length=config.max_length,
+            captions_tokenizer=tokenizer if language.joint else None,
+        )
+    dataset.skipped = dict(bad.counts)
+    if bad.counts and ranks.first:
+        print(bad.summary())
+    return dataset
 
 
 def open_cache(source: ImageSource) -> FeatureCache:
     """The feature cache of a configuration, which must be of the encoder that it names, if any."""
-    expect = {name: value for name in ENCODER_FIELDS if (value := getattr(source, name)) is not None}
-    return FeatureCache(source.feature_cache, expect=expect)
+    return FeatureCache(source.feature_cache, expect=_expected(source))
+
+
+def _expected(source: EncoderSource) -> dict[str, Any]:
+    return {name: value for name in ENCODER_FIELDS if (value := getattr(source, name)) is not None}
+
+
+def _open_caches(
+    config: DataConfig, prefixes: Sequence[str], bad: BadData, ranks: Ranks
+) -> FeatureCache | JoinedCaches:
+    """One cache for all sources, or one each."""
+    folders, options = config.feature_cache, {"expect": _expected(config), "bad": bad, "ranks": ranks}
+    if isinstance(folders, str):
+        return FeatureCache(folders, **options)
+    if len(folders) != len(prefixes):
+        raise ValueError(f"data.feature_cache must be one or {len(prefixes)}, one for each pairs, got {len(folders)}")
+    return JoinedCaches([FeatureCache(folder, **options) for folder in folders], prefixes)
 
 
 def build_model(config: ModelConfig, language: LanguageConfig | None = None) -> Blip2QFormer | Blip2OPT | Blip2Joint:
@@ -159,10 +195,32 @@ def _build_stage1(config: ModelConfig, weights: Mapping[str, Tensor] | None = No
     return model
 
 
-def encode_pictures(encoder: ImageEncoder, root: Path, names: Sequence[str], batch_size: int) -> Iterator[Tensor]:
-    """Tokens of the pictures ``names`` in ``root``, (batch, tokens, width) on the encoder's device."""
-    for start in tqdm(range(0, len(names), batch_size), unit="batch", disable=None):
-        yield _encode(encoder, root, names[start : start + batch_size])
+def encode_pictures(
+    encoder: ImageEncoder,
+    pictures: PictureBatches,
+    lists: Sequence[Sequence[str]],
+    *,
+    num_workers: int = 0,
+    bad: BadData | None = None,
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Of each list of names those whose pictures can be read, and their tokens (pictures, tokens, width) on the
+    encoder's device.
+
+    Args:
+        encoder (ImageEncoder): on its device.
+        pictures (PictureBatches): through the encoder's transform.
+        lists (Sequence): of names, a batch each.
+        num_workers (int): processes that read pictures. Default: 0.
+        bad (BadData, Optional): what is done with pictures that can't be read. Default: `None`, they are refused.
+
+    Raises:
+        ValueError: a picture that can't be read and is refused; the message names it.
+    """
+    bad, device = bad or BadData(), next(encoder.parameters()).device
+    for names, pixels, problems in tqdm(pictures.loader(lists, num_workers), unit="batch", disable=None):
+        for problem in problems:
+            bad.found("unreadable_picture", problem)
+        yield names, encoder(pixels.to(device)) if names else pixels
 
 
 def image_tokens(
@@ -190,7 +248,9 @@ def image_tokens(
         return CachedTokens(_cache_of(source, names), names)
     encoder = source_encoder(source).to(device, dtype)
     out = None
-    for number, tokens in enumerate(encode_pictures(encoder, root, names, batch_size)):
+    lists = [names[start : start + batch_size] for start in range(0, len(names), batch_size)]
+    pictures = PictureBatches(root, encoder.transform)
+    for number, (_, tokens) in enumerate(encode_pictures(encoder, pictures, lists)):
         if out is None:
             out = tokens.new_empty(len(names), *tokens.shape[1:], device="cpu")
         first = number * batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from argparse import ArgumentError
@@ -22,11 +23,14 @@ from qformer_fast.assemble import (
     source_encoder,
 )
 from qformer_fast.config import QFormerConfig
-from qformer_fast.data.batches import read_pixels
-from qformer_fast.data.captions import clean_caption, image_folder
-from qformer_fast.data.examples import read_images
+from qformer_fast.data.bad import BadData, OnBad
+from qformer_fast.data.captions import clean_caption
+from qformer_fast.data.examples import read_any
+from qformer_fast.data.extraction import extract
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.files import write_bytes, write_text
+from qformer_fast.data.pictures import PictureBatches, read_pixels
+from qformer_fast.data.sources import keep_present, read_mixture
 from qformer_fast.data.tokenizer import load_tokenizer, tokenize
 from qformer_fast.demo.config import TASKS, DemoConfig
 from qformer_fast.demo.run import main as run_demo
@@ -42,20 +46,29 @@ from qformer_fast.training.ranks import RankError, Ranks, process_group
 class ExtractConfig:
     """Image tokens of all pictures of a data set into a feature cache.
 
+    An extraction that was interrupted goes on with the same options; under torchrun each process does its share.
+
     Args:
-        pairs (str): a JSON list or a folder of pictures, see :func:`qformer_fast.data.examples.read_examples`.
-        output (str): the cache's folder, made new.
+        pairs (list or str): a JSON list, a folder of pictures or tar shards, see
+            :func:`qformer_fast.data.examples.read_examples`; or several, see
+            :func:`qformer_fast.data.sources.read_mixture`.
+        output (str): the cache's folder, made new, or that of an extraction to go on with.
         encoder (str): an open_clip model.
         encoder_pretrained (str, Optional): its open_clip tag or a file.
-        image_root (str, Optional): the folder that the pairs' images are in. Default: `None`, that of ``pairs``.
+        image_root (str, Optional): the folder that the pairs' images are in, but for those in tars. Default: `None`,
+            that of ``pairs``.
         random_encoder (bool): accept an encoder with random weights.
         image_size (int, Optional): pictures' rows and columns. Default: `None`, the encoder's own.
         batch_size (int): pictures at once.
-        dtype (str): "float16", "bfloat16" or "float32", as stored.
-        device (str): "auto" takes a GPU where there is one.
+        shard_images (int): pictures a shard; what is done is kept in whole shards.
+        num_workers (int): processes that read pictures, for each that encodes them.
+        on_bad (str): "refuse" ends at bad data, before the first picture where they can be seen then; "skip" goes on
+            without them, counts them and says so. See :class:`qformer_fast.training.config.DataConfig`.
+        dtype (str): "float16", "bfloat16" or "float32" as stored, or "int8" with a scale a token.
+        device (str): "auto" takes a GPU where there is one; under torchrun each process its own.
     """
 
-    pairs: str
+    pairs: list[str] | str
     output: str
     encoder: str
     encoder_pretrained: str | None = None
@@ -63,6 +76,9 @@ class ExtractConfig:
     image_size: int | None = None
     image_root: str | None = None
     batch_size: int = 32
+    shard_images: int = 4096
+    num_workers: int = 0
+    on_bad: OnBad = "refuse"
     dtype: str = "float16"
     device: str = "auto"
 
@@ -141,6 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     return 0
 
+
+JOIN_SECONDS = 600.0
 
 CONFIGS = {
     "train": (TrainConfig, "train stage 1, stage 2 or both, or fine-tune"),
@@ -239,14 +257,36 @@ def _train_on(ranks: Ranks, config: TrainConfig, used: str) -> None:
         print(json.dumps(entries[-1]))
 
 
-def extract_features(config: ExtractConfig) -> FeatureCache:
-    """Runs the encoder over every picture once, in the order in which the pairs first name them."""
-    keys = read_images(config.pairs)
-    root = Path(config.image_root or image_folder(config.pairs))
-    encoder = source_encoder(config).to(resolve_device(config.device))
+def extract_features(config: ExtractConfig) -> FeatureCache | None:
+    """Runs the encoder over every picture once, in the order in which the pairs first name them, and prints what was
+    skipped and whether the cache is whole; `None` where other processes have not done their share yet.
+    """
+    bad = BadData(config.on_bad)
+    paths = [config.pairs] if isinstance(config.pairs, str) else config.pairs
+    read = functools.partial(read_any, bad=bad, num_workers=config.num_workers)
+    mixture = keep_present(read_mixture(paths, read, image_root=config.image_root, bad=bad), bad)
+    keys = list(mixture.members)
     metadata = {name: getattr(config, name) for name in ENCODER_FIELDS}
-    batches = encode_pictures(encoder, root, keys, config.batch_size)
-    return FeatureCache.create(config.output, keys, batches, metadata=metadata, dtype=config.dtype)
+    with process_group(JOIN_SECONDS) as ranks:
+        encoder = source_encoder(config).to(resolve_device(config.device))
+        pictures = PictureBatches(mixture.root, encoder.transform, mixture.members)
+        cache = extract(
+            config.output,
+            keys,
+            lambda lists: encode_pictures(encoder, pictures, lists, num_workers=config.num_workers, bad=bad),
+            metadata=metadata,
+            dtype=config.dtype,
+            shard_images=config.shard_images,
+            batch_size=config.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            bad=bad,
+        )
+    if bad.counts:
+        print(bad.summary())
+    if cache is not None:
+        print(f"{config.output}: {len(cache)} of {len(keys)} pictures in {len(cache.shards)} shards")
+    return cache
 
 
 def _explain(config: ExplainConfig) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import open_clip
@@ -212,8 +213,9 @@ def test_bad_values_are_named_before_anything_is_written(train, cache, tmp_path,
 
 
 def test_a_corrupted_cache_is_named(train, cache, tmp_path, capsys):
-    content = (cache / "features.bin").read_bytes()
-    (cache / "features.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    data = cache / "shard-00000" / "features.bin"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert train(data={"feature_cache": cache}) == 1
     assert "features.bin is corrupted or truncated" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -226,8 +228,15 @@ def test_random_encoders_must_be_asked_for(pictures, tmp_path, capsys):
     options = dict(pairs=pictures, output=tmp_path / "new", encoder="tiny-vit", random_encoder="true")
     assert run("extract-features", **options) == 0
     assert len(FeatureCache(tmp_path / "new")) == 4
+    capsys.readouterr()
+    # of other random weights; what is whole is kept
+    assert run("extract-features", **options) == 0
+    assert "new: 4 of 4 pictures in 1 shards" in capsys.readouterr().out
+    assert run("extract-features", **options, dtype="int8") == 1
+    assert "must have dtype 'int8', got 'float16'" in capsys.readouterr().err
+    (tmp_path / "new" / "notes.txt").touch()
     assert run("extract-features", **options) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already and is no extraction" in capsys.readouterr().err
 
 
 def test_pictures_may_be_larger_than_the_encoders(train, pictures, weights, tmp_path, capsys):
@@ -243,13 +252,176 @@ def test_pictures_may_be_larger_than_the_encoders(train, pictures, weights, tmp_
     assert "must have image_size = 32, got 48" in capsys.readouterr().err
 
 
-def test_an_unreadable_picture_leaves_no_cache(pictures, weights, tmp_path, capsys):
-    (pictures / "red.png").write_bytes(b"no picture")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    options = {"batch_size": 2, **encoder(weights)}
-    assert run("extract-features", pairs=pictures, output=tmp_path / "new", **options) == 1
-    assert "red.png is no readable picture" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_picture_is_refused_or_skipped_and_counted(pictures, weights, tmp_path, capsys, workers):
+    """What was done before it is kept, and the same command goes on once it is repaired."""
+    (pictures / "green.png").write_bytes(b"no picture")
+    options = dict(pairs=pictures, batch_size=1, shard_images=1, num_workers=workers, **encoder(weights))
+    assert run("extract-features", output=tmp_path / "new", **options) == 1
+    assert "green.png is no readable picture" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["shard-00000"]
+    options["shard_images"] = 2
+    assert run("extract-features", output=tmp_path / "three", on_bad="skip", **options) == 0
+    printed = capsys.readouterr().out
+    assert "skipped 1 unreadable_picture, the first: " in printed and "green.png is no readable picture" in printed
+    assert "three: 3 of 4 pictures in 2 shards" in printed
+    three = FeatureCache(tmp_path / "three")
+    assert three.keys == ["blue.png", "grey.png", "red.png"]
+    assert run("extract-features", output=tmp_path / "three", on_bad="skip", **options) == 0
+    assert "skipped 1 unreadable_picture, the first: " in capsys.readouterr().out
+    assert run("extract-features", output=tmp_path / "three", **options) == 1
+    assert "shard-00000 was written without green.png" in capsys.readouterr().err
+    tiny = load_encoder("tiny-vit", str(weights), random=False)
+    expected = tiny(cli.read_pixels(pictures / "grey.png", tiny.transform)[None])[0]
+    torch.testing.assert_close(three["grey.png"].float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def tars(tmp_path, pictures):
+    """The pictures in two shards, with the same captions in the same order."""
+    (tmp_path / "tars").mkdir()
+    names = sorted(COLOURS)
+    for number in (0, 1):
+        with tarfile.open(tmp_path / "tars" / f"{number}.tar", "w") as tar:
+            for name in names[2 * number : 2 * number + 2]:
+                about = pictures / f"{name}.json"
+                about.write_text(json.dumps({"caption": (pictures / f"{name}.txt").read_text().splitlines()}))
+                for file in (pictures / f"{name}.png", about):
+                    tar.add(file, file.name)
+    return tmp_path / "tars"
+
+
+def test_tar_shards_give_the_same_run_as_a_folder(train, tars, weights, tmp_path):
+    """From pixels, from features, and stopped and resumed, where workers read the tars."""
+    assert train(output="folder", data=encoder(weights)) == 0
+    assert train("--data.pairs", tars / "{0..1}.tar", output="tars", data=encoder(weights)) == 0
+    assert log(tmp_path / "tars") == log(tmp_path / "folder")
+    assert run("extract-features", pairs=tars, output=tmp_path / "cache", dtype="float32", **encoder(weights)) == 0
+    keys = ["0.tar/blue.png", "0.tar/green.png", "1.tar/grey.png", "1.tar/red.png"]
+    assert FeatureCache(tmp_path / "cache").keys == keys
+    assert train("--data.pairs", tars, output="features", data={"feature_cache": tmp_path / "cache"}) == 0
+    for a, b in zip(log(tmp_path / "features"), log(tmp_path / "folder"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    options = {"data": {"num_workers": 1, **encoder(weights)}, "optimizer": {"min_lr": 1e-4, "warmup_steps": 0}}
+    for output, steps in (("parts", 2), ("parts", 4), ("whole", 4)):
+        flags = ["--data.pairs", tars, "--run.steps", steps, "--run.resume", "true"]
+        assert train(*flags, output=output, **options) == 0
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+
+
+def test_mixed_data_sets_have_a_cache_each_or_one_together(train, tars, pictures, weights, tmp_path, capsys):
+    extra = tmp_path / "extra" / "list.json"
+    extra.parent.mkdir()
+    extra.write_text(json.dumps([{"image": "red.png", "caption": "crimson"}]))
+    (extra.parent / "red.png").write_bytes((pictures / "blue.png").read_bytes())
+    both = f"[{tars}, {extra}]"
+    for pairs, output in ((tars, "a"), (extra, "b"), (both, "both")):
+        assert run("extract-features", pairs=pairs, output=tmp_path / output, **encoder(weights)) == 0
+    assert FeatureCache(tmp_path / "both").keys[-2:] == ["tars/1.tar/red.png", "extra/red.png"]
+    one_each = ["--data.pairs", both, "--data.feature_cache", f"[{tmp_path / 'a'}, {tmp_path / 'b'}]"]
+    assert train(*one_each, output="each") == 0
+    together = ["--data.pairs", both, "--data.feature_cache", tmp_path / "both"]
+    assert train(*together, output="together") == 0
+    assert log(tmp_path / "each") == log(tmp_path / "together")
+    kept = yaml.safe_load((tmp_path / "each" / "config.yaml").read_text())
+    assert kept["data"]["pairs"] == [str(tars), str(extra)]
+    assert train("--data.pairs", both, output="pixels", data=encoder(weights)) == 0
+    for a, b in zip(log(tmp_path / "each"), log(tmp_path / "pixels"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert train("--data.pairs", both, "--data.feature_cache", f"[{tmp_path / 'a'}]", output="none") == 1
+    assert "data.feature_cache must be one or 2, one for each pairs, got 1" in capsys.readouterr().err
+
+
+def test_bad_data_end_a_run_before_it_begins_or_are_skipped_and_counted(train, pictures, weights, tmp_path, capsys):
+    more = [{"image": "red.png", "caption": "scarlet"}, {"image": "red.png", "caption": "ruddy"}]
+    bad = [{"image": "red.png", "caption": "."}, {"image": "none.png", "caption": "nothing"}]
+    bad.append({"image": "half.png", "caption": "half of it"})
+    content = (pictures / "blue.png").read_bytes()
+    (pictures / "half.png").write_bytes(content[: len(content) // 2])
+    lists = {"good": [*more, *more], "bad": [*more, *bad, *more]}
+    for name, entries in lists.items():
+        (pictures / f"{name}.json").write_text(json.dumps(entries))
+    flags = ["--data.pairs", pictures / "bad.json", "--data.on_bad"]
+    assert train(*flags, "refuse", data=encoder(weights)) == 1
+    assert "bad.json, entry 2 must have a caption with a word in it, got '.'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert train(*flags, "skip", output="skip", data=encoder(weights)) == 0
+    printed = capsys.readouterr().out
+    for kind, case in (("empty_caption", "entry 2"), ("missing_sample", "none"), ("unreadable_picture", "half")):
+        assert f"skipped 1 {kind}, the first: " in printed and case in printed
+    assert train("--data.pairs", pictures / "good.json", output="good", data=encoder(weights)) == 0
+    assert "skipped" not in capsys.readouterr().out
+    assert log(tmp_path / "skip") == log(tmp_path / "good")
+
+
+def test_a_run_goes_without_a_damaged_shard_of_its_cache(train, pictures, weights, tmp_path, capsys):
+    options = dict(pairs=pictures, output=tmp_path / "cache", shard_images=1, **encoder(weights))
+    assert run("extract-features", **options) == 0
+    (tmp_path / "cache" / "shard-00002" / "features.bin").write_bytes(b"")
+    data = {"feature_cache": tmp_path / "cache"}
+    assert train(data=data) == 1
+    assert "shard-00002/features.bin must be 640 bytes, got 0" in capsys.readouterr().err
+    assert train("--data.on_bad", "skip", data=data) == 0
+    printed = capsys.readouterr().out
+    assert "skipped 1 corrupt_shard, the first: feature_cache: " in printed
+    assert "skipped 1 missing_sample, the first: pairs: the feature cache lacks grey.png" in printed
+    assert run("extract-features", **options) == 0
+    assert train(output="mended", data=data) == 0
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Runs a command in two processes and gives what they printed."""
+    script = tmp_path / "command.py"
+    configs = open_clip.factory._MODEL_CONFIG_PATHS
+    script.write_text(
+        "import sys, open_clip, qformer_fast.cli\n"
+        f"for path in {[str(path) for path in configs]!r}: open_clip.add_model_config(path)\n"
+        "sys.exit(qformer_fast.cli.main(sys.argv[1:]))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def torchrun(command, **options):
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        command = [*launch, command, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return torchrun
+
+
+def test_processes_of_torchrun_share_an_extraction(torchrun, pictures, weights, tmp_path):
+    options = dict(pairs=pictures, shard_images=1, batch_size=1, dtype="int8", **encoder(weights))
+    assert run("extract-features", output=tmp_path / "one", **options) == 0
+    torchrun("extract-features", output=tmp_path / "two", **options)
+    one, two = FeatureCache(tmp_path / "one"), FeatureCache(tmp_path / "two")
+    assert len(two.shards) == 4 and one.keys == two.keys
+    assert torch.equal(one.rows(one.keys), two.rows(one.keys))
+
+
+def test_processes_of_torchrun_train_without_the_same_damaged_data(torchrun, train, pictures, weights, tmp_path):
+    """Each looks at half of the shards, or of the pictures; what is bad is printed once."""
+    options = dict(pairs=pictures, output=tmp_path / "cache", shard_images=1, **encoder(weights))
+    assert run("extract-features", **options) == 0
+    (tmp_path / "cache" / "shard-00001" / "features.bin").write_bytes(b"")
+    (pictures / "green.png").write_bytes(b"no picture")
+    entries = {}
+    for name, data in (("features", {"feature_cache": tmp_path / "cache"}), ("pixels", encoder(weights))):
+        assert train("--data.on_bad", "skip", output=f"one_{name}", data=data) == 0
+        printed = torchrun(
+            "train",
+            config=tmp_path / f"one_{name}" / "config.yaml",
+            **{
+                "run.output_dir": tmp_path / name,
+                "run.batch_size": 2,
+            },
+        )
+        assert printed.count("skipped 1 ") == (2 if name == "features" else 1) and "green.png" in printed
+        entries[name] = log(tmp_path / name)
+    for a, b in zip(entries["features"], entries["pixels"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)  # the cache is fp16
 
 
 def test_pictures_may_lie_elsewhere(pictures, weights, tmp_path):

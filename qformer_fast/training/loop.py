@@ -22,6 +22,7 @@ from qformer_fast.data.files import write_text
 from qformer_fast.training.checkpoint import list_checkpoints, load_checkpoint_state, save_checkpoint
 from qformer_fast.training.config import OptimizerConfig, RunConfig
 from qformer_fast.training.optimizer import build_optimizer, lr_at
+from qformer_fast.training.profile import Interval, NoProfile, Profile
 from qformer_fast.training.ranks import Ranks
 from qformer_fast.training.stages import AUTOCAST, Stage, autocast, build_stage
 
@@ -70,14 +71,16 @@ def train(
     Returns:
         list: the entries of ``log.jsonl``, earlier ones of a resumed run included: step (from 1), epoch (from 0, of the
         step's last batch), lr, loss, grad_norm (before clipping), samples_per_second; of stage 1 and of both stages
-        also the losses that ``loss`` is the sum of, in-batch r1_i2t and r1_t2i, itm_accuracy and temp. Losses and
-        metrics are means over the step's forward passes and over the ranks; only rank 0 has entries.
+        also the losses that ``loss`` is the sum of, in-batch r1_i2t and r1_t2i, itm_accuracy and temp; with
+        ``run.profile`` rank 0's shares of the time since the entry before, see
+        :meth:`qformer_fast.training.profile.Interval.shares`. Losses and metrics are means over the step's forward
+        passes and over the ranks; only rank 0 has entries.
 
     Raises:
         ValueError: checkpoints in ``output_dir`` but ``run.resume`` is False, or of a run with another seed or batch; a
             damaged checkpoint; TensorBoard asked for and not installed; CUDA graphs without a GPU or not of stage 1; a
-            data set for another kind of model. FloatingPointError: a loss or gradient that is NaN or Inf; names it and
-            the step.
+            data set for another kind of model, or one that differs between the ranks. FloatingPointError: a loss or
+            gradient that is NaN or Inf; names it and the step.
     """
     check_output_dir(run)
     optimizer_config = optimizer_config or OptimizerConfig()
@@ -86,6 +89,8 @@ def train(
     device = resolve_device(run.device)
     output_dir = Path(run.output_dir)
     ranks = Ranks.current()
+    # hosts may have other files
+    ranks.check_same("the checksum of dataset", dataset.digest)
     whole_batch = run.batch_size * ranks.world_size
     order = ShuffledBatches(len(dataset), whole_batch, seed=run.seed, rank=ranks.rank, world_size=ranks.world_size)
     torch.manual_seed(run.seed)
@@ -117,6 +122,10 @@ def train(
 
     saved_at = step
     clock = _Clock(step, whole_batch * run.accumulation)
+    to_device = _Copy(device)
+    profile = Profile(device) if run.profile else NoProfile()
+    if run.profile and not ranks.alone:
+        profile.watch(stage.trained)
     with (
         contextlib.closing(
             _Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log) if ranks.first else _NoLog()
@@ -134,9 +143,14 @@ def train(
             metrics = torch.zeros(len(stage.metrics), device=device)
             share = scaler.scale(torch.full((), 1 / run.accumulation, device=device))
             for number in range(run.accumulation):
-                batch = next(loader)
-                images = _image_tokens(encoder, batch.images, device, run.precision)
-                metrics += stage.step(images, batch, share, last=number == run.accumulation - 1) / run.accumulation
+                with profile.part("data"):
+                    batch = next(loader)
+                    images = to_device(batch.images)
+                with profile.part("encoder"):
+                    images = _image_tokens(encoder, images, run.precision)
+                with profile.part("qformer"):
+                    found = stage.step(images, batch, share, last=number == run.accumulation - 1)
+                metrics += found / run.accumulation
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             scalars = [model.get_parameter(name).detach() for name in stage.scalars]
@@ -156,7 +170,7 @@ def train(
             about = {"step": step, "epoch": (step * run.accumulation - 1) // order.per_epoch, "lr": lr}
             if logs := step % run.log_every == 0 or step == run.steps:
                 about["samples_per_second"] = clock.rate(step)
-            metrics_reader.push(values, about, logs=logs)
+            metrics_reader.push(values, about, profile.cut() if logs else None, logs=logs)
             if step % run.save_every == 0 or step == run.steps:
                 metrics_reader.flush()
                 save(step)
@@ -183,12 +197,29 @@ def check_output_dir(run: RunConfig) -> None:
         )
 
 
-def _image_tokens(encoder: nn.Module | None, images: Tensor, device: torch.device, precision: str) -> Tensor:
-    images = images.to(device, non_blocking=True)
+def _image_tokens(encoder: nn.Module | None, images: Tensor, precision: str) -> Tensor:
     if encoder is None:
         return images.float() if precision == "fp32" else images
-    with autocast(device, precision):
+    with autocast(images.device, precision):
         return encoder(images)
+
+
+class _Copy:
+    """Images to the device; to a GPU in a stream of its own, beside the step that it is still at."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self._stream is None:
+            return images.to(self._device)
+        with torch.cuda.stream(self._stream):
+            images = images.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        images.record_stream(current)
+        return images
 
 
 class _MetricsReader:
@@ -202,17 +233,17 @@ class _MetricsReader:
         self._names = (*stage.metrics, "grad_norm", *stage.scalars)
         self._finite = (*stage.losses, "grad_norm") if check_norm else stage.losses
         self._shown = [name for name in (*stage.losses, "r1_i2t", "itm_accuracy") if name in self._names]
-        self._pending: tuple[Tensor, torch.cuda.Event | None, Entry, bool] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None, Entry, Interval | None, bool] | None = None
         self.stopped = False
 
-    def push(self, values: Tensor, about: Entry, *, logs: bool) -> None:
-        """Takes a step's metrics, gradient norm and scalars, and reads those of the step before."""
+    def push(self, values: Tensor, about: Entry, interval: Interval | None, *, logs: bool) -> None:
+        """Takes a step's metrics, gradient norm and scalars, and where the time went, and reads the step before."""
         self.flush()
         on_host, copied = values.to("cpu", non_blocking=True), None
         if values.is_cuda:
             copied = torch.cuda.Event()
-            copied.record()
-        self._pending = on_host, copied, about, logs
+            copied.record(torch.cuda.current_stream(values.device))
+        self._pending = on_host, copied, about, interval, logs
 
     def flush(self) -> None:
         """Reads what was pushed last.
@@ -222,7 +253,7 @@ class _MetricsReader:
         """
         if self._pending is None:
             return
-        (values, copied, about, logs), self._pending = self._pending, None
+        (values, copied, about, interval, logs), self._pending = self._pending, None
         if copied is not None:
             copied.synchronize()
         found = values.tolist()
@@ -237,7 +268,7 @@ class _MetricsReader:
                     f"{name} is {entry[name]} at step {about['step']}; it did not change the weights, {where}"
                 )
         if logs:
-            self._log.write(about | entry)
+            self._log.write(about | entry | (interval.shares() if interval is not None else {}))
             self._progress.set_postfix({name: f"{entry[name]:.3f}" for name in self._shown})
 
 

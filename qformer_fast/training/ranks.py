@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Item = TypeVar("Item", bound=Hashable)
 
 
 class RankError(RuntimeError):
@@ -46,6 +51,32 @@ class Ranks:
             dist.all_reduce(x)
             x /= self.world_size
         return x
+
+    def check_same(self, name: str, value: int) -> None:
+        """Refuses what differs between the ranks.
+
+        Raises:
+            ValueError: on all ranks, where ``value`` is not the same on each.
+        """
+        if self.alone:
+            return
+        everyone = [0] * self.world_size
+        dist.all_gather_object(everyone, value)
+        if len(set(everyone)) > 1:
+            raise ValueError(f"{name} must be the same on all ranks, got {everyone}")
+
+    def look(self, items: Sequence[Item], find: Callable[[Sequence[Item]], dict[Item, str]]) -> dict[Item, str]:
+        """What ``find`` says is wrong with some of ``items``, in their order: the ranks of a host, which may have files
+        of its own, look at a share each, and all ranks are told.
+        """
+        if self.alone:
+            return find(items)
+        of_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        first = int(os.environ.get("LOCAL_RANK", "0")) % of_host
+        everyone: list[dict[Item, str]] = [{}] * self.world_size
+        dist.all_gather_object(everyone, find(items[first::of_host]))
+        found = functools.reduce(operator.or_, everyone)
+        return {item: found[item] for item in items if item in found}
 
     def wait(self) -> None:
         """Until every rank is here."""

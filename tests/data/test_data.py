@@ -9,7 +9,7 @@ from PIL import Image
 from qformer_fast.data.batches import PairDataset, ShuffledBatches, batch_loader
 from qformer_fast.data.captions import Pair, clean_caption, clean_question, image_folder, read_pairs
 from qformer_fast.data.features import FeatureCache
-from qformer_fast.data.tokenizer import load_tokenizer, tokenize
+from qformer_fast.data.tokenizer import encode, load_tokenizer, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,20 @@ def test_tokenizer_is_berts_with_dec(tokenizer):
 def test_long_captions_are_cut_before_sep(tokenizer):
     ids, mask = tokenize(tokenizer, ["cat " * 600], max_length=512)
     assert ids.shape == (1, 512) and ids[0, -1] == 102 and mask.all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_captions_are_those_of_one_call_however_many_go_in_at_once(tokenizer, monkeypatch, side) -> None:
+    captions = [f"{'cat ' * i}{i}" for i in range(1, 8)]
+    expected = encode(tokenizer, captions, max_length=6, truncation_side=side)
+    monkeypatch.setattr("qformer_fast.data.tokenizer.TEXTS_AT_ONCE", 3)
+    given = []
+
+    def counting(texts, **options):
+        given.append(len(texts))
+        return tokenizer(texts, **options)
+
+    assert encode(counting, captions, max_length=6, truncation_side=side) == expected and given == [3, 3, 1]
 
 
 def test_captions_lose_their_end_whatever_the_folder_says(tmp_path) -> None:

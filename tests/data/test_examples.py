@@ -11,10 +11,12 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from qformer_fast.data.bad import BadData
 from qformer_fast.data.batches import LanguageDataset, ShuffledBatches, batch_loader
-from qformer_fast.data.examples import Example, read_examples, read_images
+from qformer_fast.data.examples import Example, read_any, read_examples
 from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.language import LanguageTokenizer
+from qformer_fast.data.sources import read_mixture
 from qformer_fast.data.tokenizer import load_tokenizer
 
 WORDS = ["a", "photo", "of", "red", "green", "small", "thing", "question:", "what", "colour", "is", "it?", "answer:"]
@@ -144,14 +146,18 @@ def test_captions_have_no_place_for_a_question(write):
         read_examples(write([]), "a {}")
 
 
+def images_of(path):
+    return read_mixture([path], read_any, image_root=None, bad=BadData()).members
+
+
 def test_images_of_captions_and_of_questions(write, tmp_path):
-    assert read_images(write([{"image": x, "caption": "a cat"} for x in "bab"])) == ["b", "a"]
-    assert read_images(write([{"image": x, "question": "what?", "answer": "x"} for x in "bab"])) == ["b", "a"]
+    assert list(images_of(write([{"image": x, "caption": "a cat"} for x in "bab"]))) == ["b", "a"]
+    assert list(images_of(write([{"image": x, "question": "what?", "answer": "x"} for x in "bab"]))) == ["b", "a"]
     (tmp_path / "folder").mkdir()
     for name in ("b", "a"):
         (tmp_path / "folder" / f"{name}.png").touch()
         (tmp_path / "folder" / f"{name}.txt").write_text("a cat\nthe cat")
-    assert read_images(tmp_path / "folder") == ["a.png", "b.png"]
+    assert list(images_of(tmp_path / "folder")) == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("content", [[], [{"image": "a"}], {}])

@@ -106,7 +106,7 @@ def test_a_damaged_cache_is_not_used(tmp_path) -> None:
     pictures = synthetic.load_pictures()[:4]
     cache, cached = cached_tokens(pictures, synthetic.render, RandomPatchTokens(), tmp_path)
     assert not cached
-    data = next(file for file in cache.folder.iterdir() if file.suffix != ".json")
+    (data,) = cache.folder.rglob("*.bin")
     data.write_bytes(data.read_bytes()[:-8] + b"\x00damage\x00")
     with pytest.raises(ValueError, match="feature_cache"):
         cached_tokens(pictures, synthetic.render, RandomPatchTokens(), tmp_path)

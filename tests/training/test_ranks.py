@@ -50,7 +50,7 @@ def nearest_negatives(model, contrast, same_image):
 def work(folder: Path, output: Path, options: dict) -> None:
     """One process of a run; the environment says which."""
     torch.set_num_threads(1)
-    dropout, stage = options.pop("dropout"), options.pop("stage")
+    dropout, stage, lacking = (options.pop(name) for name in ("dropout", "stage", "lacking"))
     if not dropout:
         Blip2QFormer.draw_negatives = nearest_negatives
     cache = FeatureCache(folder / "cache")
@@ -58,6 +58,7 @@ def work(folder: Path, output: Path, options: dict) -> None:
         model, dataset = build_stage2(cache)
     else:
         pairs = [Pair(word, f"{start} {word}", word) for word in WORDS for start in ("a", "one small")]
+        pairs = pairs[: len(pairs) - (int(os.environ["RANK"]) == lacking)]
         dataset = PairDataset(pairs, load_tokenizer(), cache=cache)
         torch.manual_seed(7)
         sizes = SIZES | dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
@@ -92,16 +93,19 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture
 def start(folder, tmp_path):
     """Starts a run's processes, which write to ``tmp_path / output``."""
 
-    def start(output, world_size, *, dropout=0.0, stage=1, **options) -> list[subprocess.Popen]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
-        given = json.dumps(options | {"dropout": dropout, "stage": stage})
+    def start(output, world_size, *, dropout=0.0, stage=1, lacking=None, **options) -> list[subprocess.Popen]:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
+        given = json.dumps(options | {"dropout": dropout, "stage": stage, "lacking": lacking})
         command = [sys.executable, __file__, str(folder), str(tmp_path / output), given]
         return [
             subprocess.Popen(
@@ -162,6 +166,16 @@ def test_losses_do_not_depend_on_the_number_of_processes(run, tmp_path) -> None:
     ]
 
 
+def test_a_profile_has_the_share_of_communication_and_changes_nothing(run) -> None:
+    common = dict(steps=4, batch_size=2, dropout=0.1)
+    plain, profiled = run("plain", 2, **common), run("profiled", 2, profile=True, **common)
+    for entry, expected in zip(profiled, plain, strict=True):
+        shares = {name: entry.pop(name) for name in list(entry) if name.startswith("share_")}
+        assert entry == expected
+        assert 0 < shares.pop("share_communication") < 1
+        assert sum(shares.values()) == pytest.approx(1) and shares["share_qformer"] > shares["share_encoder"]
+
+
 def test_stage_2_has_the_mean_of_its_ranks_losses(run, folder) -> None:
     entries = run("two", 2, stage=2, steps=2, batch_size=3)
     model, dataset = build_stage2(FeatureCache(folder / "cache"))
@@ -185,6 +199,47 @@ def test_a_killed_run_goes_on_with_the_same_losses(start, run, tmp_path) -> None
         process.kill()
     assert [process.wait(timeout=60) for process in processes] == [-signal.SIGKILL] * 2
     assert run("parts", 2, resume=True, **common) == whole
+
+
+LOOK = """
+import json, os
+from qformer_fast.training.ranks import process_group
+
+looked_at = []
+
+def find(items):
+    looked_at.extend(items)
+    return {x: f"bad {x}" for x in items if x in (2, 4) or (x == 1 and os.environ["RANK"] == "3")}
+
+with process_group(60.0) as ranks:
+    found = ranks.look(range(5), find)
+print(json.dumps([looked_at, list(found)]))
+"""
+
+
+def test_ranks_of_a_host_share_the_search_for_damage_and_all_are_told() -> None:
+    """Two hosts of two; on the second one another item is damaged too."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOOK],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)},
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(4)
+    ]
+    said = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    assert said == [[[0, 2, 4], [1, 2, 4]], [[1, 3], [1, 2, 4]]] * 2
+
+
+def test_ranks_with_other_data_are_refused(start, tmp_path) -> None:
+    """One that skipped a pair more would have other batches."""
+    processes = start("run", 2, steps=2, batch_size=2, lacking=1)
+    assert [process.wait(timeout=60) for process in processes] == [1, 1]
+    for rank in (0, 1):
+        said = (tmp_path / f"run.{rank}.txt").read_text()
+        assert "the checksum of dataset must be the same on all ranks, got [" in said
+    assert read_log(tmp_path / "run") == []
 
 
 def test_a_rank_that_is_killed_ends_the_others(start, tmp_path) -> None:

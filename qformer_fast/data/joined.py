@@ -1,0 +1,63 @@
+"""Feature caches of several data sets, read as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qformer_fast.data.features import FeatureCache
+
+
+class JoinedCaches:
+    """Caches of which each has images whose names begin in one way, as
+    :class:`qformer_fast.data.sources.Mixture` names those of its sources.
+
+    Args:
+        caches (Sequence): at least one.
+        prefixes (Sequence): what stands before the names that each cache knows; where two are the same, the first cache
+            that has the name is read.
+
+    Raises:
+        ValueError: tokens of other shapes, dtypes or metadata, say of another encoder.
+    """
+
+    def __init__(self, caches: Sequence[FeatureCache], prefixes: Sequence[str]):
+        self._parts = list(zip(prefixes, caches, strict=True))
+        first = caches[0]
+        for cache in caches:
+            for name in ("tokens", "width", "dtype", "metadata"):
+                expected, found = getattr(first, name), getattr(cache, name)
+                if found != expected:
+                    raise ValueError(
+                        f"feature_cache: {cache.folder} must have {name} {expected!r} as {first.folder}, got {found!r}"
+                    )
+        self.tokens, self.width, self.dtype = first.tokens, first.width, first.dtype
+
+    def _find(self, name: str) -> tuple[int, str] | None:
+        """Which cache has an image, and under which key."""
+        for number, (prefix, cache) in enumerate(self._parts):
+            if name.startswith(prefix) and (key := name[len(prefix) :]) in cache:
+                return number, key
+        return None
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """Tokens of these images: (len(names), tokens, width) in the caches' dtype.
+
+        Raises:
+            KeyError: a name that no cache has.
+        """
+        found = [self._find(name) for name in names]
+        if None in found:
+            missing = [name for name, place in zip(names, found, strict=True) if place is None]
+            raise KeyError(f"feature_cache: none has features of {missing[:5]}")
+        out = torch.empty(len(names), self.tokens, self.width, dtype=self.dtype)
+        for number, (_, cache) in enumerate(self._parts):
+            rows = [row for row, (part, _) in enumerate(found) if part == number]
+            if rows:
+                out[rows] = cache.rows([found[row][1] for row in rows])
+        return out
