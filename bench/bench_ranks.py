@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.models.distributed import DistributedStage1
-from qformer_fast.training.ranks import Ranks, process_group
+from qformer_fast.ranks import Ranks, process_group
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 TINY = dict(hidden_size=64, num_attention_heads=2, intermediate_size=96, encoder_hidden_size=48, num_query_tokens=4)

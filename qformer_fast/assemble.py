@@ -34,8 +34,8 @@ from qformer_fast.models.blip2_joint import Blip2Joint
 from qformer_fast.models.blip2_opt import Blip2OPT
 from qformer_fast.models.blip2_qformer import Blip2QFormer, init_from_bert
 from qformer_fast.models.language import load_language_model
+from qformer_fast.ranks import Ranks
 from qformer_fast.training.config import DataConfig, LanguageConfig, ModelConfig
-from qformer_fast.training.ranks import Ranks
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 LANGUAGE_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")

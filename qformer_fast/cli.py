@@ -37,9 +37,9 @@ from qformer_fast.demo.run import main as run_demo
 from qformer_fast.evaluation import explain
 from qformer_fast.evaluation.commands import EVALUATIONS
 from qformer_fast.presets import find_preset, preset_names
+from qformer_fast.ranks import RankError, Ranks, process_group
 from qformer_fast.training.config import ModelConfig, TrainConfig
 from qformer_fast.training.loop import check_output_dir, resolve_device, train
-from qformer_fast.training.ranks import RankError, Ranks, process_group
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from qformer_fast.data.bad import BadData
 from qformer_fast.data.files import CHECKSUMS, find_damage, new_folder, write_text
 from qformer_fast.data.token_bytes import DTYPES, pack, read_dtype, token_bytes, unpack
-from qformer_fast.training.ranks import Ranks
+from qformer_fast.ranks import Ranks
 
 INDEX = "index.json"
 DATA = "features.bin"

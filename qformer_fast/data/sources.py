@@ -19,7 +19,7 @@ from qformer_fast.data.captions import Pair, image_folder
 from qformer_fast.data.examples import Example
 from qformer_fast.data.pictures import Member, PictureBatches
 from qformer_fast.data.tars import are_tars
-from qformer_fast.training.ranks import Ranks
+from qformer_fast.ranks import Ranks
 
 Row = TypeVar("Row", Pair, Example)
 PICTURES_AT_ONCE = 64

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from qformer_fast.data.batches import ImageTextDataset, ShuffledBatches, batch_loader
 from qformer_fast.data.files import write_text
+from qformer_fast.ranks import Ranks
 from qformer_fast.training.checkpoint import list_checkpoints, load_checkpoint_state, save_checkpoint
 from qformer_fast.training.config import OptimizerConfig, RunConfig
 from qformer_fast.training.optimizer import build_optimizer, lr_at
 from qformer_fast.training.profile import Interval, NoProfile, Profile
-from qformer_fast.training.ranks import Ranks
 from qformer_fast.training.stages import AUTOCAST, Stage, autocast, build_stage
 
 Entry = dict[str, float | int]

@@ -17,9 +17,9 @@ from qformer_fast.models.blip2_joint import Blip2Joint
 from qformer_fast.models.blip2_opt import Blip2OPT, Stage2Output
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
 from qformer_fast.models.distributed import DistributedStage1, RanksOutput
+from qformer_fast.ranks import Ranks
 from qformer_fast.training.config import RunConfig
 from qformer_fast.training.graphs import GraphedStage1
-from qformer_fast.training.ranks import Ranks
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RETRIEVAL = ("r1_i2t", "r1_t2i", "itm_accuracy")

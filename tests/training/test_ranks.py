@@ -24,10 +24,10 @@ from qformer_fast.data.features import FeatureCache
 from qformer_fast.data.language import LanguageTokenizer
 from qformer_fast.data.tokenizer import load_tokenizer
 from qformer_fast.models.blip2_opt import Blip2OPT
+from qformer_fast.ranks import Ranks, process_group
 from qformer_fast.training.checkpoint import list_checkpoints
 from qformer_fast.training.config import OptimizerConfig, RunConfig
 from qformer_fast.training.loop import train
-from qformer_fast.training.ranks import Ranks, process_group
 from qformer_fast.training.stages import build_stage
 
 WORDS = ["cat", "dog", "bird", "fish", "horse", "cow", "pig", "bee", "ant", "fox", "owl", "hen"]
@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(start, run, tmp_path) -> None
 
 LOOK = """
 import json, os
-from qformer_fast.training.ranks import process_group
+from qformer_fast.ranks import process_group
 
 looked_at = []
 
