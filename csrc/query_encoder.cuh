@@ -46,6 +46,9 @@ struct Split {
   static constexpr int kOwnSteps = kSteps / kOfK;
   static constexpr int kMost = kWide ? kMostWide : kMostNarrow;
   static constexpr int kOwnTiles = (kMost + kOfTiles - 1) / kOfTiles;
+  // four lanes finish a row of a tile; turns until all rows of a block are done
+  static constexpr int kAtOnce = kThreads / 4;
+  static constexpr int kTurns = (kImages * kQueries / kCluster * kMost + kAtOnce - 1) / kAtOnce;
   static constexpr int kStrideOfParts = kMost * kTile;  // 8 or 24 modulo 32: four rows in different banks
   static_assert(kSteps % kOfK == 0 && kStrideOfParts % 16 == 8);
   static_assert(kOfK * kImages * kQueries * kStrideOfParts * 4 <= side_bytes(kImages));
@@ -353,8 +356,8 @@ struct Encoder {
   // ---- products ----
 
   // The first of the cluster's tiles, of ``count``.
-  __device__ int first_tile(int count) { return int(int64_t(cluster) * count / clusters); }
-  __device__ int own_tiles(int count) { return int(int64_t(cluster + 1) * count / clusters) - first_tile(count); }
+  __device__ int first_tile(int count) { return cluster * count / clusters; }
+  __device__ int own_tiles(int count) { return (cluster + 1) * count / clusters - first_tile(count); }
 
   // ``count`` rows of ``columns`` on their way to shared memory.
   __device__ void stage_rows(Element const* rows, int width, int count, int columns, int stride, Element* to) {
@@ -415,8 +418,7 @@ struct Encoder {
     cluster_barrier();
   }
 
-  // Of the turn's two columns that the lane finishes: the row among the block's, and the column among the cluster's.
-  // Four lanes have a row of a tile.
+  // The row among the block's, and the first of the two columns among the cluster's, that the lane finishes in a turn.
   struct Place {
     int row, column;
     bool exists;
@@ -431,7 +433,9 @@ struct Encoder {
   template <bool kWide, class Finish>
   __device__ void gather(int tiles, Finish finish) {
     using S = Split<kImages, kWide>;
-    for (int turn = 0; turn * (kThreads / 4) < kOwn * tiles; ++turn) {
+#pragma unroll
+    for (int turn = 0; turn < S::kTurns; ++turn) {
+      if (turn * S::kAtOnce >= kOwn * tiles) break;
       Place place = place_of(turn, tiles);
       float const* mine = reinterpret_cast<float const*>(shared.side) +
                           (rank * kOwn + place.row) * S::kStrideOfParts + place.column / 4 * 4;
@@ -443,21 +447,27 @@ struct Encoder {
     }
   }
 
+  __device__ static float2 load_pair(float const* from) { return __ldg(reinterpret_cast<float2 const*>(from)); }
+
   // to (rows, tiles * 8) = rows weight^T + bias, and with kGelu GELU of it.
   template <bool kGelu, bool kWide = true>
   __device__ void linear(RowsOf const& rows, int tiles, Element* to) {
-    float const* bias = take(tiles * kTile) + first_tile(tiles) * kTile;
-    int own = own_tiles(tiles);
+    using S = Split<kImages, kWide>;
+    int own = own_tiles(tiles), first = first_tile(tiles) * kTile;
+    float const* bias = take(tiles * kTile) + first;
+    float2 added[S::kTurns];
+#pragma unroll
+    for (int turn = 0; turn < S::kTurns; ++turn) added[turn] = load_pair(bias + place_of(turn, own).column);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stage_normalized(rows, chunk);
       __syncthreads();
-      float acc[Split<kImages, kWide>::kOwnTiles][2][4] = {};
+      float acc[S::kOwnTiles][2][4] = {};
       multiply<kWide>(acc, shared.stage, own, 1, 0);
       share<kWide>(acc, own);
-      Element* here = to + int64_t(chunk * kRows + rank * kOwn) * tiles * kTile + first_tile(tiles) * kTile;
-      gather<kWide>(own, [&](int, Place place, float2 x) {
+      Element* here = to + int64_t(chunk * kRows + rank * kOwn) * tiles * kTile + first;
+      gather<kWide>(own, [&](int turn, Place place, float2 x) {
         if (!place.exists) return;
-        x.x += __ldg(bias + place.column), x.y += __ldg(bias + place.column + 1);
+        x.x += added[turn].x, x.y += added[turn].y;
         if (kGelu) x = {gelu<Element>(x.x), gelu<Element>(x.y)};
         *reinterpret_cast<uint32_t*>(here + int64_t(place.row) * tiles * kTile + place.column) = pack<Element>(x.x, x.y);
       });
@@ -472,21 +482,27 @@ struct Encoder {
   // of four slices the first ones, ``end()`` waits for one slice's.
   template <int kSlices, class Begin, class End>
   __device__ void linear_and_residual(RowsOf const& residual, int which, Begin begin, End end) {
-    constexpr int kTurns = (kOwn * kMostNarrow + kThreads / 4 - 1) / (kThreads / 4);
-    int tile = first_tile(kTiles), own = own_tiles(kTiles);
+    using S = Split<kImages, false>;
+    int own = own_tiles(kTiles), tile = first_tile(kTiles);
     float const* bias = take(kHidden) + tile * kTile;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       int first = chunk * kRows + rank * kOwn;
-      float acc[Split<kImages, false>::kOwnTiles][2][4] = {};
+      float acc[S::kOwnTiles][2][4] = {};
       begin(chunk);
       if (residual.statistics != nullptr) share_statistics(residual, first, kOwn);
-      uint32_t kept[kTurns];
+      uint32_t values[S::kTurns];
+      float2 added[S::kTurns], norm_weight[S::kTurns], norm_bias[S::kTurns];
 #pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
+      for (int turn = 0; turn < S::kTurns; ++turn) {
         Place place = place_of(turn, own);
         int row = residual.shared ? (rank * kOwn + place.row) % kQueries : first + place.row;
-        kept[turn] = __ldcg(reinterpret_cast<unsigned const*>(residual.values + int64_t(row) * kHidden + tile * kTile +
-                                                              place.column));
+        int column = tile * kTile + place.column;
+        values[turn] = __ldcg(reinterpret_cast<unsigned const*>(residual.values + int64_t(row) * kHidden + column));
+        added[turn] = load_pair(bias + place.column);
+        if (residual.statistics != nullptr) {
+          norm_weight[turn] = load_pair(residual.weight + column);
+          norm_bias[turn] = load_pair(residual.bias + column);
+        }
       }
       if constexpr (kSlices == 1) {
         end();
@@ -496,20 +512,19 @@ struct Encoder {
         multiply_activation(acc, own, chunk);
         __syncthreads();
       }
+#pragma unroll
+      for (int turn = 0; turn < S::kTurns; ++turn) {
+        float2 x = unpack<Element>(values[turn]);
+        if (residual.statistics != nullptr) {
+          float mean = shared.mean[place_of(turn, own).row], rstd = shared.rstd[place_of(turn, own).row];
+          x.x = (x.x - mean) * rstd * norm_weight[turn].x + norm_bias[turn].x;
+          x.y = (x.y - mean) * rstd * norm_weight[turn].y + norm_bias[turn].y;
+        }
+        added[turn].x += x.x, added[turn].y += x.y;
+      }
       share<false>(acc, own);
       gather<false>(own, [&](int turn, Place place, float2 x) {
-        float2 other = unpack<Element>(kept[0]);
-#pragma unroll
-        for (int i = 1; i < kTurns; ++i)
-          if (i == turn) other = unpack<Element>(kept[i]);
-        if (residual.statistics != nullptr) {
-          float mean = shared.mean[place.row], rstd = shared.rstd[place.row];
-          int column = tile * kTile + place.column;
-          other.x = (other.x - mean) * rstd * __ldg(residual.weight + column) + __ldg(residual.bias + column);
-          other.y = (other.y - mean) * rstd * __ldg(residual.weight + column + 1) + __ldg(residual.bias + column + 1);
-        }
-        uint32_t sum = pack<Element>(x.x + __ldg(bias + place.column) + other.x,
-                                     x.y + __ldg(bias + place.column + 1) + other.y);
+        uint32_t sum = pack<Element>(x.x + added[turn].x, x.y + added[turn].y);
         x = unpack<Element>(sum);
         float mean = sum_of_lanes<1, 4>(x.x + x.y) * (1.f / kTile);
         float squares = sum_of_lanes<1, 4>((x.x - mean) * (x.x - mean) + (x.y - mean) * (x.y - mean));
