@@ -106,8 +106,8 @@ def emulated(tmp_path_factory):
 @pytest.mark.parametrize(
     "images, tokens, layers, headdim, clusters, dtype",
     [
-        (1, 257, 3, 64, 66, torch.bfloat16),
-        (1, 1, 2, 32, 43, torch.float16),
+        (1, 257, 2, 64, 66, torch.bfloat16),
+        (1, 1, 1, 32, 43, torch.float16),
         (2, 49, 2, 64, 57, torch.bfloat16),
         (5, 330, 1, 64, 66, torch.bfloat16),
     ],
