@@ -113,10 +113,13 @@ class OneLaunch:
 
     def _workspace(self) -> Tensor:
         """Memory of the current stream, whose launches follow each other."""
-        size = extension.encode_queries_workspace(self.rows, MAX_IMAGES)
         if torch.cuda.is_current_stream_capturing():
-            return self.rows.new_zeros(size, dtype=torch.uint8)
+            return self._new_workspace()
         stream = torch.cuda.current_stream().cuda_stream
         if stream not in self._workspaces:
-            self._workspaces[stream] = self.rows.new_zeros(size, dtype=torch.uint8)
+            self._workspaces[stream] = self._new_workspace()
         return self._workspaces[stream]
+
+    def _new_workspace(self) -> Tensor:
+        size = extension.encode_queries_workspace(self.rows, MAX_IMAGES)
+        return self.rows.new_zeros(size, dtype=torch.uint8)
