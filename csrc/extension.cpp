@@ -115,9 +115,9 @@ void encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor r
   check("rows", rows, rows, dtype, 32, 768);
   check("queries", queries, rows, dtype, 32, 768);
   check("keys_values", keys_values, rows, dtype, keys_values.size(0), looking * 2 * 768);
-  check("weights", weights, rows, dtype, weights.size(0), 3072);
+  check("weights", weights, rows, dtype, weights.size(0), 768);
   check("first_slots", first_slots, rows, ScalarType::Int, 1, first_slots.size(1));
-  STD_TORCH_CHECK(first_slots.size(1) % 2 == 1, "first_slots must be of an even number of blocks and one more");
+  STD_TORCH_CHECK(first_slots.size(1) % 8 == 1, "first_slots must be of whole clusters of eight blocks, and one more");
   check("vectors", vectors, rows, ScalarType::Float, 1, vectors.size(1));
   int64_t bytes = query_encoder_workspace(static_cast<int>(images));
   STD_TORCH_CHECK(workspace.size(1) >= bytes, "workspace must be of at least ", bytes, " bytes");
@@ -138,7 +138,7 @@ void encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor r
   arguments.keys_values = keys_values.const_data_ptr();
   arguments.workspace = workspace.mutable_data_ptr();
   arguments.out = out.mutable_data_ptr();
-  int clusters = static_cast<int>(first_slots.size(1) / 2);
+  int clusters = static_cast<int>(first_slots.size(1) / 8);
   char const* error = on_stream_of(rows, [&](cudaStream_t stream) {
     return query_encoder(dtype_of(rows), static_cast<int>(headdim), clusters, arguments, stream);
   });

@@ -63,9 +63,8 @@ __device__ __forceinline__ void prefetch_to_l2(void const* p) { asm volatile("pr
 
 // ---- other blocks ----
 
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 __device__ __forceinline__ uint32_t address_of_rank(void const* mine, uint32_t rank) {
   uint32_t address;
@@ -73,31 +72,33 @@ __device__ __forceinline__ uint32_t address_of_rank(void const* mine, uint32_t r
   return address;
 }
 
-// What block ``rank`` of the cluster has where ``mine`` lies.
-__device__ __forceinline__ float load_of_rank(float const* mine, uint32_t rank) {
-  float x;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address_of_rank(mine, rank)));
-  return x;
+// To where block ``rank`` of the cluster has what lies at ``mine`` here.
+__device__ __forceinline__ void store_to_rank(float2* mine, uint32_t rank, float2 x) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address_of_rank(mine, rank)), "f"(x.x), "f"(x.y)
+               : "memory");
 }
 
-__device__ __forceinline__ float4 load_of_rank(float4 const* mine, uint32_t rank) {
-  float4 x;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address_of_rank(mine, rank)));
-  return x;
+__device__ __forceinline__ void store_to_rank(uint4* mine, uint32_t rank, uint4 x) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address_of_rank(mine, rank)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
 }
 
-__device__ __forceinline__ unsigned add_release(unsigned* to, unsigned x) {
-  unsigned before;
-  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(x) : "memory");
-  return before;
-}
-
-__device__ __forceinline__ unsigned load_acquire(unsigned const* from) {
+__device__ __forceinline__ unsigned load_relaxed(unsigned const* from) {
   unsigned x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
   return x;
+}
+
+// Two packets, each of them read at once.
+__device__ __forceinline__ uint4 load_packets(uint2 const* from) {
+  uint64_t a, b;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
+  return {uint32_t(a), uint32_t(a >> 32), uint32_t(b), uint32_t(b >> 32)};
+}
+
+__device__ __forceinline__ void store_packet(uint2* to, uint32_t x, uint32_t y) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(uint64_t(y) << 32 | x) : "memory");
 }
 
 // ---- fragments ----

@@ -18,9 +18,9 @@ struct Launch {
   void choose(int headdim, int most_bytes) {
     if (headdim == 64) kernel = encode_queries<Element, kImages, 64>;
     if (headdim == 32) kernel = encode_queries<Element, kImages, 32>;
-    ring = (most_bytes - int(sizeof(Shared<kImages>))) / kSlotBytes;
-    if (ring > kMaxSlots) ring = kMaxSlots;
-    bytes = int(sizeof(Shared<kImages>)) + ring * kSlotBytes;
+    ring = (most_bytes - int(sizeof(Shared<kImages>))) / kPageBytes;
+    if (ring > kMaxPages) ring = kMaxPages;
+    bytes = int(sizeof(Shared<kImages>)) + ring * kPageBytes;
   }
 
   Launch(Dtype dtype, int headdim, int images) {
@@ -32,7 +32,6 @@ struct Launch {
       int chunk = images_of_chunk(images);
       if (chunk == 1) choose<Element, 1>(headdim, most_bytes);
       if (chunk == 2) choose<Element, 2>(headdim, most_bytes);
-      if (chunk == 4) choose<Element, 4>(headdim, most_bytes);
     };
     dtype == Dtype::kHalf ? with(cutlass::half_t{}) : with(cutlass::bfloat16_t{});
     if (kernel != nullptr)
@@ -41,7 +40,7 @@ struct Launch {
 
   // Clusters that fit at once; 0 where a phase's slots don't fit into the ring.
   int clusters() const {
-    if (kernel == nullptr || ring < kMostWide || ring < 4 * kMostNarrow) return 0;
+    if (kernel == nullptr || ring < kLeastPages) return 0;
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute attributes[2];
     configure(config, attributes, kCluster, nullptr);
@@ -69,11 +68,11 @@ struct Launch {
 
 }  // namespace
 
-int64_t query_encoder_workspace(int images) { return kBarrierBytes + padded_rows(images) * kRowBytes; }
+int64_t query_encoder_workspace(int images) { return workspace_bytes(images); }
 
 int query_encoder_clusters(Dtype dtype, int headdim) {
   int least = kTiles;
-  for (int images : {1, 2, 4}) {
+  for (int images : {1, 2}) {
     int found = Launch(dtype, headdim, images).clusters();
     least = found < least ? found : least;
   }
@@ -81,6 +80,7 @@ int query_encoder_clusters(Dtype dtype, int headdim) {
 }
 
 char const* query_encoder(Dtype dtype, int headdim, int clusters, QueryEncoderArguments arguments, cudaStream_t stream) {
+  if (arguments.images > kMaxImages) return "it takes 8 images";
   Launch launch(dtype, headdim, arguments.images);
   if (launch.kernel == nullptr) return "head dimensions are 32 and 64";
   arguments.ring = launch.ring;

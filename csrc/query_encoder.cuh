@@ -1,11 +1,17 @@
-// The Q-Former's layers over queries alone, in one launch of clusters of two blocks, one block a multiprocessor.
+// The Q-Former's layers over queries alone, in one launch of clusters of eight blocks, one block a multiprocessor.
 //
-// A product's columns are shared by the clusters, eight to a tile, and its sum over K by the two blocks of a cluster, which
-// add their halves through distributed shared memory. So every block reads its own weights, once, in an order known
-// before: they lie in memory as it wants them, in slots of 8 columns and 384 of K, and come through a ring of slots in
-// shared memory, filled by bulk copies as soon as a slot is free, whatever the block waits for. Between two products
-// stands a barrier of the whole grid. LayerNorm is applied by those who read its rows: who writes a tile's columns of a
-// row also writes their mean and squared deviations, which readers combine.
+// A product's columns are shared by the clusters, eight to a tile, and its sum over K by the blocks of a cluster, each of
+// which sends what it has of a row to the block that finishes it, through distributed shared memory. So every block reads
+// its own weights, once, in an order known before: they lie in memory as it wants them, in slots of 8 columns and 96 of K,
+// and come through a ring in shared memory, filled by bulk copies as soon as there is room, whatever the block waits for.
+//
+// What a product writes and the next one reads lies in global memory as packets of eight bytes, two numbers and the
+// phase that wrote them: who reads a packet until it is of the phase before needs no barrier of the grid. A phase writes
+// where nobody reads in it, and its finished rows took all of what the phase before wrote, so that nobody is two behind.
+//
+// LayerNorm is part of the product that reads its rows: with its weights w and b, mean m and deviation s of a row x,
+//   W LayerNorm(x) + c = ((W diag(w)) x - m (W w)) / s + (W b + c),
+// of which W diag(w), its columns' sums W w, and W b + c are made with the slots.
 #pragma once
 
 #include "gelu.cuh"
@@ -15,46 +21,36 @@
 namespace qformer_fast {
 
 constexpr int kHidden = 768, kIntermediate = 3072, kQueries = 32;
-constexpr int kCluster = 2;
-constexpr int kWarps = 12, kThreads = 32 * kWarps;
-constexpr int kTile = 8;                        // columns of a slot
-constexpr int kSlice = kHidden / kCluster;      // K of a slot
-constexpr int kSteps = kSlice / 16;             // of an mma
+constexpr int kMaxImages = 8;
+constexpr int kCluster = 8;
+constexpr int kWarps = 16, kThreads = 32 * kWarps;
+constexpr int kTile = 8;                               // columns of a slot
+constexpr int kSlice = kHidden / kCluster;             // K of a slot
+constexpr int kSteps = kSlice / 16;                    // of an mma
 constexpr int kSlotBytes = kTile * kSlice * 2;
-constexpr int kTiles = kHidden / kTile;         // of the hidden size
-constexpr int kStride = kSlice + 8;             // of staged rows: eight of them in different banks
-constexpr int kMaxSlots = 24;
-constexpr int kChunk = 160;                     // tokens staged at once
-constexpr int kReaders = 6;                     // warps that share an image's tokens
+constexpr int kPage = 8, kPageBytes = kPage * kSlotBytes;  // slots copied at once
+constexpr int kMaxPages = 12;
+constexpr int kTiles = kHidden / kTile;                // of the hidden size
+constexpr int kOwnQueries = kQueries / kCluster;       // of an image, that a block finishes
+constexpr int kStride = kIntermediate / kCluster + 8;  // of staged rows: eight of them in different banks
+constexpr int kReaders = 2;                            // warps that share an image's tokens of a block
 
-// Tiles that a cluster may have: of products to 2304 and 3072 columns, and of those to 768.
-constexpr int kMostWide = 9, kMostNarrow = 3;
-constexpr int kLeastClusters = (4 * kTiles + kMostWide - 1) / kMostWide;
+// Heads are attended to by the first clusters, which have 64 columns each.
+constexpr int kGroup = 64, kGroups = kHidden / kGroup, kGroupTiles = kGroup / kTile;
+constexpr int kGroupStride = kGroup + 8;
+constexpr int kLeastClusters = kGroups;
 
-// Of a slice's rows; how many slices of the activation lie in shared memory at once.
-constexpr int stage_bytes(int images) { return images * kQueries * kStride * 2; }
-constexpr int slices_at_once(int images) { return 4 / images; }
-constexpr int side_bytes(int images) {
-  return images == 4 ? stage_bytes(2) : (slices_at_once(images) - 1) * stage_bytes(images);
-}
+// Tiles that a cluster may have: of products to 3072 columns, and of those to 768.
+constexpr int kMostWide = 4 * kTiles / kLeastClusters, kMostNarrow = kTiles / kLeastClusters;
+static_assert(kMostWide <= 2 * kWarps && 2 * kMostNarrow <= kWarps && 3 * kGroupTiles <= kMostWide);
+// Pages of a phase's slots, which may begin within one.
+constexpr int kLeastPages = (kMostWide + kPage - 1) / kPage + 1;
 
-// How the warps share a product: of a slice's K, of tiles, of images.
-template <int kImages, bool kWide>
-struct Split {
-  static constexpr int kOfTiles = kWide ? 3 : kImages == 4 ? 1 : 2;
-  static constexpr int kOfK = kWarps / kOfTiles / kImages;
-  static constexpr int kOwnSteps = kSteps / kOfK;
-  static constexpr int kMost = kWide ? kMostWide : kMostNarrow;
-  static constexpr int kOwnTiles = (kMost + kOfTiles - 1) / kOfTiles;
-  // four lanes finish a row of a tile; turns until all rows of a block are done
-  static constexpr int kAtOnce = kThreads / 4;
-  static constexpr int kTurns = (kImages * kQueries / kCluster * kMost + kAtOnce - 1) / kAtOnce;
-  static constexpr int kStrideOfParts = kMost * kTile;  // 8 or 24 modulo 32: four rows in different banks
-  static_assert(kSteps % kOfK == 0 && kStrideOfParts % 16 == 8);
-  static_assert(kOfK * kImages * kQueries * kStrideOfParts * 4 <= side_bytes(kImages));
-};
+// Images whose rows go through a product at once; tokens staged at once.
+constexpr int images_of_chunk(int images) { return images == 1 ? 1 : 2; }
+constexpr int staged_tokens(int images) { return 96 / images; }
 
-// ---- pairs and quadruples of numbers ----
+// ---- pairs of numbers ----
 
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float a, float b) {
@@ -69,10 +65,6 @@ __device__ __forceinline__ float2 unpack(uint32_t bits) {
   Element pair[2];
   memcpy(pair, &bits, 4);
   return {float(pair[0]), float(pair[1])};
-}
-
-__device__ __forceinline__ void add(float4& sum, float4 const& x, float weight = 1.f) {
-  sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
 }
 
 // Over lanes whose numbers differ in the bits from ``first`` to below ``end``.
@@ -90,78 +82,67 @@ __device__ __forceinline__ float highest_of_lanes(float x) {
   return x;
 }
 
-// The sum of two neighbours' x, of which the even lane takes the first half.
-__device__ __forceinline__ float2 half_of_sum(float4 x, int lane) {
-  x = {sum_of_lanes<1, 2>(x.x), sum_of_lanes<1, 2>(x.y), sum_of_lanes<1, 2>(x.z), sum_of_lanes<1, 2>(x.w)};
-  return lane % 2 ? make_float2(x.z, x.w) : make_float2(x.x, x.y);
+// The words of four neighbouring lanes.
+__device__ __forceinline__ uint4 of_four_lanes(uint32_t x, int lane) {
+  uint32_t y = __shfl_xor_sync(0xffffffffu, x, 1);
+  uint2 here = lane % 2 ? uint2{y, x} : uint2{x, y};
+  uint2 there = {__shfl_xor_sync(0xffffffffu, here.x, 2), __shfl_xor_sync(0xffffffffu, here.y, 2)};
+  return lane % 4 < 2 ? uint4{here.x, here.y, there.x, there.y} : uint4{there.x, there.y, here.x, here.y};
 }
 
 // ---- memory ----
 
+// Two numbers of a row and the phase that wrote them.
+using Packet = uint2;
+constexpr int kPacketsOfRow = kHidden / 2;
+
 // What blocks hand to each other, in global memory; rows are of all images, filled up to whole chunks.
-template <class Element>
 struct Workspace {
-  unsigned* barrier;
-  float2* statistics[3];  // (rows, 96): mean and squared deviations of eight columns
-  Element* sums[3];       // (rows, 768) before LayerNorm: after self-attention, cross-attention, feed-forward
-  Element* qkv;           // (rows, 3 * 768)
-  Element* queries;       // (rows, 768)
-  Element* context;       // (rows, 768)
-  Element* activation;    // (rows, 3072)
+  unsigned* phase;     // the last of the launch before
+  Packet* sums[2];     // (rows, 768) before LayerNorm: what the last sub-layer wrote, and the one before
+  Packet* context;     // (rows, 768)
+  Packet* activation;  // (rows, 3072)
 };
 
-constexpr int64_t kRowBytes = 3 * kTiles * 8 + 2 * (3 * kHidden + 3 * kHidden + 2 * kHidden + kIntermediate);
-constexpr int kBarrierBytes = 256;
+constexpr int kHeaderBytes = 256;
 
-__host__ __device__ constexpr int images_of_chunk(int images) { return images < 3 ? images : 4; }
-__host__ __device__ constexpr int64_t padded_rows(int images) {
+constexpr int64_t workspace_bytes(int images) {
   int chunk = images_of_chunk(images);
-  return int64_t((images + chunk - 1) / chunk) * chunk * kQueries;
+  int64_t rows = int64_t((images + chunk - 1) / chunk) * chunk * kQueries;
+  return kHeaderBytes + rows * (3 * kHidden + kIntermediate) / 2 * int64_t(sizeof(Packet));
 }
 
-template <class Element>
-__device__ Workspace<Element> carve(void* memory, int64_t rows) {
-  char* p = static_cast<char*>(memory);
-  auto take = [&](int64_t bytes) {
-    char* taken = p;
-    p += bytes;
-    return taken;
-  };
-  Workspace<Element> w;
-  w.barrier = reinterpret_cast<unsigned*>(take(kBarrierBytes));
-#pragma unroll
-  for (int i = 0; i < 3; ++i) w.statistics[i] = reinterpret_cast<float2*>(take(rows * kTiles * 8));
-#pragma unroll
-  for (int i = 0; i < 3; ++i) w.sums[i] = reinterpret_cast<Element*>(take(rows * kHidden * 2));
-  w.qkv = reinterpret_cast<Element*>(take(rows * 3 * kHidden * 2));
-  w.queries = reinterpret_cast<Element*>(take(rows * kHidden * 2));
-  w.context = reinterpret_cast<Element*>(take(rows * kHidden * 2));
-  w.activation = reinterpret_cast<Element*>(take(rows * kIntermediate * 2));
-  return w;
+__device__ __forceinline__ Workspace carve(void* memory, int64_t rows) {
+  Packet* packets = reinterpret_cast<Packet*>(static_cast<char*>(memory) + kHeaderBytes);
+  int64_t size = rows * kPacketsOfRow;
+  return {static_cast<unsigned*>(memory), {packets, packets + size}, packets + 2 * size, packets + 3 * size};
 }
 
-// A block's shared memory: ``stage`` holds a product's rows, ``side`` next to it more of them and last the parts of a
-// product for the other block; attention takes both together. The ring of slots follows.
+// A block's shared memory. ``parts``, ``moments`` and ``tops`` are written by the blocks of its cluster.
 template <int kImages>
 struct alignas(128) Shared {
-  char stage[stage_bytes(kImages)];
-  char side[side_bytes(kImages)];
-  float mean[kImages * kQueries], rstd[kImages * kQueries];
-  uint64_t full[kMaxSlots];
+  static constexpr int kOwn = kImages * kOwnQueries;                  // rows that the block finishes
+  static constexpr int kTokens = staged_tokens(kImages);
+  char stage[kImages * kQueries * kStride * 2];                       // a product's rows
+  float parts[kCluster * kMostWide * kOwn * kTile];                   // of a product's or of attention's result
+  char queries[kImages * kQueries * kGroupStride * 2];                // of a group of heads
+  char keys[kImages * kTokens * kGroupStride * 2], values[kImages * kTokens * kGroupStride * 2];
+  float2 moments[kCluster][kOwn];                                     // of a slice: mean and squared deviations
+  float2 norms[kMaxImages / kImages][kOwn];                           // of a row: mean and 1 / deviation
+  float2 tops[kCluster * kReaders][2][kOwn];                          // of a head: highest score and sum of weights
+  uint64_t full[kMaxPages];
   alignas(128) char ring[];
 
-  static_assert(stage_bytes(kImages) % 128 == 0 && side_bytes(kImages) % 128 == 0);
-  static_assert((kQueries + 2 * kChunk) * (64 + 8) * 2 <= stage_bytes(kImages) + side_bytes(kImages));
-  static_assert(kReaders * (kQueries * 64 + 2 * kQueries) * 4 <= stage_bytes(kImages) + side_bytes(kImages));
+  static_assert(kTokens >= kQueries && kTokens % 16 == 0);
 };
+static_assert(sizeof(Shared<2>) + kLeastPages * kPageBytes <= 232448);
 
-// The rows that a product reads: LayerNorm of sums, or as they are.
+// The rows that a product reads or adds: LayerNorm of packets, or one image's for all as they are.
 template <class Element>
 struct Rows {
-  Element const* values;
-  float2 const* statistics;  // null: no LayerNorm
+  Packet const* packets;
+  Element const* plain;
   float const *weight, *bias;
-  bool shared;               // one image's serve all
 };
 
 // ---- the encoder ----
@@ -169,16 +150,18 @@ struct Rows {
 template <class Element, int kImages, int kHeaddim>
 struct Encoder {
   static constexpr int kRows = kImages * kQueries;  // of a chunk
-  static constexpr int kOwn = kRows / kCluster;     // rows of it that a block finishes
-  static constexpr int kHeads = kHidden / kHeaddim;
+  static constexpr int kOwn = Shared<kImages>::kOwn, kTokens = Shared<kImages>::kTokens;
+  static constexpr int kHeads = kGroup / kHeaddim;  // of a group
   using RowsOf = Rows<Element>;
 
   QueryEncoderArguments const& p;
   Shared<kImages>& shared;
-  Workspace<Element> memory;
+  Workspace memory;
   int thread, warp, lane, rank, cluster, clusters, chunks;
-  int slot = 0, parity = 0;              // the next slot to read
-  int issued = 0, issue_at = 0, of_block;  // thread 0's: slots asked for, and of the block in all
+  bool attends;                            // to a group of heads
+  unsigned phase;                          // that is written in this phase
+  int page = 0, parity = 0, offset = 0;    // where the next slot to read is: place in the ring, slot of the page
+  int issued = 0, issue_at = 0, of_block;  // the last warp's: pages asked for, and of the block in all
   char const* source;
   float const* vectors;
 
@@ -187,14 +170,16 @@ struct Encoder {
     thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     rank = blockIdx.x % kCluster, cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
     chunks = (p.images + kImages - 1) / kImages;
-    memory = carve<Element>(p.workspace, padded_rows(p.images));
+    attends = cluster < kGroups;
+    memory = carve(p.workspace, int64_t(chunks) * kRows);
+    phase = load_relaxed(memory.phase) + 1;
     int first = p.first_slots[blockIdx.x];
-    of_block = p.first_slots[blockIdx.x + 1] - first;
+    of_block = (p.first_slots[blockIdx.x + 1] - first + kPage - 1) / kPage;
     source = static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes;
   }
 
   __device__ void run() {
-    if (thread == 0) {
+    if (issues()) {
       for (int i = 0; i < p.ring; ++i) start_barrier(&shared.full[i]);
       publish_barriers();
       issue(p.ring);
@@ -202,30 +187,24 @@ struct Encoder {
     for (int i = (blockIdx.x * kThreads + thread) * 32; i < p.numbers; i += gridDim.x * kThreads * 32)
       prefetch_to_l2(p.vectors + i);
     __syncthreads();
-    int cross = 0;
-    RowsOf rows{static_cast<Element const*>(p.rows), nullptr, nullptr, nullptr, true};
+    arrive_at_cluster();
+    int looking = 0;
+    RowsOf rows{nullptr, static_cast<Element const*>(p.rows), nullptr, nullptr};
     for (int layer = 0; layer < p.layers; ++layer) {
       if (layer > 0) {
-        linear<false>(rows, 3 * kTiles, memory.qkv);
-        if constexpr (kImages == 1) {
-          linear_and_residual<1>(rows, 0, [&](int) { stage_qkv(); }, [&] { attend_staged(); });
-        } else {
-          self_attention();
-          linear_and_residual<1>(rows, 0, [&](int chunk) { stage_context(chunk); }, [&] { wait_for_copies(); });
-        }
-        rows = normalized(0);
+        self_attention(rows);
+        rows = linear_and_residual<1>(memory.context, rows);
       }
       if (p.cross_layers >> layer & 1) {
-        if (layer > 0) narrow_linear(rows, memory.queries);
-        cross_attention(layer > 0 ? memory.queries : static_cast<Element const*>(p.queries), layer == 0, cross++);
-        linear_and_residual<1>(rows, 1, [&](int chunk) { stage_context(chunk); }, [&] { wait_for_copies(); });
-        rows = normalized(1);
+        cross_attention(rows, looking++);
+        rows = linear_and_residual<1>(memory.context, rows);
       }
-      linear<true>(rows, 4 * kTiles, memory.activation);
-      linear_and_residual<4>(rows, 2, [&](int chunk) { stage_activation(chunk, 0); }, [] {});
-      rows = normalized(2);
+      linear_and_gelu(rows);
+      rows = linear_and_residual<4>(memory.activation, rows);
     }
     write(rows);
+    wait_for_cluster();
+    if (blockIdx.x == 0 && thread == 0) *memory.phase = phase;
   }
 
   // The next ``count`` numbers of biases and LayerNorms.
@@ -235,17 +214,16 @@ struct Encoder {
     return taken;
   }
 
-  __device__ RowsOf normalized(int which) {
-    float const* weight = take(kHidden);
-    return {memory.sums[which], memory.statistics[which], weight, take(kHidden), false};
-  }
+  __device__ static float2 load_pair(float const* from) { return __ldg(reinterpret_cast<float2 const*>(from)); }
 
   // ---- weights ----
 
-  // Thread 0 asks for the next slots, whose places nobody reads any more.
+  __device__ bool issues() { return thread == kThreads - 32; }
+
+  // Asks for the next pages, whose places nobody reads any more.
   __device__ void issue(int count) {
     for (; count > 0 && issued < of_block; --count, ++issued) {
-      copy_bulk(shared.ring + issue_at * kSlotBytes, source + int64_t(issued) * kSlotBytes, kSlotBytes,
+      copy_bulk(shared.ring + issue_at * kPageBytes, source + int64_t(issued) * kPageBytes, kPageBytes,
                 &shared.full[issue_at]);
       if (++issue_at == p.ring) issue_at = 0;
     }
@@ -253,104 +231,106 @@ struct Encoder {
 
   // The weights of this phase's j-th slot.
   __device__ uint2 const* slot_of(int j) {
-    int at = slot + j, phase = parity;
-    if (at >= p.ring) at -= p.ring, phase ^= 1;
-    wait_for_bulk(&shared.full[at], phase);
-    return reinterpret_cast<uint2 const*>(shared.ring + at * kSlotBytes);
+    j += offset;
+    int at = page + j / kPage, turn = parity;
+    if (at >= p.ring) at -= p.ring, turn ^= 1;
+    wait_for_bulk(&shared.full[at], turn);
+    return reinterpret_cast<uint2 const*>(shared.ring + at * kPageBytes + j % kPage * kSlotBytes);
   }
 
-  // Ends a phase that read ``used`` slots: until every block has.
-  __device__ void grid_barrier(int used) {
-    __syncthreads();
-    slot += used;
-    if (slot >= p.ring) slot -= p.ring, parity ^= 1;
-    if (thread == 0) {
-      // block 0 fills up what the others add, so that the highest bit turns over
-      unsigned before = add_release(memory.barrier, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
-      issue(used);
-      while (((load_acquire(memory.barrier) ^ before) & 0x80000000u) == 0) continue;
-    }
-    __syncthreads();
+  // After the cluster has met: nobody reads this phase's ``used`` slots any more.
+  __device__ void leave_slots(int used) {
+    offset += used;
+    int pages = offset / kPage;
+    offset %= kPage, page += pages;
+    if (page >= p.ring) page -= p.ring, parity ^= 1;
+    if (issues()) issue(pages);
   }
 
-  // ---- LayerNorm ----
+  // ---- the cluster ----
 
-  // Means and 1 / deviations of kCount rows, kWarps apart; a warp's work.
-  template <int kCount>
-  __device__ void statistics_of(float2 (&found)[kCount], RowsOf const& rows, int row, int end) {
-    constexpr int kParts = kTiles / 32;
-    float2 parts[kCount][kParts];
+  // Blocks of a cluster meet twice for what they send each other: all read what was sent before (arrive_at_cluster() after
+  // reading, wait_for_cluster() before sending), and all have sent (meet()).
+  __device__ void meet() {
+    arrive_at_cluster();
+    wait_for_cluster();
+  }
+
+  // ---- packets ----
+
+  // All kPieces of four columns that ``at(i)`` is the place of, when they are of the phase before; those ``wanted``.
+  template <int kPieces, class At>
+  __device__ void receive(uint4 (&found)[kPieces], bool wanted, At at) {
+    bool waiting = wanted;
+    while (waiting) {
+      waiting = false;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
+      for (int i = 0; i < kPieces; ++i) found[i] = load_packets(at(i));
 #pragma unroll
-      for (int j = 0; j < kParts; ++j)
-        parts[i][j] = __ldcg(rows.statistics + int64_t(min(row + i * kWarps, end - 1)) * kTiles + j * 32 + lane);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      float mean = 0.f, squares = 0.f;
-#pragma unroll
-      for (int j = 0; j < kParts; ++j) mean += parts[i][j].x;
-      mean = sum_of_lanes<1, 32>(mean) * (1.f / kTiles);
-#pragma unroll
-      for (int j = 0; j < kParts; ++j) squares += parts[i][j].y + kTile * (parts[i][j].x - mean) * (parts[i][j].x - mean);
-      found[i] = make_float2(mean, rsqrtf(sum_of_lanes<1, 32>(squares) * (1.f / kHidden) + p.eps));
+      for (int i = 0; i < kPieces; ++i) waiting |= found[i].y != phase - 1 || found[i].w != phase - 1;
     }
   }
 
-  // Of ``count`` rows from ``first`` on, for all warps.
-  __device__ void share_statistics(RowsOf const& rows, int first, int count) {
-    constexpr int kAtOnce = 3;
-    for (int i = warp; i < count; i += kAtOnce * kWarps) {
-      float2 found[kAtOnce];
-      statistics_of(found, rows, first + i, first + count);
-      if (lane == 0)
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
-          if (i + j * kWarps < count) shared.mean[i + j * kWarps] = found[j].x, shared.rstd[i + j * kWarps] = found[j].y;
-    }
+  __device__ void send(Packet* to, int64_t row, int width, int column, uint32_t pair) {
+    store_packet(to + (row * width + column) / 2, pair, phase);
   }
 
-  // The block's half of a chunk's rows, staged, with LayerNorm.
-  __device__ void stage_normalized(RowsOf const& rows, int chunk) {
-    constexpr int kPieces = kSlice / 8, kRowsAtOnce = kThreads / kPieces, kTimes = kQueries / kRowsAtOnce;
-    int column = thread % kPieces * 8, first = thread / kPieces;
-    Element* to = reinterpret_cast<Element*>(shared.stage) + column;
-    column += rank * kSlice;
-    int start = rows.shared ? 0 : chunk * kRows;
-    float weight[8], bias[8];
-    if (rows.statistics != nullptr) {
-      for (int i = 0; i < 2; ++i) {
-        reinterpret_cast<float4*>(weight)[i] = __ldg(reinterpret_cast<float4 const*>(rows.weight + column) + i);
-        reinterpret_cast<float4*>(bias)[i] = __ldg(reinterpret_cast<float4 const*>(rows.bias + column) + i);
-      }
-    }
+  // The block's K of a chunk's rows of ``width`` to the stage. With kMoments also, when all has been read that was sent
+  // in the cluster before, mean and squared deviations of each row's columns to the block that finishes the row.
+  template <int kSlices, bool kMoments>
+  __device__ void stage_rows(Packet const* packets, int chunk) {
+    constexpr int kColumns = kSlices * kSlice, kPieces = kColumns / 8, kWidth = kCluster * kColumns;
+    constexpr int kLanes = kSlices == 1 ? 16 : kPieces;  // of a row
+    constexpr int kTurns = kRows * kLanes / kThreads, kAtOnce = kTurns / kImages;
+    static_assert(kThreads % kLanes == 0 || kThreads * kAtOnce % kLanes == 0);
+    uint4 pieces[kImages][kAtOnce] = {};
+#pragma unroll
     for (int image = 0; image < kImages; ++image) {
-      uint4 pieces[kTimes];
+      uint4 found[2 * kAtOnce] = {};
+      auto row_of = [&](int turn) { return image * kQueries + (turn * kThreads + thread) / kLanes; };
+      auto piece_of = [&](int turn) { return (turn * kThreads + thread) % kLanes; };
+      bool wanted = kLanes == kPieces || piece_of(0) < kPieces;
+      receive(found, wanted, [&](int i) {
+        int64_t row = chunk * kRows + row_of(i / 2);
+        return packets + (row * kWidth + rank * kColumns + piece_of(i / 2) * 8 + i % 2 * 4) / 2;
+      });
 #pragma unroll
-      for (int i = 0; i < kTimes; ++i) {
-        int row = first + i * kRowsAtOnce + (rows.shared ? 0 : image * kQueries);
-        pieces[i] = __ldcg(reinterpret_cast<uint4 const*>(rows.values + int64_t(start + row) * kHidden + column));
-      }
-      if (image == 0 && rows.statistics != nullptr) {
-        share_statistics(rows, start, kRows);
-        __syncthreads();
-      }
-#pragma unroll
-      for (int i = 0; i < kTimes; ++i) {
-        int row = first + i * kRowsAtOnce + image * kQueries;
-        if (rows.statistics != nullptr) {
-          float mean = shared.mean[row], rstd = shared.rstd[row];
-          uint32_t* pairs = reinterpret_cast<uint32_t*>(&pieces[i]);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            float2 x = unpack<Element>(pairs[j]);
-            pairs[j] = pack<Element>((x.x - mean) * rstd * weight[2 * j] + bias[2 * j],
-                                     (x.y - mean) * rstd * weight[2 * j + 1] + bias[2 * j + 1]);
-          }
-        }
-        *reinterpret_cast<uint4*>(to + row * kStride) = pieces[i];
+      for (int turn = 0; turn < kAtOnce; ++turn) {
+        uint4 const &low = found[2 * turn], &high = found[2 * turn + 1];
+        pieces[image][turn] = {low.x, low.z, high.x, high.z};
+        if (wanted)
+          *reinterpret_cast<uint4*>(stage_at<kSlices>(row_of(turn)) + piece_of(turn) * 8) = pieces[image][turn];
       }
     }
+    wait_for_cluster();
+    if constexpr (kMoments) {
+      bool counts = thread % kLanes < kPieces;
+#pragma unroll
+      for (int image = 0; image < kImages; ++image) {
+        uint32_t pairs[4];
+        memcpy(pairs, &pieces[image][0], 16);
+        float mean = 0.f, squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) mean += unpack<Element>(pairs[i]).x + unpack<Element>(pairs[i]).y;
+        mean = sum_of_lanes<1, kLanes>(mean) * (1.f / kColumns);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float2 x = unpack<Element>(pairs[i]);
+          squares += (x.x - mean) * (x.x - mean) + (x.y - mean) * (x.y - mean);
+        }
+        squares = sum_of_lanes<1, kLanes>(counts ? squares : 0.f);
+        int row = thread / kLanes;
+        if (thread % kLanes == 0)
+          store_to_rank(&shared.moments[rank][image * kOwnQueries + row % kOwnQueries], row / kOwnQueries,
+                        make_float2(mean, squares));
+      }
+    }
+    __syncthreads();
+  }
+
+  template <int kSlices>
+  __device__ Element* stage_at(int row) {
+    return reinterpret_cast<Element*>(shared.stage) + row * (kSlices * kSlice + 8);
   }
 
   // ---- products ----
@@ -359,211 +339,190 @@ struct Encoder {
   __device__ int first_tile(int count) { return cluster * count / clusters; }
   __device__ int own_tiles(int count) { return (cluster + 1) * count / clusters - first_tile(count); }
 
-  // ``count`` rows of ``columns`` on their way to shared memory.
-  __device__ void stage_rows(Element const* rows, int width, int count, int columns, int stride, Element* to) {
-    int pieces = columns / 8;
-    for (int i = thread; i < count * pieces; i += kThreads)
-      copy_async(to + i / pieces * stride + i % pieces * 8, rows + int64_t(i / pieces) * width + i % pieces * 8);
-  }
-
-  // The block's half of a chunk's rows, or the ``slice``-th 384 of it, on their way to ``to`` as they are.
-  __device__ void stage_plain(Element const* rows, int width, int slice, int chunk, char* to) {
-    stage_rows(rows + int64_t(chunk) * kRows * width + rank * (width / kCluster) + slice * kSlice, width, kRows, kSlice,
-               kStride, reinterpret_cast<Element*>(to));
-    commit_copies();
-  }
-
-  // acc += the warp's rows of what is staged, its tiles and its part of K.
-  template <bool kWide>
-  __device__ void multiply(float (&acc)[Split<kImages, kWide>::kOwnTiles][2][4], char const* staged, int tiles,
-                           int slices, int slice) {
-    using S = Split<kImages, kWide>;
-    int tile = warp % S::kOfTiles, step = warp / S::kOfTiles % S::kOfK * S::kOwnSteps;
-    int row = warp / S::kOfTiles / S::kOfK * kQueries;
-    Element const* rows = reinterpret_cast<Element const*>(staged) + (row + lane % 16) * kStride + step * 16 + lane / 16 * 8;
-    uint2 const* slots[S::kOwnTiles];
+  // Eight columns of sixteen rows, the m-th of the chunk's, to those who finish them. ``source`` of a result's parts.
+  __device__ void send_part(float const (&part)[4], int m, int source, int tiles, int tile) {
 #pragma unroll
-    for (int j = 0; j < S::kOwnTiles; ++j)
-      if (tile + j * S::kOfTiles < tiles) slots[j] = slot_of((tile + j * S::kOfTiles) * slices + slice) + step * 32 + lane;
-#pragma unroll
-    for (int i = 0; i < S::kOwnSteps; ++i) {
-      uint32_t a[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) ldmatrix(a[m], rows + m * 16 * kStride + i * 16);
-#pragma unroll
-      for (int j = 0; j < S::kOwnTiles; ++j) {
-        if (tile + j * S::kOfTiles < tiles) {
-          uint2 b = slots[j][i * 32];
-#pragma unroll
-          for (int m = 0; m < 2; ++m) mma<Element>(acc[j][m], a[m], b.x, b.y);
-        }
-      }
+    for (int half = 0; half < 2; ++half) {
+      int row = m % 2 * 16 + half * 8 + lane / 4, own = m / 2 * kOwnQueries + row % kOwnQueries;
+      store_to_rank(reinterpret_cast<float2*>(shared.parts + (source * tiles + tile) * kOwn * kTile + own * kTile) + lane % 4,
+                    row / kOwnQueries, make_float2(part[half * 2], part[half * 2 + 1]));
     }
   }
 
-  // The warps' parts to shared memory, where the cluster sees them.
-  template <bool kWide>
-  __device__ void share(float (&acc)[Split<kImages, kWide>::kOwnTiles][2][4], int tiles) {
-    using S = Split<kImages, kWide>;
-    int tile = warp % S::kOfTiles, row = warp / S::kOfTiles / S::kOfK * kQueries + lane / 4;
-    float* part = reinterpret_cast<float*>(shared.side) +
-                  (warp / S::kOfTiles % S::kOfK * kRows + row) * S::kStrideOfParts + tile * kTile + lane % 4 * 2;
+  // Parts of the staged rows' product with the cluster's ``own`` tiles, sent to who finishes them; the block's are one
+  // or, of four slices, two.
+  template <int kSlices>
+  __device__ void multiply(int own) {
+    constexpr int kParts = kSlices == 1 ? 1 : 2, kOfPart = kSlices / kParts, kTurns = kSlices == 1 ? 2 : 1;
+    int part = warp % kParts, first = warp / kParts;
+    float acc[kTurns][2 * kImages][4] = {};
 #pragma unroll
-    for (int j = 0; j < S::kOwnTiles; ++j)
-      if (tile + j * S::kOfTiles < tiles)
+    for (int s = 0; s < kOfPart; ++s) {
+      int slice = part * kOfPart + s;
+      uint2 const* slots[kTurns];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          *reinterpret_cast<float2*>(part + i * 8 * S::kStrideOfParts + j * S::kOfTiles * kTile) =
-              make_float2(acc[j][i / 2][i % 2 * 2], acc[j][i / 2][i % 2 * 2 + 1]);
-    cluster_barrier();
+      for (int j = 0; j < kTurns; ++j)
+        if (first + j * kWarps < own) slots[j] = slot_of((first + j * kWarps) * kSlices + slice) + lane;
+      if (first >= own) break;
+      Element const* rows = stage_at<kSlices>(lane % 16) + slice * kSlice + lane / 16 * 8;
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        uint32_t a[2 * kImages][4];
+#pragma unroll
+        for (int m = 0; m < 2 * kImages; ++m) ldmatrix(a[m], rows + m * 16 * (kSlices * kSlice + 8) + i * 16);
+#pragma unroll
+        for (int j = 0; j < kTurns; ++j) {
+          if (first + j * kWarps < own) {
+            uint2 b = slots[j][i * 32];
+#pragma unroll
+            for (int m = 0; m < 2 * kImages; ++m) mma<Element>(acc[j][m], a[m], b.x, b.y);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTurns; ++j)
+      if (first + j * kWarps < own)
+#pragma unroll
+        for (int m = 0; m < 2 * kImages; ++m) send_part(acc[j][m], m, rank * kParts + part, own, first + j * kWarps);
   }
 
-  // The row among the block's, and the first of the two columns among the cluster's, that the lane finishes in a turn.
+  // Which two columns of which row of the block's a thread finishes in a turn.
   struct Place {
-    int row, column;
+    int tile, own, pair;
     bool exists;
+    __device__ int column() const { return tile * kTile + pair * 2; }
   };
   __device__ Place place_of(int turn, int tiles) {
-    int position = turn * (kThreads / 4) + thread / 4;
-    bool exists = position < kOwn * tiles;
-    return {exists ? position / tiles : 0, (exists ? position % tiles * kTile : 0) + lane % 4 * 2, exists};
+    int position = turn * kThreads + thread, tile = position / (4 * kOwn);
+    return {tile < tiles ? tile : 0, position / 4 % kOwn, position % 4, tile < tiles};
+  }
+  // Of all images' rows.
+  __device__ int64_t row_of(int chunk, Place place) {
+    return chunk * kRows + place.own / kOwnQueries * kQueries + rank * kOwnQueries + place.own % kOwnQueries;
   }
 
-  // finish(turn, place, two values) with all parts added.
-  template <bool kWide, class Finish>
-  __device__ void gather(int tiles, Finish finish) {
-    using S = Split<kImages, kWide>;
+  __device__ float2 part_of(Place place, int source, int tiles) {
+    return reinterpret_cast<float2 const*>(shared.parts + (source * tiles + place.tile) * kOwn * kTile +
+                                           place.own * kTile)[place.pair];
+  }
+
+  template <int kParts>
+  __device__ float2 total_of(Place place, int tiles) {
+    float2 sum = {0.f, 0.f};
+    if (!place.exists) return sum;
 #pragma unroll
-    for (int turn = 0; turn < S::kTurns; ++turn) {
-      if (turn * S::kAtOnce >= kOwn * tiles) break;
+    for (int source = 0; source < kCluster * kParts; ++source) {
+      float2 x = part_of(place, source, tiles);
+      sum.x += x.x, sum.y += x.y;
+    }
+    return sum;
+  }
+
+  // ---- LayerNorm ----
+
+  // Mean and 1 / deviation of one of the block's rows, from what its cluster's blocks sent of it.
+  __device__ float2 norm_of(int own) {
+    float mean = 0.f, squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < kCluster; ++i) mean += shared.moments[i][own].x;
+    mean *= 1.f / kCluster;
+#pragma unroll
+    for (int i = 0; i < kCluster; ++i) {
+      float2 x = shared.moments[i][own];
+      squares += x.y + kSlice * (x.x - mean) * (x.x - mean);
+    }
+    return {mean, rsqrtf(squares * (1.f / kHidden) + p.eps)};
+  }
+
+  // What a product with LayerNorm adds to its sums, of two columns.
+  struct Folded {
+    float2 sums, bias;
+  };
+
+  // finish(turn, place, two columns) of LayerNorm(rows) weight^T + bias, with all parts sent.
+  template <int kTurns, class Finish>
+  __device__ void finish_normalized(Folded const (&folded)[kTurns], int chunk, int tiles, Finish finish) {
+    if (thread < kOwn) shared.norms[chunk][thread] = norm_of(thread);
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
       Place place = place_of(turn, tiles);
-      float const* mine = reinterpret_cast<float const*>(shared.side) +
-                          (rank * kOwn + place.row) * S::kStrideOfParts + place.column / 4 * 4;
-      float4 sum = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-      for (int part = 0; part < S::kOfK; ++part)
-        add(sum, load_of_rank(reinterpret_cast<float4 const*>(mine + part * kRows * S::kStrideOfParts), lane % 2));
-      finish(turn, place, half_of_sum(sum, lane));
+      float2 x = total_of<1>(place, tiles), norm = norm_of(place.own);
+      x.x = (x.x - norm.x * folded[turn].sums.x) * norm.y + folded[turn].bias.x;
+      x.y = (x.y - norm.x * folded[turn].sums.y) * norm.y + folded[turn].bias.y;
+      finish(turn, place, x);
     }
   }
 
-  __device__ static float2 load_pair(float const* from) { return __ldg(reinterpret_cast<float2 const*>(from)); }
-
-  // to (rows, tiles * 8) = rows weight^T + bias, and with kGelu GELU of it.
-  template <bool kGelu, bool kWide = true>
-  __device__ void linear(RowsOf const& rows, int tiles, Element* to) {
-    using S = Split<kImages, kWide>;
-    int own = own_tiles(tiles), first = first_tile(tiles) * kTile;
-    float const* bias = take(tiles * kTile) + first;
-    float2 added[S::kTurns];
+  // Of ``columns``, those that the thread finishes; ``column(place)`` says which.
+  template <int kTurns, class Column>
+  __device__ void load_folded(Folded (&folded)[kTurns], int columns, int tiles, Column column) {
+    float const* sums = take(columns);
+    float const* bias = take(columns);
 #pragma unroll
-    for (int turn = 0; turn < S::kTurns; ++turn) added[turn] = load_pair(bias + place_of(turn, own).column);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      int at = column(place_of(turn, tiles));
+      folded[turn] = {load_pair(sums + at), load_pair(bias + at)};
+    }
+  }
+
+  // ---- feed-forward, and what follows attention ----
+
+  // activation = GELU(LayerNorm(rows) weight^T + bias).
+  __device__ void linear_and_gelu(RowsOf const& rows) {
+    int own = own_tiles(4 * kTiles), first = first_tile(4 * kTiles) * kTile;
+    Folded folded[kImages];
+    load_folded(folded, kIntermediate, own, [&](Place place) { return first + place.column(); });
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      stage_normalized(rows, chunk);
-      __syncthreads();
-      float acc[S::kOwnTiles][2][4] = {};
-      multiply<kWide>(acc, shared.stage, own, 1, 0);
-      share<kWide>(acc, own);
-      Element* here = to + int64_t(chunk * kRows + rank * kOwn) * tiles * kTile + first;
-      gather<kWide>(own, [&](int turn, Place place, float2 x) {
-        if (!place.exists) return;
-        x.x += added[turn].x, x.y += added[turn].y;
-        if (kGelu) x = {gelu<Element>(x.x), gelu<Element>(x.y)};
-        *reinterpret_cast<uint32_t*>(here + int64_t(place.row) * tiles * kTile + place.column) = pack<Element>(x.x, x.y);
+      stage_rows<1, true>(rows.packets, chunk);
+      multiply<1>(own);
+      meet();
+      if (chunk + 1 == chunks) leave_slots(own);
+      finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
+        if (place.exists)
+          send(memory.activation, row_of(chunk, place), kIntermediate, first + place.column(),
+               pack<Element>(gelu<Element>(x.x), gelu<Element>(x.y)));
       });
-      if (chunk + 1 < chunks) cluster_barrier();
+      arrive_at_cluster();
     }
-    grid_barrier(own);
+    ++phase;
   }
 
-  __device__ void narrow_linear(RowsOf const& rows, Element* to) { linear<false, false>(rows, kTiles, to); }
-
-  // sums[which] = rows weight^T + bias + residual, and their statistics. ``begin(chunk)`` has the rows copied to the stage,
-  // of four slices the first ones, ``end()`` waits for one slice's.
-  template <int kSlices, class Begin, class End>
-  __device__ void linear_and_residual(RowsOf const& residual, int which, Begin begin, End end) {
-    using S = Split<kImages, false>;
-    int own = own_tiles(kTiles), tile = first_tile(kTiles);
-    float const* bias = take(kHidden) + tile * kTile;
+  // sums = packets weight^T + bias + rows, which change places with the sums before; returns LayerNorm of them.
+  template <int kSlices>
+  __device__ RowsOf linear_and_residual(Packet const* packets, RowsOf const& rows) {
+    int own = own_tiles(kTiles), first = first_tile(kTiles) * kTile;
+    Place place = place_of(0, own);
+    int column = first + place.column();
+    float2 bias = load_pair(take(kHidden) + column), norm_weight, norm_bias;
+    if (rows.packets != nullptr) norm_weight = load_pair(rows.weight + column), norm_bias = load_pair(rows.bias + column);
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      int first = chunk * kRows + rank * kOwn;
-      float acc[S::kOwnTiles][2][4] = {};
-      begin(chunk);
-      if (residual.statistics != nullptr) share_statistics(residual, first, kOwn);
-      uint32_t values[S::kTurns];
-      float2 added[S::kTurns], norm_weight[S::kTurns], norm_bias[S::kTurns];
-#pragma unroll
-      for (int turn = 0; turn < S::kTurns; ++turn) {
-        Place place = place_of(turn, own);
-        int row = residual.shared ? (rank * kOwn + place.row) % kQueries : first + place.row;
-        int column = tile * kTile + place.column;
-        values[turn] = __ldcg(reinterpret_cast<unsigned const*>(residual.values + int64_t(row) * kHidden + column));
-        added[turn] = load_pair(bias + place.column);
-        if (residual.statistics != nullptr) {
-          norm_weight[turn] = load_pair(residual.weight + column);
-          norm_bias[turn] = load_pair(residual.bias + column);
-        }
+      int64_t row = row_of(chunk, place);
+      // a packet that this thread wrote
+      uint32_t pair = rows.packets != nullptr
+                          ? load_relaxed(&rows.packets[(row * kHidden + column) / 2].x)
+                          : __ldg(reinterpret_cast<unsigned const*>(rows.plain + row % kQueries * kHidden + column));
+      stage_rows<kSlices, false>(packets, chunk);
+      multiply<kSlices>(own);
+      meet();
+      if (chunk + 1 == chunks) leave_slots(own * kSlices);
+      float2 x = total_of<kSlices == 1 ? 1 : 2>(place, own), residual = unpack<Element>(pair);
+      if (rows.packets != nullptr) {
+        float2 norm = shared.norms[chunk][place.own];
+        residual.x = (residual.x - norm.x) * norm.y * norm_weight.x + norm_bias.x;
+        residual.y = (residual.y - norm.x) * norm.y * norm_weight.y + norm_bias.y;
       }
-      if constexpr (kSlices == 1) {
-        end();
-        __syncthreads();
-        multiply<false>(acc, shared.stage, own, 1, 0);
-      } else {
-        multiply_activation(acc, own, chunk);
-        __syncthreads();
-      }
-#pragma unroll
-      for (int turn = 0; turn < S::kTurns; ++turn) {
-        float2 x = unpack<Element>(values[turn]);
-        if (residual.statistics != nullptr) {
-          float mean = shared.mean[place_of(turn, own).row], rstd = shared.rstd[place_of(turn, own).row];
-          x.x = (x.x - mean) * rstd * norm_weight[turn].x + norm_bias[turn].x;
-          x.y = (x.y - mean) * rstd * norm_weight[turn].y + norm_bias[turn].y;
-        }
-        added[turn].x += x.x, added[turn].y += x.y;
-      }
-      share<false>(acc, own);
-      gather<false>(own, [&](int turn, Place place, float2 x) {
-        uint32_t sum = pack<Element>(x.x + added[turn].x, x.y + added[turn].y);
-        x = unpack<Element>(sum);
-        float mean = sum_of_lanes<1, 4>(x.x + x.y) * (1.f / kTile);
-        float squares = sum_of_lanes<1, 4>((x.x - mean) * (x.x - mean) + (x.y - mean) * (x.y - mean));
-        if (!place.exists) return;
-        int64_t row = first + place.row;
-        *reinterpret_cast<uint32_t*>(memory.sums[which] + row * kHidden + tile * kTile + place.column) = sum;
-        if (lane % 4 == 0)
-          memory.statistics[which][row * kTiles + tile + place.column / kTile] = make_float2(mean, squares);
-      });
-      if (chunk + 1 < chunks) cluster_barrier();
+      if (place.exists)
+        send(memory.sums[1], row, kHidden, column,
+             pack<Element>(x.x + bias.x + residual.x, x.y + bias.y + residual.y));
+      arrive_at_cluster();
     }
-    grid_barrier(own * kSlices);
+    ++phase;
+    Packet* written = memory.sums[1];
+    memory.sums[1] = memory.sums[0], memory.sums[0] = written;
+    float const* weight = take(kHidden);
+    return {written, nullptr, weight, take(kHidden)};
   }
-
-  // The activation's slices from ``first`` on, as many as fit.
-  __device__ void stage_activation(int chunk, int first) {
-#pragma unroll
-    for (int i = 0; i < slices_at_once(kImages); ++i)
-      stage_plain(memory.activation, kIntermediate, first + i, chunk, shared.stage + i * stage_bytes(kImages));
-  }
-
-  // acc += activation weight^T, of which the first slices are staged.
-  __device__ void multiply_activation(float (&acc)[Split<kImages, false>::kOwnTiles][2][4], int own, int chunk) {
-    constexpr int kAtOnce = slices_at_once(kImages);
-#pragma unroll
-    for (int first = 0; first < 4; first += kAtOnce) {
-      if (first > 0) {
-        __syncthreads();
-        stage_activation(chunk, first);
-      }
-      wait_for_copies();
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        multiply<false>(acc, shared.stage + i * stage_bytes(kImages), own, 4, first + i);
-    }
-  }
-
-  __device__ void stage_context(int chunk) { stage_plain(memory.context, kHidden, 0, chunk, shared.stage); }
 
   // ---- attention ----
 
@@ -582,15 +541,14 @@ struct Encoder {
 
   // out += what 16 of ``weights``' columns, of tiles n and n + 1, weigh of the rows of ``values``.
   template <int kColumns>
-  __device__ void weigh(float (&out)[kHeaddim / 8][4], float const (&weights)[kColumns][4], int n, Element const* values,
-                        int stride) {
+  __device__ void weigh(float (&out)[kHeaddim / 8][4], float const (&weights)[kColumns][4], int n, Element const* values) {
     uint32_t a[4] = {pack<Element>(weights[n][0], weights[n][1]), pack<Element>(weights[n][2], weights[n][3]),
                      pack<Element>(weights[n + 1][0], weights[n + 1][1]),
                      pack<Element>(weights[n + 1][2], weights[n + 1][3])};
 #pragma unroll
     for (int tile = 0; tile < kHeaddim / 8; tile += 2) {
       uint32_t b[4];
-      ldmatrix_transposed(b, values + lane % 16 * stride + tile * 8 + lane / 16 * 8);
+      ldmatrix_transposed(b, values + lane % 16 * kGroupStride + tile * 8 + lane / 16 * 8);
       mma<Element>(out[tile], a, b[0], b[1]);
       mma<Element>(out[tile + 1], a, b[2], b[3]);
     }
@@ -598,183 +556,230 @@ struct Encoder {
 
   // scores += 16 rows of q times kColumns * 8 rows of k.
   template <int kColumns>
-  __device__ void score(float (&scores)[kColumns][4], Element const* q, Element const* k, int stride) {
+  __device__ void score(float (&scores)[kColumns][4], Element const* q, Element const* k) {
 #pragma unroll
     for (int step = 0; step < kHeaddim / 16; ++step) {
       uint32_t a[4];
-      ldmatrix(a, q + lane % 16 * stride + step * 16 + lane / 16 * 8);
+      ldmatrix(a, q + lane % 16 * kGroupStride + step * 16 + lane / 16 * 8);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        Element const* b = k + (n * 8 + lane / 4) * stride + step * 16 + lane % 4 * 2;
+        Element const* b = k + (n * 8 + lane / 4) * kGroupStride + step * 16 + lane % 4 * 2;
         mma<Element>(scores[n], a, *reinterpret_cast<uint32_t const*>(b), *reinterpret_cast<uint32_t const*>(b + 8));
       }
     }
   }
 
-  // Self-attention of 16 queries of a head to 32: rows of q, k and v, and of what comes out, which may lie where q does.
-  __device__ void attend(Element const* q, Element const* k, Element const* v, int stride, Element* to, int to_stride) {
-    float scale = rsqrtf(float(kHeaddim)) * 1.44269504f;
-    float scores[4][4] = {}, total[2] = {};
-    score(scores, q, k, stride);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float highest = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) highest = fmaxf(highest, fmaxf(scores[n][half * 2], scores[n][half * 2 + 1]));
-      exponentiate(scores, half, highest_of_lanes<1, 4>(highest), scale, total[half]);
-      total[half] = sum_of_lanes<1, 4>(total[half]);
-    }
-    float out[kHeaddim / 8][4] = {};
-#pragma unroll
-    for (int n = 0; n < 4; n += 2) weigh(out, scores, n, v + n * 8 * stride, stride);
-    __syncwarp();
-#pragma unroll
-    for (int tile = 0; tile < kHeaddim / 8; ++tile)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<uint32_t*>(to + (half * 8 + lane / 4) * to_stride + tile * 8 + lane % 4 * 2) =
-            pack<Element>(out[tile][half * 2] / total[half], out[tile][half * 2 + 1] / total[half]);
+  __device__ static float scale() { return rsqrtf(float(kHeaddim)) * 1.44269504f; }
+
+  __device__ Element* queries_of(int image) {
+    return reinterpret_cast<Element*>(shared.queries) + image * kQueries * kGroupStride;
+  }
+  __device__ Element* keys_of(int image) { return reinterpret_cast<Element*>(shared.keys) + image * kTokens * kGroupStride; }
+  __device__ Element* values_of(int image) {
+    return reinterpret_cast<Element*>(shared.values) + image * kTokens * kGroupStride;
   }
 
-  // The block's half of one image's queries on their way to the stage, its keys and values to the side.
-  __device__ void stage_qkv() {
-    for (int which = 0; which < 3; ++which)
-      stage_rows(memory.qkv + which * kHidden + rank * kSlice, 3 * kHidden, kQueries, kSlice, kStride,
-                 reinterpret_cast<Element*>(shared.stage) + which * kQueries * kStride);
+  // Eight columns of one of the block's rows, a pair a lane, to that row of every block's ``to``, an image's ``stride``
+  // after another's.
+  __device__ void send_to_all(char* to, int stride, Place place, uint32_t pair) {
+    uint4 columns = of_four_lanes(pair, lane);
+    int row = place.own / kOwnQueries * stride + rank * kOwnQueries + place.own % kOwnQueries;
+    Element* at = reinterpret_cast<Element*>(to) + row * kGroupStride + place.tile % kGroupTiles * kTile;
+    if (place.exists)
+#pragma unroll
+      for (int i = 0; i < kCluster; i += 4) store_to_rank(reinterpret_cast<uint4*>(at), i + lane % 4, columns);
+  }
+
+  // context = attention of the rows to each other: a group of heads a cluster, a block's rows of queries.
+  __device__ void self_attention(RowsOf const& rows) {
+    int own = attends ? 3 * kGroupTiles : 0;
+    Folded folded[kImages];
+    load_folded(folded, 3 * kHidden, own, [&](Place place) {
+      return attends ? place.tile / kGroupTiles * kHidden + cluster * kGroup + place.column() % kGroup : 0;
+    });
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      stage_rows<1, true>(rows.packets, chunk);
+      multiply<1>(own);
+      meet();
+      if (chunk + 1 == chunks) leave_slots(own);
+      finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
+        uint32_t pair = pack<Element>(x.x, x.y);
+        if (place.tile < kGroupTiles) {
+          Element* to = queries_of(place.own / kOwnQueries) + place.own % kOwnQueries * kGroupStride + place.column();
+          if (place.exists) *reinterpret_cast<uint32_t*>(to) = pair;
+        } else {
+          send_to_all(place.tile < 2 * kGroupTiles ? shared.keys : shared.values, kTokens, place, pair);
+        }
+      });
+      if (attends) {
+        meet();
+        if (warp < kImages * kHeads) attend_to_rows(chunk, warp / kHeads, warp % kHeads);
+      }
+      arrive_at_cluster();
+    }
+    ++phase;
+  }
+
+  // A warp's: the block's queries of an image's head.
+  __device__ void attend_to_rows(int chunk, int image, int head) {
+    static_assert(kOwnQueries <= 8);
+    float scores[4][4] = {};
+    score(scores, queries_of(image) + head * kHeaddim, keys_of(image) + head * kHeaddim);
+    float highest = -INFINITY, total = 0.f;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) highest = fmaxf(highest, fmaxf(scores[n][0], scores[n][1]));
+    exponentiate(scores, 0, highest_of_lanes<1, 4>(highest), scale(), total);
+    total = sum_of_lanes<1, 4>(total);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) scores[n][2] = scores[n][3] = 0.f;  // of rows that are none
+    float out[kHeaddim / 8][4] = {};
+#pragma unroll
+    for (int n = 0; n < 4; n += 2) weigh(out, scores, n, values_of(image) + n * 8 * kGroupStride + head * kHeaddim);
+    if (lane / 4 < kOwnQueries) {
+      int64_t row = chunk * kRows + image * kQueries + rank * kOwnQueries + lane / 4;
+#pragma unroll
+      for (int tile = 0; tile < kHeaddim / 8; ++tile)
+        send(memory.context, row, kHidden, cluster * kGroup + head * kHeaddim + tile * 8 + lane % 4 * 2,
+             pack<Element>(out[tile][0] / total, out[tile][1] / total));
+    }
+  }
+
+  // Queries of layer 0 to every image's, which ask the same.
+  __device__ void stage_given_queries() {
+    constexpr int kPieces = kGroup / 8;
+    for (int i = thread; i < kRows * kPieces; i += kThreads) {
+      int row = i / kPieces, column = i % kPieces * 8;
+      *reinterpret_cast<uint4*>(queries_of(0) + row * kGroupStride + column) = __ldg(reinterpret_cast<uint4 const*>(
+          static_cast<Element const*>(p.queries) + row % kQueries * kHidden + cluster * kGroup + column));
+    }
+  }
+
+  // An image's keys and values from ``first`` on, up to ``end``, on their way; filled up with zeros to sixteen.
+  __device__ void stage_tokens(int chunk, int layer, int first, int end) {
+    constexpr int kPieces = kGroup / 8;
+    int count = min(kTokens, end - first), filled = (count + 15) / 16 * 16;
+    int64_t width = int64_t(cross_layers()) * 2 * kHidden;
+    for (int i = thread; i < kImages * 2 * filled * kPieces; i += kThreads) {
+      int token = i / (2 * kPieces) % filled, image = i / (2 * kPieces) / filled, column = i % kPieces * 8;
+      bool is_value = i / kPieces % 2;
+      Element* to = (is_value ? values_of(image) : keys_of(image)) + token * kGroupStride + column;
+      int64_t row = int64_t(min(chunk * kImages + image, p.images - 1)) * p.tokens + first + token;
+      if (token < count)
+        copy_async(to, static_cast<Element const*>(p.keys_values) + row * width + (layer * 2 + is_value) * kHidden +
+                           cluster * kGroup + column);
+      else
+        *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+    }
     commit_copies();
   }
 
-  // Self-attention of the heads in the block's half, of what stage_qkv() staged, in place of the queries: every block
-  // does it for its product, which takes less time than a barrier more.
-  __device__ void attend_staged() {
-    wait_for_copies();
-    __syncthreads();
-    for (int task = warp; task < kSlice / kHeaddim * 2; task += kWarps) {
-      Element* q = reinterpret_cast<Element*>(shared.stage) + task % 2 * 16 * kStride + task / 2 * kHeaddim;
-      Element const* k = reinterpret_cast<Element const*>(shared.stage) + kQueries * kStride + task / 2 * kHeaddim;
-      attend(q, k, k + kQueries * kStride, kStride, q, kStride);
+  // context = attention of the rows to the images: a group of heads a cluster, a block's tokens of each image, of which
+  // two warps have every second sixteen. ``layer`` counts those that look at the image.
+  __device__ void cross_attention(RowsOf const& rows, int layer) {
+    int own = attends ? kGroupTiles : 0;
+    bool given = rows.packets == nullptr;
+    Folded folded[1] = {};
+    if (!given)
+      load_folded(folded, kHidden, own, [&](Place place) { return attends ? cluster * kGroup + place.column() : 0; });
+    int of_block = (p.tokens + kCluster - 1) / kCluster;
+    int begin = min(rank * of_block, p.tokens), end = min(begin + of_block, p.tokens);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      if (attends) stage_tokens(chunk, layer, begin, end);
+      if (given) {
+        if (!attends) continue;
+        stage_given_queries();
+        wait_for_cluster();
+      } else {
+        stage_rows<1, true>(rows.packets, chunk);
+        multiply<1>(own);
+        meet();
+        if (chunk + 1 == chunks) leave_slots(own);
+        finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
+          send_to_all(shared.queries, kQueries, place, pack<Element>(x.x, x.y));
+        });
+        if (attends) meet();
+      }
+      if (attends) {
+        attend_to_tokens(chunk, layer, begin, end);
+        meet();
+        finish_attention(chunk);
+      }
+      arrive_at_cluster();
     }
+    ++phase;
   }
 
-  // The same once, a head of an image a block; for more images than one.
-  __device__ void self_attention() {
-    constexpr int kWide = kHeaddim + 8;
-    Element* q = reinterpret_cast<Element*>(shared.stage);
-    for (int unit = blockIdx.x; unit < p.images * kHeads; unit += gridDim.x) {
-      int64_t row = unit / kHeads * kQueries;
-      int head = unit % kHeads * kHeaddim;
-      for (int which = 0; which < 3; ++which)
-        stage_rows(memory.qkv + row * 3 * kHidden + which * kHidden + head, 3 * kHidden, kQueries, kHeaddim, kWide,
-                   q + which * kQueries * kWide);
-      commit_copies();
+  __device__ void attend_to_tokens(int chunk, int layer, int begin, int end) {
+    int reader = warp % kReaders, m = warp / kReaders % 2, head = warp / (2 * kReaders) % kHeads;
+    int image = warp / (2 * kReaders) / kHeads;
+    static_assert(2 * kReaders * kHeads * kImages <= kWarps);
+    bool takes_part = image < kImages;
+    if (!takes_part) image = 0;
+    Element const* q = queries_of(image) + m * 16 * kGroupStride + head * kHeaddim;
+    float out[kHeaddim / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    for (int first = begin; first < end; first += kTokens) {
+      int count = min(kTokens, end - first);
+      if (first > begin) {
+        __syncthreads();
+        stage_tokens(chunk, layer, first, end);
+      }
       wait_for_copies();
       __syncthreads();
-      if (warp < 2)
-        attend(q + warp * 16 * kWide, q + kQueries * kWide, q + 2 * kQueries * kWide, kWide,
-               memory.context + (row + warp * 16) * kHidden + head, kHidden);
-      __syncthreads();
+      for (int token = reader * 16; takes_part && token < count; token += kReaders * 16) {
+        float scores[2][4] = {};
+        score(scores, q, keys_of(image) + token * kGroupStride + head * kHeaddim);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float higher = highest[half];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float& x = scores[i / 2][half * 2 + i % 2];
+            if (token + i / 2 * 8 + lane % 4 * 2 + i % 2 >= count) x = -INFINITY;
+            higher = fmaxf(higher, x);
+          }
+          higher = highest_of_lanes<1, 4>(higher);
+          float shrink = exp2_approx((highest[half] - higher) * scale());
+          highest[half] = higher;
+          total[half] *= shrink;
+#pragma unroll
+          for (int tile = 0; tile < kHeaddim / 8; ++tile) out[tile][half * 2] *= shrink, out[tile][half * 2 + 1] *= shrink;
+          exponentiate(scores, half, higher, scale(), total[half]);
+        }
+        weigh(out, scores, 0, values_of(image) + token * kGroupStride + head * kHeaddim);
+      }
     }
-    grid_barrier(0);
+    if (!takes_part) return;
+    int source = rank * kReaders + reader;
+#pragma unroll
+    for (int tile = 0; tile < kHeaddim / 8; ++tile)
+      send_part(out[tile], image * 2 + m, source, kGroupTiles, head * (kHeaddim / 8) + tile);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = sum_of_lanes<1, 4>(total[half]);
+      int row = m * 16 + half * 8 + lane / 4;
+      if (lane % 4 == 0)
+        store_to_rank(&shared.tops[source][head][image * kOwnQueries + row % kOwnQueries], row / kOwnQueries,
+                      make_float2(highest[half], sum));
+    }
   }
 
-  // The images' heads shared by the clusters, an image's tokens by the blocks of one and there by six pairs of warps, of
-  // which each warp has 16 queries.
-  __device__ void cross_attention(Element const* queries, bool shared_queries, int layer) {
-    constexpr int kWide = kHeaddim + 8, kPieces = kHeaddim / 8, kPart = kQueries * kHeaddim + 2 * kQueries;
-    constexpr int kOwnQueries = kQueries / kCluster;
-    float scale = rsqrtf(float(kHeaddim)) * 1.44269504f;
-    Element* q = reinterpret_cast<Element*>(shared.stage);
-    Element* k = q + kQueries * kWide;
-    Element* v = k + kChunk * kWide;
-    float* parts = reinterpret_cast<float*>(shared.stage);
-    int half_of_tokens = (p.tokens + 1) / kCluster;
-    int begin = rank * half_of_tokens, end = min(begin + half_of_tokens, p.tokens);
-    int64_t width = int64_t(cross_layers()) * 2 * kHidden;
-    for (int unit = cluster; unit < p.images * kHeads; unit += clusters) {
-      int image = unit / kHeads, head = unit % kHeads * kHeaddim;
-      Element const* asks = queries + int64_t(shared_queries ? 0 : image * kQueries) * kHidden + head;
-      Element const* keys = static_cast<Element const*>(p.keys_values) + int64_t(image) * p.tokens * width +
-                            layer * 2 * kHidden + head;
-      float out[kHeaddim / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
-      for (int first = begin; first < end; first += kChunk) {
-        int count = min(kChunk, end - first), filled = (count + 15) / 16 * 16;
-        for (int i = thread; i < kQueries * kPieces && first == begin; i += kThreads)
-          copy_async(q + i / kPieces * kWide + i % kPieces * 8, asks + int64_t(i / kPieces) * kHidden + i % kPieces * 8);
-        for (int i = thread; i < 2 * filled * kPieces; i += kThreads) {
-          int token = i / (2 * kPieces), which = i / kPieces % 2, column = i % kPieces * 8;
-          Element* to = (which ? v : k) + token * kWide + column;
-          if (token < count)
-            copy_async(to, keys + (first + token) * width + which * kHidden + column);
-          else
-            *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
-        }
-        commit_copies();
-        wait_for_copies();
-        __syncthreads();
-        for (int token = warp / 2 * 16; token < count; token += kReaders * 16) {
-          float scores[2][4] = {};
-          score(scores, q + warp % 2 * 16 * kWide, k + token * kWide, kWide);
+  __device__ void finish_attention(int chunk) {
+    constexpr int kSources = kCluster * kReaders;
+    Place place = place_of(0, kGroupTiles);
+    if (!place.exists) return;
+    int head = place.tile / (kHeaddim / 8);
+    float highest = -INFINITY, total = 0.f;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float higher = highest[half];
+    for (int i = 0; i < kSources; ++i) highest = fmaxf(highest, shared.tops[i][head][place.own].x);
+    float2 sum = {0.f, 0.f};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float& x = scores[i / 2][half * 2 + i % 2];
-              if (token + i / 2 * 8 + lane % 4 * 2 + i % 2 >= count) x = -INFINITY;
-              higher = fmaxf(higher, x);
-            }
-            higher = highest_of_lanes<1, 4>(higher);
-            float shrink = exp2_approx((highest[half] - higher) * scale);
-            highest[half] = higher;
-            total[half] *= shrink;
-#pragma unroll
-            for (int tile = 0; tile < kHeaddim / 8; ++tile) out[tile][half * 2] *= shrink, out[tile][half * 2 + 1] *= shrink;
-            exponentiate(scores, half, higher, scale, total[half]);
-          }
-          weigh(out, scores, 0, v + token * kWide, kWide);
-        }
-        __syncthreads();
-      }
-      float* part = parts + warp / 2 * kPart;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int row = warp % 2 * 16 + half * 8 + lane / 4;
-        float sum = sum_of_lanes<1, 4>(total[half]);
-#pragma unroll
-        for (int tile = 0; tile < kHeaddim / 8; ++tile)
-          *reinterpret_cast<float2*>(part + row * kHeaddim + tile * 8 + lane % 4 * 2) =
-              make_float2(out[tile][half * 2], out[tile][half * 2 + 1]);
-        if (lane % 4 == 0) part[kQueries * kHeaddim + row] = highest[half], part[kQueries * (kHeaddim + 1) + row] = sum;
-      }
-      cluster_barrier();
-      // a lane adds what one block found of four columns, two lanes what both did
-      constexpr int kPositions = kOwnQueries * kHeaddim / 4, kAtOnce = kThreads / 2;
-      for (int turn = 0; turn * kAtOnce < kPositions; ++turn) {
-        int position = turn * kAtOnce + thread / 2;
-        bool exists = position < kPositions;
-        int row = rank * kOwnQueries + (exists ? position / (kHeaddim / 4) : 0), column = position % (kHeaddim / 4) * 4;
-        float const* tops = parts + kQueries * kHeaddim + row;
-        float top[kReaders], higher = -INFINITY, sums = 0.f;
-#pragma unroll
-        for (int i = 0; i < kReaders; ++i) higher = fmaxf(higher, top[i] = load_of_rank(tops + i * kPart, lane % 2));
-        higher = highest_of_lanes<1, 2>(higher);
-        float4 sum = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-        for (int i = 0; i < kReaders; ++i) {
-          float weight = exp2_approx((top[i] - higher) * scale);
-          sums += weight * load_of_rank(tops + i * kPart + kQueries, lane % 2);
-          add(sum, load_of_rank(reinterpret_cast<float4 const*>(parts + i * kPart + row * kHeaddim + column), lane % 2),
-              weight);
-        }
-        sums = sum_of_lanes<1, 2>(sums);
-        float2 found = half_of_sum(sum, lane);
-        if (exists)
-          *reinterpret_cast<uint32_t*>(memory.context + int64_t(image * kQueries + row) * kHidden + head + column +
-                                       lane % 2 * 2) = pack<Element>(found.x / sums, found.y / sums);
-      }
-      cluster_barrier();
+    for (int i = 0; i < kSources; ++i) {
+      float2 top = shared.tops[i][head][place.own], x = part_of(place, i, kGroupTiles);
+      float weight = exp2_approx((top.x - highest) * scale());
+      total += weight * top.y, sum.x += weight * x.x, sum.y += weight * x.y;
     }
-    grid_barrier(0);
+    send(memory.context, row_of(chunk, place), kHidden, cluster * kGroup + place.column(),
+         pack<Element>(sum.x / total, sum.y / total));
   }
 
   __device__ int cross_layers() {
@@ -785,16 +790,34 @@ struct Encoder {
 
   // LayerNorm of the last rows, a row a warp.
   __device__ void write(RowsOf const& rows) {
-    for (int row = blockIdx.x * kWarps + warp; row < p.images * kQueries; row += gridDim.x * kWarps) {
-      float2 found[1];
-      statistics_of(found, rows, row, row + 1);
-      for (int column = lane * 2; column < kHidden; column += 64) {
-        int64_t place = int64_t(row) * kHidden + column;
-        float2 x = unpack<Element>(__ldcg(reinterpret_cast<unsigned const*>(rows.values + place)));
-        float2 weight = __ldg(reinterpret_cast<float2 const*>(rows.weight + column));
-        float2 bias = __ldg(reinterpret_cast<float2 const*>(rows.bias + column));
-        *reinterpret_cast<uint32_t*>(static_cast<Element*>(p.out) + place) = pack<Element>(
-            (x.x - found[0].x) * found[0].y * weight.x + bias.x, (x.y - found[0].x) * found[0].y * weight.y + bias.y);
+    constexpr int kPieces = kHidden / 4 / 32;
+    for (int row = blockIdx.x + gridDim.x * warp; row < p.images * kQueries; row += gridDim.x * kWarps) {
+      auto column_of = [&](int i) { return (i * 32 + lane) * 4; };
+      uint4 found[kPieces];
+      receive(found, true, [&](int i) { return rows.packets + (int64_t(row) * kHidden + column_of(i)) / 2; });
+      float mean = 0.f, squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        float2 a = unpack<Element>(found[i].x), b = unpack<Element>(found[i].z);
+        mean += a.x + a.y + b.x + b.y;
+      }
+      mean = sum_of_lanes<1, 32>(mean) * (1.f / kHidden);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        float2 a = unpack<Element>(found[i].x), b = unpack<Element>(found[i].z);
+        squares += (a.x - mean) * (a.x - mean) + (a.y - mean) * (a.y - mean) + (b.x - mean) * (b.x - mean) +
+                   (b.y - mean) * (b.y - mean);
+      }
+      float rstd = rsqrtf(sum_of_lanes<1, 32>(squares) * (1.f / kHidden) + p.eps);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        float2 a = unpack<Element>(found[i].x), b = unpack<Element>(found[i].z);
+        float4 weight = __ldg(reinterpret_cast<float4 const*>(rows.weight + column_of(i)));
+        float4 bias = __ldg(reinterpret_cast<float4 const*>(rows.bias + column_of(i)));
+        uint2 normalized = {
+            pack<Element>((a.x - mean) * rstd * weight.x + bias.x, (a.y - mean) * rstd * weight.y + bias.y),
+            pack<Element>((b.x - mean) * rstd * weight.z + bias.z, (b.y - mean) * rstd * weight.w + bias.w)};
+        *reinterpret_cast<uint2*>(static_cast<Element*>(p.out) + int64_t(row) * kHidden + column_of(i)) = normalized;
       }
     }
   }

@@ -11,13 +11,13 @@ namespace qformer_fast {
 
 // hidden 768, intermediate 3072 and 32 queries an image
 struct QueryEncoderArguments {
-  int images, tokens, layers;
+  int images, tokens, layers;  // of images at most eight
   uint32_t cross_layers;    // bit i: layer i looks at the image; layer 0 does
   float eps;                // of the LayerNorms
-  int ring;                 // slots in a block's shared memory; query_encoder() sets it
-  void const* weights;      // all blocks' slots, see query_encoder.cuh
+  int ring;                 // pages of slots in a block's shared memory; query_encoder() sets it
+  void const* weights;      // all blocks' slots and a page more, see query_encoder.cuh
   int const* first_slots;   // (blocks + 1,) where each block's begin
-  float const* vectors;     // biases and LayerNorms in the order of their use
+  float const* vectors;     // columns' sums, biases and LayerNorms in the order of their use
   int numbers;              // of them
   void const* rows;         // (32, 768) after the first self-attention
   void const* queries;      // (32, 768) what the first cross-attention asks
@@ -27,7 +27,7 @@ struct QueryEncoderArguments {
 };
 
 int64_t query_encoder_workspace(int images);
-// How many clusters of two blocks the current device holds at once; 0 where they are too few.
+// How many clusters of eight blocks the current device holds at once; 0 where they are too few.
 int query_encoder_clusters(Dtype, int headdim);
 // Launches ``clusters`` of them on the current device; returns null or what went wrong.
 char const* query_encoder(Dtype, int headdim, int clusters, QueryEncoderArguments, cudaStream_t);

@@ -124,10 +124,10 @@ def encode_queries(
 ) -> None:
     """Writes to out the rows after all layers over queries alone, in one launch.
 
-    weights (slots, 3072) and first_slots (blocks + 1,) int32 as :func:`qformer_fast.models.one_launch.pack` gives them,
-    vectors (elements,) fp32 the biases and LayerNorms in the order of their use, rows and queries (32, 768),
-    keys_values (images * tokens, layers with cross-attention * 2 * 768), workspace (bytes,) uint8, out (images * 32,
-    768). Bit i of ``cross_layers``: layer i has cross-attention.
+    weights (slots, 768) and first_slots (blocks + 1,) int32 as :func:`qformer_fast.models.one_launch.pack` gives them,
+    vectors (elements,) fp32 the columns' sums, biases and LayerNorms in the order of their use, rows and queries (32,
+    768), keys_values (images * tokens, layers with cross-attention * 2 * 768), workspace (bytes,) uint8, out (images *
+    32, 768). At most 8 images. Bit i of ``cross_layers``: layer i has cross-attention.
     """
     torch.ops.qformer_fast_cuda.encode_queries(
         weights,
@@ -147,7 +147,7 @@ def encode_queries(
 
 
 def encode_queries_clusters(rows: Tensor, headdim: int) -> int:
-    """How many clusters of two of its blocks, which wait for each other, rows' device holds at once; 0: too few."""
+    """How many clusters of eight of its blocks, which wait for each other, rows' device holds at once; 0: too few."""
     return torch.ops.qformer_fast_cuda.encode_queries_clusters(rows, headdim)
 
 

@@ -12,8 +12,9 @@ from qformer_fast.models.packing import EncoderWeights
 
 MAX_IMAGES = 8
 HIDDEN, INTERMEDIATE, QUERIES, HEADDIMS = 768, 3072, 32, (32, 64)
-# blocks of a cluster; columns and K of a slot, the piece of a weight that a block reads at once
-CLUSTER, TILE, SLICE = 2, 8, 384
+# blocks of a cluster; columns and K of a slot, the piece of a weight that a warp reads at once; slots that are copied
+# at once; columns of a cluster that attends
+CLUSTER, TILE, SLICE, PAGE, GROUP = 8, 8, 96, 8, 64
 
 
 def why_not(config: QFormerConfig, queries: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -38,29 +39,40 @@ def why_not(config: QFormerConfig, queries: int, dtype: torch.dtype, device: tor
     return "; ".join(wrong) or None
 
 
-def pack(weights: list[Tensor], clusters: int) -> tuple[Tensor, Tensor]:
-    """Weights (outputs, inputs) in the order in which the kernel's products need them, as slots (slots, 3072) that each
+def pack(products: list[tuple[Tensor, bool]], clusters: int) -> tuple[Tensor, Tensor]:
+    """Weights (outputs, inputs) in the order in which the kernel's products need them, as slots (slots, 768) that each
     block reads one after the other, and where each block's begin, (blocks + 1,) int32.
 
-    Of a weight's tiles of 8 outputs each cluster has outputs / 8 / clusters in a row, a block of it a half of the
-    inputs, 384 to a slot. A slot is fragments of mma.m16n8k16's B: column and pair of K a thread, its halves of K
-    together.
+    Of a weight's tiles of 8 outputs each cluster has outputs / 8 / clusters in a row; where its product ends in
+    attention, the first 12 clusters have 64 of every 768 outputs. A block of a cluster has an eighth of the inputs,
+    96 to a slot. A slot is fragments of mma.m16n8k16's B: column and pair of K a thread, its halves of K together.
+
+    Args:
+        products (list): of (weight, whether its product ends in attention).
     """
     slots, owners = [], []
-    for weight in weights:
+    for weight, attends in products:
         tiles, slices = weight.shape[0] // TILE, weight.shape[1] // CLUSTER // SLICE
         parts = weight.reshape(tiles, TILE, CLUSTER, slices, SLICE // 16, 2, 4, 2)
         slots.append(parts.permute(2, 0, 3, 4, 1, 6, 5, 7).reshape(-1, TILE * SLICE))
         tile = torch.arange(tiles)
-        # the cluster c whose tiles begin at c * tiles // clusters and end before (c + 1) * tiles // clusters
-        cluster = ((tile + 1) * clusters - 1) // tiles
+        # otherwise the cluster c whose tiles begin at c * tiles // clusters and end before (c + 1) * tiles // clusters
+        cluster = tile * TILE % HIDDEN // GROUP if attends else ((tile + 1) * clusters - 1) // tiles
         blocks = cluster * CLUSTER + torch.arange(CLUSTER)[:, None]
         owners.append(blocks.repeat_interleave(slices, 1).flatten())
     owner = torch.cat(owners)
-    order = owner.argsort(stable=True).to(weights[0].device)
+    order = owner.argsort(stable=True).to(slots[0].device)
     counts = torch.bincount(owner, minlength=clusters * CLUSTER)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    return torch.cat(slots)[order], starts.to(weights[0].device)
+    # the last block's last page may end behind its slots
+    return torch.cat([torch.cat(slots)[order], slots[0].new_zeros(PAGE, TILE * SLICE)]), starts.to(slots[0].device)
+
+
+def fold(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What W LayerNorm(x) + c needs to be ((W diag(w)) x - mean(x) (W w)) / deviation(x) + (W b + c): W diag(w) in
+    W's dtype, the sums of its columns W w, and W b + c, both fp32."""
+    folded = (weight.float() * norm_weight.float()).to(weight.dtype)
+    return folded, folded.float().sum(1), weight.float() @ norm_bias.float() + bias.float()
 
 
 class OneLaunch:
@@ -71,23 +83,29 @@ class OneLaunch:
         weights (EncoderWeights): of its layers, in the dtype of the rows.
         rows, queries (Tensor): (32, 768) and (32, nheads, headdim), what does not depend on the images: the rows after
             the first self-attention and what the first cross-attention asks.
-        clusters (int): of two blocks, that the device holds at once.
+        clusters (int): of eight blocks, that the device holds at once.
     """
 
     def __init__(self, config: QFormerConfig, weights: EncoderWeights, rows: Tensor, queries: Tensor, clusters: int):
         self.rows, self.queries = rows.contiguous(), queries.flatten(1).contiguous()
         self.headdim, self.eps, self.layers = config.headdim, config.layer_norm_eps, len(weights.layers)
         self.cross_layers = sum(1 << layer for layer in config.cross_attention_layers)
-        matrices, vectors = [], []
-        for index, layer in enumerate(weights.layers):
-            blocks = [layer.self_attention, layer.cross_attention, layer.query_feed_forward]
-            for first, first_bias, second, *others in (block.parameters for block in blocks if block is not None):
-                matrices += [first, second]
-                vectors += [first_bias, *others]
-            if index == 0:
-                # self-attention and what cross-attention asks come before the images
-                matrices, vectors = matrices[3:], vectors[5:]
-        self.weights, self.first_slots = pack([x.to(rows.dtype) for x in matrices], clusters)
+        products, vectors, norm = [], [], None
+        for layer in weights.layers:
+            for block in layer.self_attention, layer.cross_attention, layer.query_feed_forward:
+                if block is None:
+                    continue
+                first, first_bias, second, second_bias, *next_norm = (x.to(rows.dtype) for x in block.parameters)
+                # self-attention of layer 0 and what its cross-attention asks come before the images
+                if norm is not None:
+                    first, *vectors_of_first = fold(first, first_bias, *norm)
+                    products.append((first, block is not layer.query_feed_forward))
+                    vectors += vectors_of_first
+                if block is not weights.layers[0].self_attention:
+                    products.append((second, False))
+                    vectors += [second_bias, *next_norm]
+                    norm = next_norm
+        self.weights, self.first_slots = pack(products, clusters)
         self.vectors = torch.cat([x.float() for x in vectors])
         self._workspaces: dict[int, Tensor] = {}
 

@@ -26,7 +26,6 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   struct {
-    float number;
     void const* pointer;
     uint32_t a[4], b[2];
   } given[2][32];
@@ -52,7 +51,7 @@ struct Thread {
   Block* of;
   Warp* warp;
   int lane;
-  int exchanges = 0, committed = 0;
+  int exchanges = 0, committed = 0, met = 0;
   std::vector<Copy> copies;
   void* stack_pointer;
   std::unique_ptr<char[]> stack;
@@ -64,6 +63,7 @@ inline std::vector<Block> blocks;
 inline struct {
   int x;
 } grid;
+inline int cluster;  // blocks of one
 inline void* scheduler;
 inline bool progress;
 inline std::function<void()> body;
@@ -98,12 +98,16 @@ void wait_until(Condition met) {
   progress = true;
 }
 
-inline void wait_at(Barrier& barrier, int count) {
-  int generation = barrier.generation;
+inline void arrive_at(Barrier& barrier, int count) {
   if (++barrier.arrived == count) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
+}
+
+inline void wait_at(Barrier& barrier, int count) {
+  int generation = barrier.generation;
+  arrive_at(barrier, count);
   wait_until([&] { return barrier.generation != generation; });
 }
 
@@ -122,11 +126,11 @@ inline void start() {
   yield();
 }
 
-// Runs ``what`` as a grid of ``count`` blocks in clusters of ``cluster``, each with ``bytes`` of shared memory.
-inline void run(int count, int threads, int cluster, size_t bytes, std::function<void()> what) {
+// Runs ``what`` as a grid of ``count`` blocks in clusters, each with ``bytes`` of shared memory.
+inline void run(int count, int threads, int blocks_of_cluster, size_t bytes, std::function<void()> what) {
   constexpr size_t kStack = 1 << 15;
   body = what;
-  grid.x = count;
+  grid.x = count, cluster = blocks_of_cluster;
   blocks = std::vector<Block>(count);
   std::vector<Barrier> clusters(count / cluster);
   std::vector<char*> memory(count);
@@ -150,6 +154,7 @@ inline void run(int count, int threads, int cluster, size_t bytes, std::function
       std::memset(thread.stack_pointer, 0, 6 * sizeof(void*));
     }
   }
+  int idle = 0;
   for (bool left = true; left;) {
     left = false;
     bool moved = false;
@@ -166,7 +171,8 @@ inline void run(int count, int threads, int cluster, size_t bytes, std::function
         moved |= progress;
       } while (progress);
     }
-    if (left && !moved) std::abort();  // all wait for each other
+    idle = moved ? 0 : idle + 1;
+    if (left && idle == 100) std::abort();  // all wait for each other
   }
   for (char* p : memory) std::free(p);
 }
@@ -183,8 +189,12 @@ inline void __syncthreads() { emulated::wait_at(emulated::self->of->barrier, int
 inline void __syncwarp() {
   emulated::exchange([](auto&) {});
 }
-inline float __shfl_xor_sync(unsigned, float x, int bits) {
-  return emulated::exchange([&](auto& mine) { mine.number = x; })[emulated::self->lane ^ bits].number;
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int bits) {
+  static_assert(sizeof(T) == 4);
+  auto& given = emulated::exchange([&](auto& mine) { std::memcpy(mine.a, &x, 4); });
+  std::memcpy(&x, given[emulated::self->lane ^ bits].a, 4);
+  return x;
 }
 template <class T>
 T __ldg(T const* p) {
@@ -227,26 +237,29 @@ inline void wait_for_bulk(uint64_t* barrier, int parity) {
 
 inline void prefetch_to_l2(void const*) {}
 
-inline void cluster_barrier() {
-  emulated::wait_at(*emulated::self->of->cluster_barrier, int(emulated::self->of->warps.size()) * 64);
+inline void arrive_at_cluster() {
+  emulated::Barrier& barrier = *emulated::self->of->cluster_barrier;
+  emulated::self->met = barrier.generation;
+  emulated::arrive_at(barrier, int(emulated::self->of->warps.size()) * 32 * emulated::cluster);
+}
+inline void wait_for_cluster() {
+  emulated::wait_until([] { return emulated::self->of->cluster_barrier->generation != emulated::self->met; });
 }
 template <class T>
-T load_of_rank(T const* mine, uint32_t rank) {
+void store_to_rank(T* mine, uint32_t rank, T x) {
   auto* block = emulated::self->of;
-  auto* other = &emulated::blocks[emulated::self->block.x / 2 * 2 + rank];
-  return *reinterpret_cast<T const*>(reinterpret_cast<char const*>(mine) - block->shared + other->shared);
+  auto* other = &emulated::blocks[emulated::self->block.x / emulated::cluster * emulated::cluster + rank];
+  *reinterpret_cast<T*>(reinterpret_cast<char*>(mine) - block->shared + other->shared) = x;
 }
-inline unsigned add_release(unsigned* to, unsigned x) {
-  emulated::progress = true;
-  unsigned before = *to;
-  *to += x;
-  return before;
-}
-inline unsigned load_acquire(unsigned const* from) {
-  unsigned before = *from;
+inline unsigned load_relaxed(unsigned const* from) { return *from; }
+// Whoever finds an old packet asks again after the others' turn.
+inline uint4 load_packets(uint2 const* from) {
   emulated::yield();
-  emulated::progress |= *from != before;
-  return *from;
+  return {from[0].x, from[0].y, from[1].x, from[1].y};
+}
+inline void store_packet(uint2* to, uint32_t x, uint32_t y) {
+  emulated::progress = true;
+  *to = {x, y};
 }
 
 inline void ldmatrix(uint32_t (&a)[4], void const* p) {

@@ -8,7 +8,7 @@ namespace {
 template <class Element, int kImages, int kHeaddim>
 void run(QueryEncoderArguments arguments, int clusters) {
   constexpr size_t kBytes = 232448;  // of a multiprocessor, as on Hopper
-  arguments.ring = std::min(int(kBytes - sizeof(Shared<kImages>)) / kSlotBytes, kMaxSlots);
+  arguments.ring = std::min(int(kBytes - sizeof(Shared<kImages>)) / kPageBytes, kMaxPages);
   emulated::run(clusters * kCluster, kThreads, kCluster, kBytes, [&] {
     auto& shared = *reinterpret_cast<Shared<kImages>*>(emulated::self->of->shared);
     Encoder<Element, kImages, kHeaddim>(arguments, shared).run();
@@ -25,12 +25,11 @@ void with_images(QueryEncoderArguments const& arguments, int headdim, int cluste
   int chunk = images_of_chunk(arguments.images);
   if (chunk == 1) with_heads<Element, 1>(arguments, headdim, clusters);
   if (chunk == 2) with_heads<Element, 2>(arguments, headdim, clusters);
-  if (chunk == 4) with_heads<Element, 4>(arguments, headdim, clusters);
 }
 
 }  // namespace
 
-extern "C" int64_t workspace(int images) { return kBarrierBytes + padded_rows(images) * kRowBytes; }
+extern "C" int64_t workspace(int images) { return workspace_bytes(images); }
 
 extern "C" void encode(bool half, int headdim, int clusters, int images, int tokens, int layers, int cross_layers, float eps,
                        void* weights, void* first_slots, void* vectors, void* rows, void* queries, void* keys_values,
