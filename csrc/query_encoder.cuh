@@ -94,14 +94,14 @@ __device__ __forceinline__ uint4 of_four_lanes(uint32_t x, int lane) {
 
 // Two numbers of a row and the phase that wrote them.
 using Packet = uint2;
-constexpr int kPacketsOfRow = kHidden / 2;
 
-// What blocks hand to each other, in global memory; rows are of all images, filled up to whole chunks.
-struct Workspace {
-  unsigned* phase;     // the last of the launch before
-  Packet* sums[2];     // (rows, 768) before LayerNorm: what the last sub-layer wrote, and the one before
-  Packet* context;     // (rows, 768)
-  Packet* activation;  // (rows, 3072)
+// What blocks hand to each other, in global memory behind the last phase of the launch before; rows are of all images,
+// filled up to whole chunks.
+enum Handed {
+  kSums,        // (rows, 768) before LayerNorm, what every second sub-layer writes
+  kOtherSums,   // (rows, 768) and what the others do
+  kContext,     // (rows, 768)
+  kActivation,  // (rows, 3072)
 };
 
 constexpr int kHeaderBytes = 256;
@@ -109,14 +109,14 @@ constexpr int kHeaderBytes = 256;
 constexpr int64_t workspace_bytes(int images) {
   int chunk = images_of_chunk(images);
   int64_t rows = int64_t((images + chunk - 1) / chunk) * chunk * kQueries;
-  return kHeaderBytes + rows * (3 * kHidden + kIntermediate) / 2 * int64_t(sizeof(Packet));
+  return kHeaderBytes + rows * (kActivation * kHidden + kIntermediate) / 2 * int64_t(sizeof(Packet));
 }
 
-__device__ __forceinline__ Workspace carve(void* memory, int64_t rows) {
-  Packet* packets = reinterpret_cast<Packet*>(static_cast<char*>(memory) + kHeaderBytes);
-  int64_t size = rows * kPacketsOfRow;
-  return {static_cast<unsigned*>(memory), {packets, packets + size}, packets + 2 * size, packets + 3 * size};
-}
+// A block's pages: the next to ask for, how many are left, and its place in the ring.
+struct Asked {
+  char const* next;
+  int left, place;
+};
 
 // A block's shared memory. ``parts``, ``moments`` and ``tops`` are written by the blocks of its cluster.
 template <int kImages>
@@ -131,18 +131,17 @@ struct alignas(128) Shared {
   float2 norms[kMaxImages / kImages][kOwn];                           // of a row: mean and 1 / deviation
   float2 tops[kCluster * kReaders][2][kOwn];                          // of a head: highest score and sum of weights
   uint64_t full[kMaxPages];
+  Asked asked;
   alignas(128) char ring[];
 
   static_assert(kTokens >= kQueries && kTokens % 16 == 0);
 };
 static_assert(sizeof(Shared<2>) + kLeastPages * kPageBytes <= 232448);
 
-// The rows that a product reads or adds: LayerNorm of packets, or one image's for all as they are.
-template <class Element>
+// The rows that a product reads or adds: LayerNorm of what was handed on, or those of layer 0 as they are.
 struct Rows {
-  Packet const* packets;
-  Element const* plain;
-  float const *weight, *bias;
+  Handed sums;
+  float const* norm;  // weight and bias; null: of layer 0
 };
 
 // ---- the encoder ----
@@ -152,17 +151,13 @@ struct Encoder {
   static constexpr int kRows = kImages * kQueries;  // of a chunk
   static constexpr int kOwn = Shared<kImages>::kOwn, kTokens = Shared<kImages>::kTokens;
   static constexpr int kHeads = kGroup / kHeaddim;  // of a group
-  using RowsOf = Rows<Element>;
 
   QueryEncoderArguments const& p;
   Shared<kImages>& shared;
-  Workspace memory;
   int thread, warp, lane, rank, cluster, clusters, chunks;
   bool attends;                            // to a group of heads
   unsigned phase;                          // that is written in this phase
   int page = 0, parity = 0, offset = 0;    // where the next slot to read is: place in the ring, slot of the page
-  int issued = 0, issue_at = 0, of_block;  // the last warp's: pages asked for, and of the block in all
-  char const* source;
   float const* vectors;
 
   __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_)
@@ -171,17 +166,15 @@ struct Encoder {
     rank = blockIdx.x % kCluster, cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
     chunks = (p.images + kImages - 1) / kImages;
     attends = cluster < kGroups;
-    memory = carve(p.workspace, int64_t(chunks) * kRows);
-    phase = load_relaxed(memory.phase) + 1;
-    int first = p.first_slots[blockIdx.x];
-    of_block = (p.first_slots[blockIdx.x + 1] - first + kPage - 1) / kPage;
-    source = static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes;
+    phase = load_relaxed(static_cast<unsigned const*>(p.workspace)) + 1;
   }
 
   __device__ void run() {
     if (issues()) {
       for (int i = 0; i < p.ring; ++i) start_barrier(&shared.full[i]);
       publish_barriers();
+      int first = p.first_slots[blockIdx.x], slots = p.first_slots[blockIdx.x + 1] - first;
+      shared.asked = {static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes, (slots + kPage - 1) / kPage, 0};
       issue(p.ring);
     }
     for (int i = (blockIdx.x * kThreads + thread) * 32; i < p.numbers; i += gridDim.x * kThreads * 32)
@@ -189,22 +182,22 @@ struct Encoder {
     __syncthreads();
     arrive_at_cluster();
     int looking = 0;
-    RowsOf rows{nullptr, static_cast<Element const*>(p.rows), nullptr, nullptr};
+    Rows rows{kSums, nullptr};
     for (int layer = 0; layer < p.layers; ++layer) {
       if (layer > 0) {
         self_attention(rows);
-        rows = linear_and_residual<1>(memory.context, rows);
+        rows = linear_and_residual<1>(kContext, rows);
       }
       if (p.cross_layers >> layer & 1) {
         cross_attention(rows, looking++);
-        rows = linear_and_residual<1>(memory.context, rows);
+        rows = linear_and_residual<1>(kContext, rows);
       }
       linear_and_gelu(rows);
-      rows = linear_and_residual<4>(memory.activation, rows);
+      rows = linear_and_residual<4>(kActivation, rows);
     }
     write(rows);
     wait_for_cluster();
-    if (blockIdx.x == 0 && thread == 0) *memory.phase = phase;
+    if (blockIdx.x == 0 && thread == 0) *static_cast<unsigned*>(p.workspace) = phase;
   }
 
   // The next ``count`` numbers of biases and LayerNorms.
@@ -222,11 +215,12 @@ struct Encoder {
 
   // Asks for the next pages, whose places nobody reads any more.
   __device__ void issue(int count) {
-    for (; count > 0 && issued < of_block; --count, ++issued) {
-      copy_bulk(shared.ring + issue_at * kPageBytes, source + int64_t(issued) * kPageBytes, kPageBytes,
-                &shared.full[issue_at]);
-      if (++issue_at == p.ring) issue_at = 0;
+    Asked asked = shared.asked;
+    for (; count > 0 && asked.left > 0; --count, --asked.left, asked.next += kPageBytes) {
+      copy_bulk(shared.ring + asked.place * kPageBytes, asked.next, kPageBytes, &shared.full[asked.place]);
+      if (++asked.place == p.ring) asked.place = 0;
     }
+    shared.asked = asked;
   }
 
   // The weights of this phase's j-th slot.
@@ -271,15 +265,21 @@ struct Encoder {
     }
   }
 
-  __device__ void send(Packet* to, int64_t row, int width, int column, uint32_t pair) {
-    store_packet(to + (row * width + column) / 2, pair, phase);
+  __device__ Packet* packet_at(Handed which, int row, int column) {
+    int width = which == kActivation ? kIntermediate : kHidden;
+    int before = which * chunks * kRows * kHidden + row * width + column;
+    return reinterpret_cast<Packet*>(static_cast<char*>(p.workspace) + kHeaderBytes) + before / 2;
   }
 
-  // The block's K of a chunk's rows of ``width`` to the stage. With kMoments also, when all has been read that was sent
+  __device__ void send(Handed which, int row, int column, uint32_t pair) {
+    store_packet(packet_at(which, row, column), pair, phase);
+  }
+
+  // The block's K of a chunk's rows to the stage. With kMoments also, when all has been read that was sent
   // in the cluster before, mean and squared deviations of each row's columns to the block that finishes the row.
   template <int kSlices, bool kMoments>
-  __device__ void stage_rows(Packet const* packets, int chunk) {
-    constexpr int kColumns = kSlices * kSlice, kPieces = kColumns / 8, kWidth = kCluster * kColumns;
+  __device__ void stage_rows(Handed which, int chunk) {
+    constexpr int kColumns = kSlices * kSlice, kPieces = kColumns / 8;
     constexpr int kLanes = kSlices == 1 ? 16 : kPieces;  // of a row
     constexpr int kTurns = kRows * kLanes / kThreads, kAtOnce = kTurns / kImages;
     static_assert(kThreads % kLanes == 0 || kThreads * kAtOnce % kLanes == 0);
@@ -291,8 +291,7 @@ struct Encoder {
       auto piece_of = [&](int turn) { return (turn * kThreads + thread) % kLanes; };
       bool wanted = kLanes == kPieces || piece_of(0) < kPieces;
       receive(found, wanted, [&](int i) {
-        int64_t row = chunk * kRows + row_of(i / 2);
-        return packets + (row * kWidth + rank * kColumns + piece_of(i / 2) * 8 + i % 2 * 4) / 2;
+        return packet_at(which, chunk * kRows + row_of(i / 2), rank * kColumns + piece_of(i / 2) * 8 + i % 2 * 4);
       });
 #pragma unroll
       for (int turn = 0; turn < kAtOnce; ++turn) {
@@ -398,7 +397,7 @@ struct Encoder {
     return {tile < tiles ? tile : 0, position / 4 % kOwn, position % 4, tile < tiles};
   }
   // Of all images' rows.
-  __device__ int64_t row_of(int chunk, Place place) {
+  __device__ int row_of(int chunk, Place place) {
     return chunk * kRows + place.own / kOwnQueries * kQueries + rank * kOwnQueries + place.own % kOwnQueries;
   }
 
@@ -469,18 +468,18 @@ struct Encoder {
   // ---- feed-forward, and what follows attention ----
 
   // activation = GELU(LayerNorm(rows) weight^T + bias).
-  __device__ void linear_and_gelu(RowsOf const& rows) {
+  __device__ void linear_and_gelu(Rows const& rows) {
     int own = own_tiles(4 * kTiles), first = first_tile(4 * kTiles) * kTile;
     Folded folded[kImages];
     load_folded(folded, kIntermediate, own, [&](Place place) { return first + place.column(); });
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      stage_rows<1, true>(rows.packets, chunk);
+      stage_rows<1, true>(rows.sums, chunk);
       multiply<1>(own);
       meet();
       if (chunk + 1 == chunks) leave_slots(own);
       finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
         if (place.exists)
-          send(memory.activation, row_of(chunk, place), kIntermediate, first + place.column(),
+          send(kActivation, row_of(chunk, place), first + place.column(),
                pack<Element>(gelu<Element>(x.x), gelu<Element>(x.y)));
       });
       arrive_at_cluster();
@@ -488,40 +487,37 @@ struct Encoder {
     ++phase;
   }
 
-  // sums = packets weight^T + bias + rows, which change places with the sums before; returns LayerNorm of them.
+  // The other sums = what was handed on weight^T + bias + rows; returns LayerNorm of them.
   template <int kSlices>
-  __device__ RowsOf linear_and_residual(Packet const* packets, RowsOf const& rows) {
+  __device__ Rows linear_and_residual(Handed handed, Rows const& rows) {
     int own = own_tiles(kTiles), first = first_tile(kTiles) * kTile;
     Place place = place_of(0, own);
     int column = first + place.column();
+    Handed written = rows.sums == kSums ? kOtherSums : kSums;
     float2 bias = load_pair(take(kHidden) + column), norm_weight, norm_bias;
-    if (rows.packets != nullptr) norm_weight = load_pair(rows.weight + column), norm_bias = load_pair(rows.bias + column);
+    if (rows.norm != nullptr) norm_weight = load_pair(rows.norm + column), norm_bias = load_pair(rows.norm + kHidden + column);
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      int64_t row = row_of(chunk, place);
+      int row = row_of(chunk, place);
       // a packet that this thread wrote
-      uint32_t pair = rows.packets != nullptr
-                          ? load_relaxed(&rows.packets[(row * kHidden + column) / 2].x)
-                          : __ldg(reinterpret_cast<unsigned const*>(rows.plain + row % kQueries * kHidden + column));
-      stage_rows<kSlices, false>(packets, chunk);
+      uint32_t pair = rows.norm != nullptr
+                          ? load_relaxed(&packet_at(rows.sums, row, column)->x)
+                          : __ldg(static_cast<unsigned const*>(p.rows) + (row % kQueries * kHidden + column) / 2);
+      stage_rows<kSlices, false>(handed, chunk);
       multiply<kSlices>(own);
       meet();
       if (chunk + 1 == chunks) leave_slots(own * kSlices);
       float2 x = total_of<kSlices == 1 ? 1 : 2>(place, own), residual = unpack<Element>(pair);
-      if (rows.packets != nullptr) {
+      if (rows.norm != nullptr) {
         float2 norm = shared.norms[chunk][place.own];
         residual.x = (residual.x - norm.x) * norm.y * norm_weight.x + norm_bias.x;
         residual.y = (residual.y - norm.x) * norm.y * norm_weight.y + norm_bias.y;
       }
       if (place.exists)
-        send(memory.sums[1], row, kHidden, column,
-             pack<Element>(x.x + bias.x + residual.x, x.y + bias.y + residual.y));
+        send(written, row, column, pack<Element>(x.x + bias.x + residual.x, x.y + bias.y + residual.y));
       arrive_at_cluster();
     }
     ++phase;
-    Packet* written = memory.sums[1];
-    memory.sums[1] = memory.sums[0], memory.sums[0] = written;
-    float const* weight = take(kHidden);
-    return {written, nullptr, weight, take(kHidden)};
+    return {written, take(2 * kHidden)};
   }
 
   // ---- attention ----
@@ -591,14 +587,14 @@ struct Encoder {
   }
 
   // context = attention of the rows to each other: a group of heads a cluster, a block's rows of queries.
-  __device__ void self_attention(RowsOf const& rows) {
+  __device__ void self_attention(Rows const& rows) {
     int own = attends ? 3 * kGroupTiles : 0;
     Folded folded[kImages];
     load_folded(folded, 3 * kHidden, own, [&](Place place) {
       return attends ? place.tile / kGroupTiles * kHidden + cluster * kGroup + place.column() % kGroup : 0;
     });
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      stage_rows<1, true>(rows.packets, chunk);
+      stage_rows<1, true>(rows.sums, chunk);
       multiply<1>(own);
       meet();
       if (chunk + 1 == chunks) leave_slots(own);
@@ -636,10 +632,10 @@ struct Encoder {
 #pragma unroll
     for (int n = 0; n < 4; n += 2) weigh(out, scores, n, values_of(image) + n * 8 * kGroupStride + head * kHeaddim);
     if (lane / 4 < kOwnQueries) {
-      int64_t row = chunk * kRows + image * kQueries + rank * kOwnQueries + lane / 4;
+      int row = chunk * kRows + image * kQueries + rank * kOwnQueries + lane / 4;
 #pragma unroll
       for (int tile = 0; tile < kHeaddim / 8; ++tile)
-        send(memory.context, row, kHidden, cluster * kGroup + head * kHeaddim + tile * 8 + lane % 4 * 2,
+        send(kContext, row, cluster * kGroup + head * kHeaddim + tile * 8 + lane % 4 * 2,
              pack<Element>(out[tile][0] / total, out[tile][1] / total));
     }
   }
@@ -675,9 +671,9 @@ struct Encoder {
 
   // context = attention of the rows to the images: a group of heads a cluster, a block's tokens of each image, of which
   // two warps have every second sixteen. ``layer`` counts those that look at the image.
-  __device__ void cross_attention(RowsOf const& rows, int layer) {
+  __device__ void cross_attention(Rows const& rows, int layer) {
     int own = attends ? kGroupTiles : 0;
-    bool given = rows.packets == nullptr;
+    bool given = rows.norm == nullptr;
     Folded folded[1] = {};
     if (!given)
       load_folded(folded, kHidden, own, [&](Place place) { return attends ? cluster * kGroup + place.column() : 0; });
@@ -690,7 +686,7 @@ struct Encoder {
         stage_given_queries();
         wait_for_cluster();
       } else {
-        stage_rows<1, true>(rows.packets, chunk);
+        stage_rows<1, true>(rows.sums, chunk);
         multiply<1>(own);
         meet();
         if (chunk + 1 == chunks) leave_slots(own);
@@ -778,7 +774,7 @@ struct Encoder {
       float weight = exp2_approx((top.x - highest) * scale());
       total += weight * top.y, sum.x += weight * x.x, sum.y += weight * x.y;
     }
-    send(memory.context, row_of(chunk, place), kHidden, cluster * kGroup + place.column(),
+    send(kContext, row_of(chunk, place), cluster * kGroup + place.column(),
          pack<Element>(sum.x / total, sum.y / total));
   }
 
@@ -789,12 +785,12 @@ struct Encoder {
   }
 
   // LayerNorm of the last rows, a row a warp.
-  __device__ void write(RowsOf const& rows) {
+  __device__ void write(Rows const& rows) {
     constexpr int kPieces = kHidden / 4 / 32;
     for (int row = blockIdx.x + gridDim.x * warp; row < p.images * kQueries; row += gridDim.x * kWarps) {
       auto column_of = [&](int i) { return (i * 32 + lane) * 4; };
       uint4 found[kPieces];
-      receive(found, true, [&](int i) { return rows.packets + (int64_t(row) * kHidden + column_of(i)) / 2; });
+      receive(found, true, [&](int i) { return packet_at(rows.sums, row, column_of(i)); });
       float mean = 0.f, squares = 0.f;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
@@ -812,8 +808,8 @@ struct Encoder {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         float2 a = unpack<Element>(found[i].x), b = unpack<Element>(found[i].z);
-        float4 weight = __ldg(reinterpret_cast<float4 const*>(rows.weight + column_of(i)));
-        float4 bias = __ldg(reinterpret_cast<float4 const*>(rows.bias + column_of(i)));
+        float4 weight = __ldg(reinterpret_cast<float4 const*>(rows.norm + column_of(i)));
+        float4 bias = __ldg(reinterpret_cast<float4 const*>(rows.norm + kHidden + column_of(i)));
         uint2 normalized = {
             pack<Element>((a.x - mean) * rstd * weight.x + bias.x, (a.y - mean) * rstd * weight.y + bias.y),
             pack<Element>((b.x - mean) * rstd * weight.z + bias.z, (b.y - mean) * rstd * weight.w + bias.w)};
