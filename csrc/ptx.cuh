@@ -63,8 +63,20 @@ __device__ __forceinline__ void prefetch_to_l2(void const* p) { asm volatile("pr
 
 // ---- other blocks ----
 
-__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// Without kPublishes nobody is to see what was stored before, and nothing waits for that to land.
+template <bool kPublishes = true>
+__device__ __forceinline__ void arrive_at_cluster() {
+  __syncwarp();
+  if constexpr (kPublishes)
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  else
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 __device__ __forceinline__ uint32_t address_of_rank(void const* mine, uint32_t rank) {
   uint32_t address;

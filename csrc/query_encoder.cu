@@ -4,7 +4,7 @@ namespace qformer_fast {
 namespace {
 
 template <class Element, int kImages, int kHeaddim>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     encode_queries(__grid_constant__ QueryEncoderArguments const arguments) {
   extern __shared__ __align__(128) char dynamic[];
   Encoder<Element, kImages, kHeaddim>(arguments, *reinterpret_cast<Shared<kImages>*>(dynamic)).run();
@@ -83,6 +83,7 @@ char const* query_encoder(Dtype dtype, int headdim, int clusters, QueryEncoderAr
   if (arguments.images > kMaxImages) return "it takes 8 images";
   Launch launch(dtype, headdim, arguments.images);
   if (launch.kernel == nullptr) return "head dimensions are 32 and 64";
+  if (clusters < kLeastClusters || launch.ring < kLeastPages) return "too few clusters, or too little shared memory";
   arguments.ring = launch.ring;
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2];

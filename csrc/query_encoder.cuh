@@ -180,7 +180,7 @@ struct Encoder {
     for (int i = (blockIdx.x * kThreads + thread) * 32; i < p.numbers; i += gridDim.x * kThreads * 32)
       prefetch_to_l2(p.vectors + i);
     __syncthreads();
-    arrive_at_cluster();
+    arrive_after_reading();
     int looking = 0;
     Rows rows{kSums, nullptr};
     for (int layer = 0; layer < p.layers; ++layer) {
@@ -243,25 +243,29 @@ struct Encoder {
 
   // ---- the cluster ----
 
-  // Blocks of a cluster meet twice for what they send each other: all read what was sent before (arrive_at_cluster() after
-  // reading, wait_for_cluster() before sending), and all have sent (meet()).
+  // Blocks of a cluster meet twice for what they send each other: all have sent (meet()), and all have read what was sent
+  // (arrive_after_reading(), and wait_for_cluster() before sending again).
   __device__ void meet() {
     arrive_at_cluster();
     wait_for_cluster();
   }
 
+  __device__ void arrive_after_reading() { arrive_at_cluster<false>(); }
+
   // ---- packets ----
 
-  // All kPieces of four columns that ``at(i)`` is the place of, when they are of the phase before; those ``wanted``.
+  __device__ bool is_new(uint4 const& packets) { return packets.y == phase - 1 && packets.w == phase - 1; }
+
+  // All kPieces of four columns that ``at(i)`` is the place of, when they are of the phase before.
   template <int kPieces, class At>
-  __device__ void receive(uint4 (&found)[kPieces], bool wanted, At at) {
-    bool waiting = wanted;
-    while (waiting) {
+  __device__ void receive(uint4 (&found)[kPieces], At at) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) found[i] = load_packets(at(i));
+    for (bool waiting = true; waiting;) {
       waiting = false;
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) found[i] = load_packets(at(i));
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) waiting |= found[i].y != phase - 1 || found[i].w != phase - 1;
+      for (int i = 0; i < kPieces; ++i)
+        if (!is_new(found[i])) found[i] = load_packets(at(i)), waiting = true;
     }
   }
 
@@ -275,56 +279,61 @@ struct Encoder {
     store_packet(packet_at(which, row, column), pair, phase);
   }
 
-  // The block's K of a chunk's rows to the stage. With kMoments also, when all has been read that was sent
-  // in the cluster before, mean and squared deviations of each row's columns to the block that finishes the row.
-  template <int kSlices, bool kMoments>
-  __device__ void stage_rows(Handed which, int chunk) {
-    constexpr int kColumns = kSlices * kSlice, kPieces = kColumns / 8;
-    constexpr int kLanes = kSlices == 1 ? 16 : kPieces;  // of a row
-    constexpr int kTurns = kRows * kLanes / kThreads, kAtOnce = kTurns / kImages;
-    static_assert(kThreads % kLanes == 0 || kThreads * kAtOnce % kLanes == 0);
-    uint4 pieces[kImages][kAtOnce] = {};
-#pragma unroll
-    for (int image = 0; image < kImages; ++image) {
-      uint4 found[2 * kAtOnce] = {};
-      auto row_of = [&](int turn) { return image * kQueries + (turn * kThreads + thread) / kLanes; };
-      auto piece_of = [&](int turn) { return (turn * kThreads + thread) % kLanes; };
-      bool wanted = kLanes == kPieces || piece_of(0) < kPieces;
-      receive(found, wanted, [&](int i) {
-        return packet_at(which, chunk * kRows + row_of(i / 2), rank * kColumns + piece_of(i / 2) * 8 + i % 2 * 4);
-      });
-#pragma unroll
-      for (int turn = 0; turn < kAtOnce; ++turn) {
-        uint4 const &low = found[2 * turn], &high = found[2 * turn + 1];
-        pieces[image][turn] = {low.x, low.z, high.x, high.z};
-        if (wanted)
-          *reinterpret_cast<uint4*>(stage_at<kSlices>(row_of(turn)) + piece_of(turn) * 8) = pieces[image][turn];
-      }
-    }
+  // How a block's threads share a chunk's rows, eight columns a thread and turn; of 96 columns by 16 lanes a row.
+  template <int kSlices>
+  struct Share {
+    static constexpr int kPieces = kSlices * kSlice / 8, kLanes = kSlices == 1 ? 16 : kPieces;
+    static constexpr int kTurns = kRows * kLanes / kThreads, kAtOnce = kSlices == 1 ? kTurns : kTurns / kImages;
+    static_assert(kTurns * kThreads == kRows * kLanes);
+  };
+
+  // The block's K of a chunk's rows to the stage, when the cluster has read all that was sent before; returns the last
+  // turns' pieces.
+  template <int kSlices>
+  __device__ void stage_rows(Handed which, int chunk, uint4 (&pieces)[Share<kSlices>::kAtOnce]) {
+    using S = Share<kSlices>;
     wait_for_cluster();
-    if constexpr (kMoments) {
-      bool counts = thread % kLanes < kPieces;
 #pragma unroll
-      for (int image = 0; image < kImages; ++image) {
-        uint32_t pairs[4];
-        memcpy(pairs, &pieces[image][0], 16);
-        float mean = 0.f, squares = 0.f;
+    for (int first = 0; first < S::kTurns; first += S::kAtOnce) {
+      auto row_of = [&](int turn) { return ((first + turn) * kThreads + thread) / S::kLanes; };
+      auto piece_of = [&](int turn) { return ((first + turn) * kThreads + thread) % S::kLanes; };
+      if (S::kLanes == S::kPieces || piece_of(0) < S::kPieces) {
+        uint4 found[2 * S::kAtOnce];
+        receive(found, [&](int i) {
+          int column = rank * kSlices * kSlice + piece_of(i / 2) * 8 + i % 2 * 4;
+          return packet_at(which, chunk * kRows + row_of(i / 2), column);
+        });
 #pragma unroll
-        for (int i = 0; i < 4; ++i) mean += unpack<Element>(pairs[i]).x + unpack<Element>(pairs[i]).y;
-        mean = sum_of_lanes<1, kLanes>(mean) * (1.f / kColumns);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float2 x = unpack<Element>(pairs[i]);
-          squares += (x.x - mean) * (x.x - mean) + (x.y - mean) * (x.y - mean);
+        for (int turn = 0; turn < S::kAtOnce; ++turn) {
+          uint4 const &low = found[2 * turn], &high = found[2 * turn + 1];
+          pieces[turn] = {low.x, low.z, high.x, high.z};
+          *reinterpret_cast<uint4*>(stage_at<kSlices>(row_of(turn)) + piece_of(turn) * 8) = pieces[turn];
         }
-        squares = sum_of_lanes<1, kLanes>(counts ? squares : 0.f);
-        int row = thread / kLanes;
-        if (thread % kLanes == 0)
-          store_to_rank(&shared.moments[rank][image * kOwnQueries + row % kOwnQueries], row / kOwnQueries,
-                        make_float2(mean, squares));
       }
     }
     __syncthreads();
+  }
+
+  // Mean and squared deviations of each row's slice to the block that finishes the row.
+  __device__ void send_moments(uint4 const (&pieces)[kImages]) {
+    constexpr int kLanes = Share<1>::kLanes;
+    int row = thread / kLanes;
+    bool counts = thread % kLanes < Share<1>::kPieces;
+#pragma unroll
+    for (int image = 0; image < kImages; ++image) {
+      float2 x[4] = {unpack<Element>(pieces[image].x), unpack<Element>(pieces[image].y), unpack<Element>(pieces[image].z),
+                     unpack<Element>(pieces[image].w)};
+      float sum = 0.f, squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum += x[i].x + x[i].y;
+      float mean = sum_of_lanes<1, kLanes>(counts ? sum : 0.f) * (1.f / kSlice);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) squares += (x[i].x - mean) * (x[i].x - mean) + (x[i].y - mean) * (x[i].y - mean);
+      squares = sum_of_lanes<1, kLanes>(counts ? squares : 0.f);
+      if (thread % kLanes == 0)
+        store_to_rank(&shared.moments[rank][image * kOwnQueries + row % kOwnQueries], row / kOwnQueries,
+                      make_float2(mean, squares));
+    }
   }
 
   template <int kSlices>
@@ -434,6 +443,15 @@ struct Encoder {
     return {mean, rsqrtf(squares * (1.f / kHidden) + p.eps)};
   }
 
+  // The product of rows before their LayerNorm, and the cluster knows their means and deviations.
+  __device__ void multiply_normalized(Rows const& rows, int chunk, int own) {
+    uint4 pieces[Share<1>::kAtOnce];
+    stage_rows<1>(rows.sums, chunk, pieces);
+    multiply<1>(own);
+    send_moments(pieces);
+    meet();
+  }
+
   // What a product with LayerNorm adds to its sums, of two columns.
   struct Folded {
     float2 sums, bias;
@@ -473,16 +491,14 @@ struct Encoder {
     Folded folded[kImages];
     load_folded(folded, kIntermediate, own, [&](Place place) { return first + place.column(); });
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      stage_rows<1, true>(rows.sums, chunk);
-      multiply<1>(own);
-      meet();
+      multiply_normalized(rows, chunk, own);
       if (chunk + 1 == chunks) leave_slots(own);
       finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
         if (place.exists)
           send(kActivation, row_of(chunk, place), first + place.column(),
                pack<Element>(gelu<Element>(x.x), gelu<Element>(x.y)));
       });
-      arrive_at_cluster();
+      arrive_after_reading();
     }
     ++phase;
   }
@@ -502,7 +518,8 @@ struct Encoder {
       uint32_t pair = rows.norm != nullptr
                           ? load_relaxed(&packet_at(rows.sums, row, column)->x)
                           : __ldg(static_cast<unsigned const*>(p.rows) + (row % kQueries * kHidden + column) / 2);
-      stage_rows<kSlices, false>(handed, chunk);
+      uint4 pieces[Share<kSlices>::kAtOnce];
+      stage_rows<kSlices>(handed, chunk, pieces);
       multiply<kSlices>(own);
       meet();
       if (chunk + 1 == chunks) leave_slots(own * kSlices);
@@ -514,7 +531,7 @@ struct Encoder {
       }
       if (place.exists)
         send(written, row, column, pack<Element>(x.x + bias.x + residual.x, x.y + bias.y + residual.y));
-      arrive_at_cluster();
+      arrive_after_reading();
     }
     ++phase;
     return {written, take(2 * kHidden)};
@@ -594,9 +611,7 @@ struct Encoder {
       return attends ? place.tile / kGroupTiles * kHidden + cluster * kGroup + place.column() % kGroup : 0;
     });
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      stage_rows<1, true>(rows.sums, chunk);
-      multiply<1>(own);
-      meet();
+      multiply_normalized(rows, chunk, own);
       if (chunk + 1 == chunks) leave_slots(own);
       finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
         uint32_t pair = pack<Element>(x.x, x.y);
@@ -611,7 +626,7 @@ struct Encoder {
         meet();
         if (warp < kImages * kHeads) attend_to_rows(chunk, warp / kHeads, warp % kHeads);
       }
-      arrive_at_cluster();
+      arrive_after_reading();
     }
     ++phase;
   }
@@ -686,9 +701,7 @@ struct Encoder {
         stage_given_queries();
         wait_for_cluster();
       } else {
-        stage_rows<1, true>(rows.sums, chunk);
-        multiply<1>(own);
-        meet();
+        multiply_normalized(rows, chunk, own);
         if (chunk + 1 == chunks) leave_slots(own);
         finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
           send_to_all(shared.queries, kQueries, place, pack<Element>(x.x, x.y));
@@ -700,7 +713,7 @@ struct Encoder {
         meet();
         finish_attention(chunk);
       }
-      arrive_at_cluster();
+      arrive_after_reading();
     }
     ++phase;
   }
@@ -790,7 +803,7 @@ struct Encoder {
     for (int row = blockIdx.x + gridDim.x * warp; row < p.images * kQueries; row += gridDim.x * kWarps) {
       auto column_of = [&](int i) { return (i * 32 + lane) * 4; };
       uint4 found[kPieces];
-      receive(found, true, [&](int i) { return packet_at(rows.sums, row, column_of(i)); });
+      receive(found, [&](int i) { return packet_at(rows.sums, row, column_of(i)); });
       float mean = 0.f, squares = 0.f;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {

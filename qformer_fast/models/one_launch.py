@@ -124,20 +124,20 @@ class OneLaunch:
             self.cross_layers,
             self.headdim,
             self.eps,
-            self._workspace(),
+            self._workspace(images),
             out,
         )
         return out.view(images, QUERIES, HIDDEN)
 
-    def _workspace(self) -> Tensor:
+    def _workspace(self, images: int) -> Tensor:
         """Memory of the current stream, whose launches follow each other."""
         if torch.cuda.is_current_stream_capturing():
-            return self._new_workspace()
+            return self._new_workspace(images)
         stream = torch.cuda.current_stream().cuda_stream
         if stream not in self._workspaces:
-            self._workspaces[stream] = self._new_workspace()
+            self._workspaces[stream] = self._new_workspace(MAX_IMAGES)
         return self._workspaces[stream]
 
-    def _new_workspace(self) -> Tensor:
-        size = extension.encode_queries_workspace(self.rows, MAX_IMAGES)
+    def _new_workspace(self, images: int) -> Tensor:
+        size = extension.encode_queries_workspace(self.rows, images)
         return self.rows.new_zeros(size, dtype=torch.uint8)

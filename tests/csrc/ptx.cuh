@@ -1,4 +1,5 @@
 // csrc/ptx.cuh for one CPU thread: every CUDA thread is a fiber, which goes on to the next where it has to wait for others.
+// Now and then a block or a cluster sleeps, so that others get ahead of it.
 //
 // Copies to shared memory land when they are waited for, bulk copies at once. What is not seen here: the order in which
 // other multiprocessors see memory, and times. x86-64 alone.
@@ -15,6 +16,7 @@
 #include <cute/util/type_traits.hpp>
 #include <functional>
 #include <memory>
+#include <random>
 #include <vector>
 
 namespace emulated {
@@ -154,25 +156,38 @@ inline void run(int count, int threads, int blocks_of_cluster, size_t bytes, std
       std::memset(thread.stack_pointer, 0, 6 * sizeof(void*));
     }
   }
+  static std::minstd_rand random;
+  std::vector<int> asleep(count);  // for so many turns
   int idle = 0;
   for (bool left = true; left;) {
     left = false;
     bool moved = false;
-    for (size_t first = 0; first < all.size(); first += 32) {
-      do {
-        progress = false;
-        for (size_t i = first; i < first + 32; ++i) {
-          if (all[i].done) continue;
-          self = &all[i];
-          emulated_switch(&scheduler, self->stack_pointer);
-          left |= !all[i].done;
-          progress |= all[i].done;
-        }
-        moved |= progress;
-      } while (progress);
+    if (random() % 8 == 0) {
+      int size = random() % 2 ? 1 : cluster, first = random() % count / size * size;
+      std::fill_n(&asleep[first], size, random() % 256);
+    }
+    for (int b = 0; b < count; ++b) {
+      if (std::all_of(&all[b * threads], &all[b * threads] + threads, [](Thread const& x) { return x.done; })) continue;
+      left = true;
+      if (asleep[b] > 0) {
+        --asleep[b];
+        continue;
+      }
+      for (int first = b * threads; first < (b + 1) * threads; first += 32) {
+        do {
+          progress = false;
+          for (int i = first; i < first + 32; ++i) {
+            if (all[i].done) continue;
+            self = &all[i];
+            emulated_switch(&scheduler, self->stack_pointer);
+            progress |= all[i].done;
+          }
+          moved |= progress;
+        } while (progress);
+      }
     }
     idle = moved ? 0 : idle + 1;
-    if (left && idle == 100) std::abort();  // all wait for each other
+    if (idle == 1000) std::abort();  // all wait for each other
   }
   for (char* p : memory) std::free(p);
 }
@@ -237,7 +252,8 @@ inline void wait_for_bulk(uint64_t* barrier, int parity) {
 
 inline void prefetch_to_l2(void const*) {}
 
-inline void arrive_at_cluster() {
+template <bool kPublishes = true>
+void arrive_at_cluster() {
   emulated::Barrier& barrier = *emulated::self->of->cluster_barrier;
   emulated::self->met = barrier.generation;
   emulated::arrive_at(barrier, int(emulated::self->of->warps.size()) * 32 * emulated::cluster);
