@@ -15,8 +15,9 @@ help: ## this list
 demo: $(VENV)/installed ## train stage 1 on real pictures, evaluate it and write a report
 	$(BIN)/qformer-fast demo
 
+# two workers of a thread each: Triton's interpreter has but one, and more threads than cores wait for each other
 test: $(VENV)/installed $(EXTENSION) $(LAVIS)/lavis ## run the tests, with the CUDA extension where nvcc is
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 extension: $(VENV)/extension ## build the CUDA extension into qformer_fast/; needs nvcc, no GPU
 

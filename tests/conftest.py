@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 from qformer_fast import Blip2QFormer, QFormerConfig  # noqa: E402
+from qformer_fast.backend import interpreting  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -133,6 +135,37 @@ def poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows a program for kernels of one: a program costs the interpreter milliseconds, however many rows it has."""
+    if not interpreting():
+        return
+    from qformer_fast.kernels import launch
+
+    settings = launch.settings
+
+    def with_more_rows(kernel, device):
+        found = settings(kernel, device)
+        return found | {"BLOCK_M": 16} if found.get("BLOCK_M") == 1 else found
+
+    monkeypatch.setattr(launch, "settings", with_more_rows)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter patches triton.language at each call inside a kernel; once a function is enough."""
+    if not interpreting():
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch = functools.cache(interpreter._patch_lang)
+
+    def call(self, *args, **kwargs):
+        patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 @pytest.fixture(autouse=True)

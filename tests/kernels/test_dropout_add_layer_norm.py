@@ -169,6 +169,7 @@ def test_fp32_parameters_under_autocast_keep_their_gradients_in_fp32(dropout_p):
             torch.testing.assert_close(x.double(), high[name], rtol=0.02, atol=0.05)
 
 
+@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_same_result_twice(dropout_p):
     tensors, dout = inputs(300, 200, torch.float16, torch.float32)

@@ -95,7 +95,7 @@ COUNTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "rows_at_once")
 @pytest.mark.parametrize("counts", COUNTS, ids=lambda c: "-".join(map(str, c))[:30])
 def test_rows_of_the_same_word(counts, assert_close):
     """Ids that occur more often than one program sums."""
@@ -146,6 +146,7 @@ def test_an_id_outside_its_table_reads_and_writes_nothing(wrong):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("rows_at_once")
 def test_gradients_are_added_to_what_is_given():
     """Longer runs of one word than a window, and a word that is left out."""
     ids, tables, dout = inputs(200, 7, 3, 48, torch.float32)
@@ -183,6 +184,7 @@ def test_int32_ids_and_tables_that_are_not_contiguous():
     torch.testing.assert_close(actual, run(kernel, ids, tables, dout))
 
 
+@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_same_result_twice(dropout_p):
     ids, tables, dout = inputs(200, 7, 3, 200, torch.float16)

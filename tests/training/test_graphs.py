@@ -35,22 +35,6 @@ def build(device, dropout=0.0, **options):
     return Blip2QFormer(config(**options)).to(device).train()
 
 
-@pytest.fixture
-def rows_at_once(monkeypatch):
-    """16 rows a program for kernels of one: a program costs the interpreter milliseconds, however many rows it has."""
-    if not interpreting():
-        return
-    from qformer_fast.kernels import launch
-
-    settings = launch.settings
-
-    def with_more_rows(kernel, device):
-        found = settings(kernel, device)
-        return found | {"BLOCK_M": 16} if found.get("BLOCK_M") == 1 else found
-
-    monkeypatch.setattr(launch, "settings", with_more_rows)
-
-
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

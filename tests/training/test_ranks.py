@@ -66,7 +66,7 @@ def work(folder: Path, output: Path, options: dict) -> None:
     run = RunConfig(
         **{"output_dir": str(output), "precision": "fp32", "device": "cpu", "log_every": 1, "timeout": 30.0, **options}
     )
-    slow = options.get("steps", 0) > 50
+    slow = options.get("steps", 0) >= 30
     with process_group(run.timeout), use_backend("reference"):
         train(model, dataset, run, FAST, on_log=(lambda _: time.sleep(0.05)) if slow else None)
 
@@ -191,7 +191,7 @@ def test_stage_2_has_the_mean_of_its_ranks_losses(run, folder) -> None:
 
 def test_a_killed_run_goes_on_with_the_same_losses(start, run, tmp_path) -> None:
     """Dropout on and negatives drawn, the same number of processes: every bit."""
-    common = dict(steps=60, batch_size=2, save_every=4, dropout=0.1)
+    common = dict(steps=30, batch_size=2, save_every=4, dropout=0.1)
     whole = run("whole", 2, **common)
     processes = start("parts", 2, **common)
     wait_for(lambda: len(read_log(tmp_path / "parts")) >= 6)
