@@ -80,7 +80,7 @@ int query_encoder_clusters(Dtype dtype, int headdim) {
 }
 
 char const* query_encoder(Dtype dtype, int headdim, int clusters, QueryEncoderArguments arguments, cudaStream_t stream) {
-  if (arguments.images > kMaxImages) return "it takes 8 images";
+  if (arguments.images > kMaxImages) return "it takes at most 8 images";
   Launch launch(dtype, headdim, arguments.images);
   if (launch.kernel == nullptr) return "head dimensions are 32 and 64";
   if (clusters < kLeastClusters || launch.ring < kLeastPages) return "too few clusters, or too little shared memory";

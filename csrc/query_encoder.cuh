@@ -457,17 +457,20 @@ struct Encoder {
     float2 sums, bias;
   };
 
-  // finish(turn, place, two columns) of LayerNorm(rows) weight^T + bias, with all parts sent.
+  // finish(place, two columns) of LayerNorm(rows) weight^T + bias, with all parts sent.
   template <int kTurns, class Finish>
   __device__ void finish_normalized(Folded const (&folded)[kTurns], int chunk, int tiles, Finish finish) {
-    if (thread < kOwn) shared.norms[chunk][thread] = norm_of(thread);
+    static_assert(kThreads / 4 % kOwn == 0);  // so a thread's row is the same in all turns
+    int own = thread / 4 % kOwn;
+    float2 norm = norm_of(own);
+    if (thread == 4 * own) shared.norms[chunk][own] = norm;
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       Place place = place_of(turn, tiles);
-      float2 x = total_of<1>(place, tiles), norm = norm_of(place.own);
+      float2 x = total_of<1>(place, tiles);
       x.x = (x.x - norm.x * folded[turn].sums.x) * norm.y + folded[turn].bias.x;
       x.y = (x.y - norm.x * folded[turn].sums.y) * norm.y + folded[turn].bias.y;
-      finish(turn, place, x);
+      finish(place, x);
     }
   }
 
@@ -493,7 +496,7 @@ struct Encoder {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       multiply_normalized(rows, chunk, own);
       if (chunk + 1 == chunks) leave_slots(own);
-      finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
+      finish_normalized(folded, chunk, own, [&](Place place, float2 x) {
         if (place.exists)
           send(kActivation, row_of(chunk, place), first + place.column(),
                pack<Element>(gelu<Element>(x.x), gelu<Element>(x.y)));
@@ -613,7 +616,7 @@ struct Encoder {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       multiply_normalized(rows, chunk, own);
       if (chunk + 1 == chunks) leave_slots(own);
-      finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
+      finish_normalized(folded, chunk, own, [&](Place place, float2 x) {
         uint32_t pair = pack<Element>(x.x, x.y);
         if (place.tile < kGroupTiles) {
           Element* to = queries_of(place.own / kOwnQueries) + place.own % kOwnQueries * kGroupStride + place.column();
@@ -703,7 +706,7 @@ struct Encoder {
       } else {
         multiply_normalized(rows, chunk, own);
         if (chunk + 1 == chunks) leave_slots(own);
-        finish_normalized(folded, chunk, own, [&](int, Place place, float2 x) {
+        finish_normalized(folded, chunk, own, [&](Place place, float2 x) {
           send_to_all(shared.queries, kQueries, place, pack<Element>(x.x, x.y));
         });
         if (attends) meet();

@@ -95,14 +95,14 @@ class OneLaunch:
             for block in layer.self_attention, layer.cross_attention, layer.query_feed_forward:
                 if block is None:
                     continue
-                first, first_bias, second, second_bias, *next_norm = (x.to(rows.dtype) for x in block.parameters)
+                first, first_bias, second, second_bias, *next_norm = block.parameters
                 # self-attention of layer 0 and what its cross-attention asks come before the images
                 if norm is not None:
-                    first, *vectors_of_first = fold(first, first_bias, *norm)
-                    products.append((first, block is not layer.query_feed_forward))
+                    folded, *vectors_of_first = fold(first.to(rows.dtype), first_bias, *norm)
+                    products.append((folded, block is not layer.query_feed_forward))
                     vectors += vectors_of_first
                 if block is not weights.layers[0].self_attention:
-                    products.append((second, False))
+                    products.append((second.to(rows.dtype), False))
                     vectors += [second_bias, *next_norm]
                     norm = next_norm
         self.weights, self.first_slots = pack(products, clusters)

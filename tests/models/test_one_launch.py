@@ -95,6 +95,17 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
+def test_biases_and_norms_of_fp32_parameters_stay_fp32():
+    model = build(1, 64, torch.float32)
+    queries, _ = given(model, 1, 1)
+    with torch.no_grad():
+        runner = _Runner(model, queries, torch.bfloat16, None)
+        one = one_launch.OneLaunch(model.config, runner.weights, *runner.first, 15)
+    output = model.encoder.layer[0].crossattention.output
+    expected = torch.cat([output.dense.bias, output.LayerNorm.weight, output.LayerNorm.bias])
+    assert one.weights.dtype == torch.bfloat16 and torch.equal(one.vectors[: 3 * 768], expected)
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """csrc/query_encoder.cuh over tests/csrc/ptx.cuh."""
