@@ -100,12 +100,12 @@ void backward(Tensor dout, Tensor weight, Tensor up, Tensor bias, Tensor dup, Te
 }
 
 // How many slots a block has is its caller's to know, who packs them.
-void encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor rows, Tensor queries, Tensor keys_values,
+void encode_queries(Tensor weights, Tensor first_slots, Tensor norm, Tensor rows, Tensor queries, Tensor keys_values,
                     int64_t images, int64_t layers, int64_t cross_layers, int64_t headdim, double eps, Tensor workspace,
                     Tensor out) {
   ScalarType dtype = rows.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "rows must be bf16 or fp16");
-  for (Tensor const* x : {&weights, &first_slots, &vectors, &keys_values, &workspace})
+  for (Tensor const* x : {&weights, &first_slots, &keys_values, &workspace})
     STD_TORCH_CHECK(x->dim() == 2, "all arguments must have two dimensions");
   STD_TORCH_CHECK(layers > 0 && layers <= 32 && cross_layers & 1, "layers must be 1 to 32, the first with cross-attention");
   STD_TORCH_CHECK(images > 0 && keys_values.size(0) % images == 0 && keys_values.size(0) > 0,
@@ -118,8 +118,8 @@ void encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor r
   check("weights", weights, rows, dtype, weights.size(0), 768);
   check("first_slots", first_slots, rows, ScalarType::Int, 1, first_slots.size(1));
   STD_TORCH_CHECK(first_slots.size(1) % 8 == 1, "first_slots must be of whole clusters of eight blocks, and one more");
-  check("vectors", vectors, rows, ScalarType::Float, 1, vectors.size(1));
-  int64_t bytes = query_encoder_workspace(static_cast<int>(images));
+  check("norm", norm, rows, ScalarType::Float, 2, 768);
+  int64_t bytes = query_encoder_workspace(static_cast<int>(images), static_cast<int>(layers), static_cast<int>(looking));
   STD_TORCH_CHECK(workspace.size(1) >= bytes, "workspace must be of at least ", bytes, " bytes");
   check("workspace", workspace, rows, ScalarType::Byte, 1, workspace.size(1));
   check("out", out, rows, dtype, images * 32, 768);
@@ -131,11 +131,11 @@ void encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor r
   arguments.eps = static_cast<float>(eps);
   arguments.weights = weights.const_data_ptr();
   arguments.first_slots = static_cast<int const*>(first_slots.const_data_ptr());
-  arguments.vectors = static_cast<float const*>(vectors.const_data_ptr());
-  arguments.numbers = static_cast<int>(vectors.size(1));
+  arguments.norm = static_cast<float const*>(norm.const_data_ptr());
   arguments.rows = rows.const_data_ptr();
   arguments.queries = queries.const_data_ptr();
   arguments.keys_values = keys_values.const_data_ptr();
+  arguments.width = keys_values.size(1);
   arguments.workspace = workspace.mutable_data_ptr();
   arguments.out = out.mutable_data_ptr();
   int clusters = static_cast<int>(first_slots.size(1) / 8);
@@ -150,8 +150,8 @@ int64_t encode_queries_clusters(Tensor rows, int64_t headdim) {
   return query_encoder_clusters(dtype_of(rows), static_cast<int>(headdim));
 }
 
-int64_t encode_queries_workspace(Tensor rows, int64_t images) {
-  return query_encoder_workspace(static_cast<int>(images));
+int64_t encode_queries_workspace(Tensor, int64_t images, int64_t layers, int64_t looking) {
+  return query_encoder_workspace(static_cast<int>(images), static_cast<int>(layers), static_cast<int>(looking));
 }
 
 }  // namespace
@@ -163,11 +163,11 @@ STABLE_TORCH_LIBRARY(qformer_fast_cuda, m) {
       "linear_gelu_bwd(Tensor dout, Tensor weight, Tensor up, Tensor bias, Tensor(a!) dup, Tensor(b!) out, "
       "Tensor(c!) column_sums) -> ()");
   m.def(
-      "encode_queries(Tensor weights, Tensor first_slots, Tensor vectors, Tensor rows, Tensor queries, "
+      "encode_queries(Tensor weights, Tensor first_slots, Tensor norm, Tensor rows, Tensor queries, "
       "Tensor keys_values, int images, int layers, int cross_layers, int headdim, float eps, Tensor(a!) workspace, "
       "Tensor(b!) out) -> ()");
   m.def("encode_queries_clusters(Tensor rows, int headdim) -> int");
-  m.def("encode_queries_workspace(Tensor rows, int images) -> int");
+  m.def("encode_queries_workspace(Tensor rows, int images, int layers, int looking) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qformer_fast_cuda, CUDA, m) {

@@ -14,6 +14,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ uint32_t shared_address(void const* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // ---- copies to shared memory ----
@@ -30,53 +36,51 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
-// A barrier that bulk copies complete, one at a time.
+// ---- barriers that count bytes ----
+
+// A barrier of the block's: a turn of it ends with the bytes that one thread expects of it.
 __device__ __forceinline__ void start_barrier(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
 }
 
 __device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Until the turn of that parity has ended; the first is of parity 0.
+__device__ __forceinline__ void wait_for_barrier(uint64_t* barrier, int parity) {
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+}
+
 // Bytes that nobody reads again soon.
 __device__ __forceinline__ void copy_bulk(void* to, void const* from, int bytes, uint64_t* barrier) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  uint32_t at = shared_address(barrier);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+  expect_bytes(barrier, bytes);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(to)),
-      "l"(from), "r"(bytes), "r"(at), "l"(policy)
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
 
-__device__ __forceinline__ void wait_for_bulk(uint64_t* barrier, int parity) {
-  uint32_t done = 0;
-  while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-}
-
-__device__ __forceinline__ void prefetch_to_l2(void const* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // ---- other blocks ----
 
-// Without kPublishes nobody is to see what was stored before, and nothing waits for that to land.
-template <bool kPublishes = true>
 __device__ __forceinline__ void arrive_at_cluster() {
   __syncwarp();
-  if constexpr (kPublishes)
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  else
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void wait_for_cluster() {
-  __syncwarp();
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ uint32_t address_of_rank(void const* mine, uint32_t rank) {
   uint32_t address;
@@ -84,33 +88,40 @@ __device__ __forceinline__ uint32_t address_of_rank(void const* mine, uint32_t r
   return address;
 }
 
-// To where block ``rank`` of the cluster has what lies at ``mine`` here.
-__device__ __forceinline__ void store_to_rank(float2* mine, uint32_t rank, float2 x) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address_of_rank(mine, rank)), "f"(x.x), "f"(x.y)
-               : "memory");
+// To where block ``rank`` of the cluster has what lies at ``mine`` here; its barrier counts the bytes.
+__device__ __forceinline__ void send_to_rank(uint4* mine, uint64_t* barrier, uint32_t rank, uint4 x) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address_of_rank(mine, rank)),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(address_of_rank(barrier, rank))
+      : "memory");
 }
 
-__device__ __forceinline__ void store_to_rank(uint4* mine, uint32_t rank, uint4 x) {
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address_of_rank(mine, rank)), "r"(x.x), "r"(x.y),
-               "r"(x.z), "r"(x.w)
-               : "memory");
+__device__ __forceinline__ void send_to_rank(float4* mine, uint64_t* barrier, uint32_t rank, float4 x) {
+  send_to_rank(reinterpret_cast<uint4*>(mine), barrier, rank,
+               {__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
 }
 
-__device__ __forceinline__ unsigned load_relaxed(unsigned const* from) {
-  unsigned x;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+__device__ __forceinline__ void send_to_rank(float2* mine, uint64_t* barrier, uint32_t rank, float2 x) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+          address_of_rank(mine, rank)),
+      "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(address_of_rank(barrier, rank))
+      : "memory");
+}
+
+// Words that others write and read meanwhile.
+__device__ __forceinline__ uint4 load_words(uint32_t const* from) {
+  uint4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from)
+               : "memory");
   return x;
 }
 
-// Two packets, each of them read at once.
-__device__ __forceinline__ uint4 load_packets(uint2 const* from) {
-  uint64_t a, b;
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
-  return {uint32_t(a), uint32_t(a >> 32), uint32_t(b), uint32_t(b >> 32)};
-}
-
-__device__ __forceinline__ void store_packet(uint2* to, uint32_t x, uint32_t y) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(uint64_t(y) << 32 | x) : "memory");
+__device__ __forceinline__ void store_word(uint32_t* to, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
 // ---- fragments ----

@@ -68,7 +68,7 @@ struct Launch {
 
 }  // namespace
 
-int64_t query_encoder_workspace(int images) { return workspace_bytes(images); }
+int64_t query_encoder_workspace(int images, int layers, int looking) { return workspace_bytes(images, layers, looking); }
 
 int query_encoder_clusters(Dtype dtype, int headdim) {
   int least = kTiles;
@@ -88,7 +88,10 @@ char const* query_encoder(Dtype dtype, int headdim, int clusters, QueryEncoderAr
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2];
   launch.configure(config, attributes, clusters * kCluster, stream);
-  cudaError_t error = cudaLaunchKernelEx(&config, launch.kernel, arguments);
+  int looking = int(arguments.width / (2 * kHidden));
+  int64_t bytes = workspace_bytes(arguments.images, arguments.layers, looking);
+  cudaError_t error = cudaMemsetAsync(arguments.workspace, kNothing & 0xff, bytes, stream);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, launch.kernel, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

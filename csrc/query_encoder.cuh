@@ -1,13 +1,13 @@
 // The Q-Former's layers over queries alone, in one launch of clusters of eight blocks, one block a multiprocessor.
 //
-// A product's columns are shared by the clusters, eight to a tile, and its sum over K by the blocks of a cluster, each of
-// which sends what it has of a row to the block that finishes it, through distributed shared memory. So every block reads
-// its own weights, once, in an order known before: they lie in memory as it wants them, in slots of 8 columns and 96 of K,
-// and come through a ring in shared memory, filled by bulk copies as soon as there is room, whatever the block waits for.
+// A product's columns are shared by the clusters, eight to a tile. In a cluster blocks share the sum over K; each sends
+// what it has of a row to the block that finishes it, by stores that count themselves at a barrier there. So every block
+// reads its own weights, once, in an order known before: they lie in memory as it wants them, in slots of 8 columns and 96
+// of K, and come through a ring in shared memory, filled by bulk copies as soon as there is room, whatever the block
+// waits for.
 //
-// What a product writes and the next one reads lies in global memory as packets of eight bytes, two numbers and the
-// phase that wrote them: who reads a packet until it is of the phase before needs no barrier of the grid. A phase writes
-// where nobody reads in it, and its finished rows took all of what the phase before wrote, so that nobody is two behind.
+// What a product writes and the next one reads lies in global memory as words of two numbers, each launch's and each
+// phase's where nothing else does and filled with kNothing before: who reads a word until it is something needs no barrier.
 //
 // LayerNorm is part of the product that reads its rows: with its weights w and b, mean m and deviation s of a row x,
 //   W LayerNorm(x) + c = ((W diag(w)) x - m (W w)) / s + (W b + c),
@@ -24,27 +24,37 @@ constexpr int kHidden = 768, kIntermediate = 3072, kQueries = 32;
 constexpr int kMaxImages = 8;
 constexpr int kCluster = 8;
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
-constexpr int kTile = 8;                               // columns of a slot
-constexpr int kSlice = kHidden / kCluster;             // K of a slot
-constexpr int kSteps = kSlice / 16;                    // of an mma
+constexpr int kTile = 8;                   // columns of a slot
+constexpr int kSlice = kHidden / kCluster; // K of a slot
+constexpr int kSteps = kSlice / 16;        // of an mma
 constexpr int kSlotBytes = kTile * kSlice * 2;
-constexpr int kPage = 8, kPageBytes = kPage * kSlotBytes;  // slots copied at once
-constexpr int kMaxPages = 12;
-constexpr int kTiles = kHidden / kTile;                // of the hidden size
-constexpr int kOwnQueries = kQueries / kCluster;       // of an image, that a block finishes
-constexpr int kStride = kIntermediate / kCluster + 8;  // of staged rows: eight of them in different banks
-constexpr int kReaders = 2;                            // warps that share an image's tokens of a block
+constexpr int kVector = kSlotBytes / 3 / 4;                // numbers of each of a phase's vectors, which have a slot together
+constexpr int kPage = 4, kPageBytes = kPage * kSlotBytes;  // slots copied at once
+constexpr int kMaxPages = 24;
+constexpr int kTiles = kHidden / kTile;                    // of the hidden size
+constexpr int kStride = kIntermediate / kCluster + 8;      // of staged rows: eight of them in different banks
+constexpr int kReaders = 2;                                // warps that share an image's tokens of a block
+constexpr uint32_t kNothing = 0xffffffffu;                 // no two numbers: what is rounded to bf16 or fp16 is another NaN
+
+// The blocks of a cluster that share K are ``kSplit``; so many rows of an image each of them finishes, and where kSplit is
+// less than the cluster, its groups share the tiles.
+template <int kSplit>
+constexpr int kOwn = kQueries / kSplit;
+template <int kSplit>
+constexpr int kGroups = kCluster / kSplit;
+constexpr int kWide = 4, kNarrow = 8;  // kSplit of products behind LayerNorm, and of those with a residual
 
 // Heads are attended to by the first clusters, which have 64 columns each.
-constexpr int kGroup = 64, kGroups = kHidden / kGroup, kGroupTiles = kGroup / kTile;
-constexpr int kGroupStride = kGroup + 8;
-constexpr int kLeastClusters = kGroups;
+constexpr int kHeadColumns = 64, kHeadClusters = kHidden / kHeadColumns, kHeadTiles = kHeadColumns / kTile;
+constexpr int kHeadStride = kHeadColumns + 8;
+constexpr int kLeastClusters = kHeadClusters;
 
-// Tiles that a cluster may have: of products to 3072 columns, and of those to 768.
-constexpr int kMostWide = 4 * kTiles / kLeastClusters, kMostNarrow = kTiles / kLeastClusters;
-static_assert(kMostWide <= 2 * kWarps && 2 * kMostNarrow <= kWarps && 3 * kGroupTiles <= kMostWide);
+// Tiles that a block may have: of products to 3072 columns, and of those to 768.
+constexpr int kMostWide = 4 * kTiles / kLeastClusters / kGroups<kWide>, kMostNarrow = kTiles / kLeastClusters;
+static_assert(kMostWide == kWarps && kMostNarrow * 2 == kWarps && kMostWide * kTile <= kVector);
+static_assert(3 * kHeadTiles / kGroups<kWide> <= kMostWide);
 // Pages of a phase's slots, which may begin within one.
-constexpr int kLeastPages = (kMostWide + kPage - 1) / kPage + 1;
+constexpr int kLeastPages = (1 + kMostWide * 2 + kPage - 1) / kPage + 1;
 
 // Images whose rows go through a product at once; tokens staged at once.
 constexpr int images_of_chunk(int images) { return images == 1 ? 1 : 2; }
@@ -92,24 +102,12 @@ __device__ __forceinline__ uint4 of_four_lanes(uint32_t x, int lane) {
 
 // ---- memory ----
 
-// Two numbers of a row and the phase that wrote them.
-using Packet = uint2;
-
-// What blocks hand to each other, in global memory behind the last phase of the launch before; rows are of all images,
-// filled up to whole chunks.
-enum Handed {
-  kSums,        // (rows, 768) before LayerNorm, what every second sub-layer writes
-  kOtherSums,   // (rows, 768) and what the others do
-  kContext,     // (rows, 768)
-  kActivation,  // (rows, 3072)
-};
-
-constexpr int kHeaderBytes = 256;
-
-constexpr int64_t workspace_bytes(int images) {
+// Bytes of all phases' words; rows are of all images, filled up to whole chunks.
+constexpr int64_t workspace_bytes(int images, int layers, int looking) {
   int chunk = images_of_chunk(images);
   int64_t rows = int64_t((images + chunk - 1) / chunk) * chunk * kQueries;
-  return kHeaderBytes + rows * (kActivation * kHidden + kIntermediate) / 2 * int64_t(sizeof(Packet));
+  int64_t attentions = layers - 1 + looking;
+  return rows * 2 * (attentions * 2 * kHidden + layers * (kIntermediate + kHidden));
 }
 
 // A block's pages: the next to ask for, how many are left, and its place in the ring.
@@ -118,30 +116,34 @@ struct Asked {
   int left, place;
 };
 
-// A block's shared memory. ``parts``, ``moments`` and ``tops`` are written by the blocks of its cluster.
+// A block's shared memory. What blocks of its cluster write for one exchange is read before the next but one.
 template <int kImages>
 struct alignas(128) Shared {
-  static constexpr int kOwn = kImages * kOwnQueries;                  // rows that the block finishes
   static constexpr int kTokens = staged_tokens(kImages);
-  char stage[kImages * kQueries * kStride * 2];                       // a product's rows
-  float parts[kCluster * kMostWide * kOwn * kTile];                   // of a product's or of attention's result
-  char queries[kImages * kQueries * kGroupStride * 2];                // of a group of heads
-  char keys[kImages * kTokens * kGroupStride * 2], values[kImages * kTokens * kGroupStride * 2];
-  float2 moments[kCluster][kOwn];                                     // of a slice: mean and squared deviations
-  float2 norms[kMaxImages / kImages][kOwn];                           // of a row: mean and 1 / deviation
-  float2 tops[kCluster * kReaders][2][kOwn];                          // of a head: highest score and sum of weights
-  uint64_t full[kMaxPages];
+  char stage[kImages * kQueries * kStride * 2];                                 // a product's rows
+  float parts[2][kWide * kMostWide * kOwn<kWide> * kImages * kTile];            // of a product's or attention's result
+  char queries[kImages * kQueries * kHeadStride * 2];                           // of a cluster's heads
+  char keys[kImages * kTokens * kHeadStride * 2], values[kImages * kTokens * kHeadStride * 2];
+  float2 moments[2][kWide][kImages * kOwn<kWide>];                              // of a slice: mean, squared deviations
+  float2 norms[kMaxImages / kImages][kImages * kOwn<kWide>];                    // of a row: mean and 1 / deviation
+  float2 tops[2][kCluster * kReaders][2][kImages * kOwn<kNarrow>];              // of a head: highest score, sum of weights
+  uint32_t residual[kMaxImages / kImages][kMostNarrow * kOwn<kNarrow> * kImages * kTile / 2];
+  uint64_t full[kMaxPages], arrived[2], gathered;
   Asked asked;
   alignas(128) char ring[];
 
   static_assert(kTokens >= kQueries && kTokens % 16 == 0);
+  static_assert(2 * kNarrow * kMostNarrow * kOwn<kNarrow> <= kWide * kMostWide * kOwn<kWide>);
+  static_assert(kCluster * kReaders * kHeadTiles * kOwn<kNarrow> <= kWide * kMostWide * kOwn<kWide>);
 };
 static_assert(sizeof(Shared<2>) + kLeastPages * kPageBytes <= 232448);
 
-// The rows that a product reads or adds: LayerNorm of what was handed on, or those of layer 0 as they are.
-struct Rows {
-  Handed sums;
-  float const* norm;  // weight and bias; null: of layer 0
+// What a sub-layer begins with, and what follows it.
+enum Kind { kSelfAttention, kCrossAttention, kFeedForward };
+
+// A block's tiles in a product.
+struct Tiles {
+  int first, count;
 };
 
 // ---- the encoder ----
@@ -149,65 +151,60 @@ struct Rows {
 template <class Element, int kImages, int kHeaddim>
 struct Encoder {
   static constexpr int kRows = kImages * kQueries;  // of a chunk
-  static constexpr int kOwn = Shared<kImages>::kOwn, kTokens = Shared<kImages>::kTokens;
-  static constexpr int kHeads = kGroup / kHeaddim;  // of a group
+  static constexpr int kTokens = Shared<kImages>::kTokens;
+  static constexpr int kLanes = 16, kPieces = kSlice / 8;  // lanes that read a row, and how many of them do
 
   QueryEncoderArguments const& p;
   Shared<kImages>& shared;
-  int thread, warp, lane, rank, cluster, clusters, chunks;
-  bool attends;                            // to a group of heads
-  unsigned phase;                          // that is written in this phase
-  int page = 0, parity = 0, offset = 0;    // where the next slot to read is: place in the ring, slot of the page
-  float const* vectors;
+  int thread, warp, lane, rank, cluster, chunks;
+  bool attends;                          // to 64 columns of heads
+  Tiles wide, narrow;                    // of products to 3072 columns, and of those to 768 with a residual
+  int page = 0, parity = 0, offset = 0;  // where the phase's first slot is: place in the ring, slot of the page
+  int left = 0;                          // pages that nobody reads any more
+  int exchange = 0, gathering = 0;       // how many there were
+  uint32_t const* read = nullptr;        // what the phase before wrote
+  uint32_t* written;                     // and this phase writes
 
-  __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_)
-      : p(arguments), shared(shared_), vectors(arguments.vectors) {
+  __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
     thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    rank = blockIdx.x % kCluster, cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+    rank = blockIdx.x % kCluster, cluster = blockIdx.x / kCluster;
+    int clusters = gridDim.x / kCluster;
     chunks = (p.images + kImages - 1) / kImages;
-    attends = cluster < kGroups;
-    phase = load_relaxed(static_cast<unsigned const*>(p.workspace)) + 1;
+    attends = cluster < kHeadClusters;
+    written = static_cast<uint32_t*>(p.workspace);
+    auto first = [&](int tiles, int of) { return of * tiles / clusters; };
+    wide = of_group<kWide>({first(4 * kTiles, cluster), first(4 * kTiles, cluster + 1) - first(4 * kTiles, cluster)});
+    narrow = {first(kTiles, cluster), first(kTiles, cluster + 1) - first(kTiles, cluster)};
   }
 
   __device__ void run() {
     if (issues()) {
       for (int i = 0; i < p.ring; ++i) start_barrier(&shared.full[i]);
+      for (int i = 0; i < 2; ++i) start_barrier(&shared.arrived[i]);
+      start_barrier(&shared.gathered);
       publish_barriers();
       int first = p.first_slots[blockIdx.x], slots = p.first_slots[blockIdx.x + 1] - first;
       shared.asked = {static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes, (slots + kPage - 1) / kPage, 0};
       issue(p.ring);
     }
-    for (int i = (blockIdx.x * kThreads + thread) * 32; i < p.numbers; i += gridDim.x * kThreads * 32)
-      prefetch_to_l2(p.vectors + i);
-    __syncthreads();
-    arrive_after_reading();
-    int looking = 0;
-    Rows rows{kSums, nullptr};
-    for (int layer = 0; layer < p.layers; ++layer) {
-      if (layer > 0) {
-        self_attention(rows);
-        rows = linear_and_residual<1>(kContext, rows);
+    start_with_rows();
+    meet();
+#pragma unroll 1
+    for (int layer = 0, looking = 0; layer < p.layers; ++layer) {
+#pragma unroll 1
+      for (int kind = layer == 0 ? kCrossAttention : kSelfAttention; kind <= kFeedForward; ++kind) {
+        if (kind == kCrossAttention && !(p.cross_layers >> layer & 1)) continue;
+        first_of_sub_layer(Kind(kind), looking, layer == 0);
+        if (kind == kCrossAttention) ++looking;
+        if (kind == kFeedForward)
+          linear_and_residual<4>();
+        else
+          linear_and_residual<1>();
       }
-      if (p.cross_layers >> layer & 1) {
-        cross_attention(rows, looking++);
-        rows = linear_and_residual<1>(kContext, rows);
-      }
-      linear_and_gelu(rows);
-      rows = linear_and_residual<4>(kActivation, rows);
     }
-    write(rows);
-    wait_for_cluster();
-    if (blockIdx.x == 0 && thread == 0) *static_cast<unsigned*>(p.workspace) = phase;
+    write();
+    meet();
   }
-
-  // The next ``count`` numbers of biases and LayerNorms.
-  __device__ float const* take(int count) {
-    float const* taken = vectors;
-    vectors += count;
-    return taken;
-  }
-
-  __device__ static float2 load_pair(float const* from) { return __ldg(reinterpret_cast<float2 const*>(from)); }
 
   // ---- weights ----
 
@@ -216,6 +213,7 @@ struct Encoder {
   // Asks for the next pages, whose places nobody reads any more.
   __device__ void issue(int count) {
     Asked asked = shared.asked;
+#pragma unroll 1
     for (; count > 0 && asked.left > 0; --count, --asked.left, asked.next += kPageBytes) {
       copy_bulk(shared.ring + asked.place * kPageBytes, asked.next, kPageBytes, &shared.full[asked.place]);
       if (++asked.place == p.ring) asked.place = 0;
@@ -223,117 +221,91 @@ struct Encoder {
     shared.asked = asked;
   }
 
-  // The weights of this phase's j-th slot.
-  __device__ uint2 const* slot_of(int j) {
+  // This phase's j-th slot.
+  __device__ char const* slot_of(int j) {
     j += offset;
     int at = page + j / kPage, turn = parity;
     if (at >= p.ring) at -= p.ring, turn ^= 1;
-    wait_for_bulk(&shared.full[at], turn);
-    return reinterpret_cast<uint2 const*>(shared.ring + at * kPageBytes + j % kPage * kSlotBytes);
+    wait_for_barrier(&shared.full[at], turn);
+    return shared.ring + at * kPageBytes + j % kPage * kSlotBytes;
   }
 
-  // After the cluster has met: nobody reads this phase's ``used`` slots any more.
+  // The i-th of the phase's vectors, of its own columns.
+  __device__ float2 vector_at(char const* slot, int i, int column) {
+    return *reinterpret_cast<float2 const*>(slot + (i * kVector + column) * 4);
+  }
+
+  // The phase has read its ``used`` slots, when all threads of the block have come to the next one.
   __device__ void leave_slots(int used) {
     offset += used;
     int pages = offset / kPage;
-    offset %= kPage, page += pages;
+    offset %= kPage, page += pages, left += pages;
     if (page >= p.ring) page -= p.ring, parity ^= 1;
-    if (issues()) issue(pages);
   }
 
   // ---- the cluster ----
 
-  // Blocks of a cluster meet twice for what they send each other: all have sent (meet()), and all have read what was sent
-  // (arrive_after_reading(), and wait_for_cluster() before sending again).
+  // Which of the blocks that share K this is, and which of the groups that share tiles.
+  template <int kSplit>
+  __device__ int share() { return rank / kGroups<kSplit>; }
+  template <int kSplit>
+  __device__ int group() { return rank % kGroups<kSplit>; }
+
+  template <int kSplit>
+  __device__ Tiles of_group(Tiles all) {
+    int begin = all.count * group<kSplit>() / kGroups<kSplit>, end = all.count * (group<kSplit>() + 1) / kGroups<kSplit>;
+    return {all.first + begin, end - begin};
+  }
+
   __device__ void meet() {
     arrive_at_cluster();
     wait_for_cluster();
   }
 
-  __device__ void arrive_after_reading() { arrive_at_cluster<false>(); }
+  // An exchange is of all blocks with all of a cluster (or of a group), into one of two buffers: who has all of one knows
+  // that what came before it was read. Where an exchange of groups lies between two of the cluster, the rows that the
+  // latter begins with say so: all blocks had a part in them.
+  __device__ int buffer() { return exchange % 2; }
 
-  // ---- packets ----
+  __device__ void expect_parts(int bytes) {
+    if (thread == 0) expect_bytes(&shared.arrived[buffer()], bytes);
+  }
 
-  __device__ bool is_new(uint4 const& packets) { return packets.y == phase - 1 && packets.w == phase - 1; }
+  // Until all parts are there; so all of the block's own have been sent. Returns their buffer.
+  __device__ int wait_for_parts() {
+    int here = buffer();
+    wait_for_barrier(&shared.arrived[here], exchange / 2 % 2);
+    ++exchange;
+    return here;
+  }
 
-  // All kPieces of four columns that ``at(i)`` is the place of, when they are of the phase before.
-  template <int kPieces, class At>
-  __device__ void receive(uint4 (&found)[kPieces], At at) {
+  __device__ void expect_gathered(int columns) {
+    if (thread == 0) expect_bytes(&shared.gathered, kRows * columns * 2);
+  }
+
+  __device__ void wait_for_gathered() { wait_for_barrier(&shared.gathered, gathering++ % 2); }
+
+  // ---- what was written ----
+
+  __device__ static bool is_something(uint4 const& words) { return max(max(words.x, words.y), max(words.z, words.w)) != kNothing; }
+
+  // All kCount times eight columns that ``at(i)`` is the place of, when they have been written.
+  template <int kCount, class At>
+  __device__ static void receive(uint4 (&found)[kCount], At at) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) found[i] = load_packets(at(i));
+    for (int i = 0; i < kCount; ++i) found[i] = load_words(at(i));
     for (bool waiting = true; waiting;) {
       waiting = false;
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i)
-        if (!is_new(found[i])) found[i] = load_packets(at(i)), waiting = true;
+      for (int i = 0; i < kCount; ++i)
+        if (!is_something(found[i])) found[i] = load_words(at(i)), waiting = true;
     }
   }
 
-  __device__ Packet* packet_at(Handed which, int row, int column) {
-    int width = which == kActivation ? kIntermediate : kHidden;
-    int before = which * chunks * kRows * kHidden + row * width + column;
-    return reinterpret_cast<Packet*>(static_cast<char*>(p.workspace) + kHeaderBytes) + before / 2;
-  }
-
-  __device__ void send(Handed which, int row, int column, uint32_t pair) {
-    store_packet(packet_at(which, row, column), pair, phase);
-  }
-
-  // How a block's threads share a chunk's rows, eight columns a thread and turn; of 96 columns by 16 lanes a row.
-  template <int kSlices>
-  struct Share {
-    static constexpr int kPieces = kSlices * kSlice / 8, kLanes = kSlices == 1 ? 16 : kPieces;
-    static constexpr int kTurns = kRows * kLanes / kThreads, kAtOnce = kSlices == 1 ? kTurns : kTurns / kImages;
-    static_assert(kTurns * kThreads == kRows * kLanes);
-  };
-
-  // The block's K of a chunk's rows to the stage, when the cluster has read all that was sent before; returns the last
-  // turns' pieces.
-  template <int kSlices>
-  __device__ void stage_rows(Handed which, int chunk, uint4 (&pieces)[Share<kSlices>::kAtOnce]) {
-    using S = Share<kSlices>;
-    wait_for_cluster();
-#pragma unroll
-    for (int first = 0; first < S::kTurns; first += S::kAtOnce) {
-      auto row_of = [&](int turn) { return ((first + turn) * kThreads + thread) / S::kLanes; };
-      auto piece_of = [&](int turn) { return ((first + turn) * kThreads + thread) % S::kLanes; };
-      if (S::kLanes == S::kPieces || piece_of(0) < S::kPieces) {
-        uint4 found[2 * S::kAtOnce];
-        receive(found, [&](int i) {
-          int column = rank * kSlices * kSlice + piece_of(i / 2) * 8 + i % 2 * 4;
-          return packet_at(which, chunk * kRows + row_of(i / 2), column);
-        });
-#pragma unroll
-        for (int turn = 0; turn < S::kAtOnce; ++turn) {
-          uint4 const &low = found[2 * turn], &high = found[2 * turn + 1];
-          pieces[turn] = {low.x, low.z, high.x, high.z};
-          *reinterpret_cast<uint4*>(stage_at<kSlices>(row_of(turn)) + piece_of(turn) * 8) = pieces[turn];
-        }
-      }
-    }
-    __syncthreads();
-  }
-
-  // Mean and squared deviations of each row's slice to the block that finishes the row.
-  __device__ void send_moments(uint4 const (&pieces)[kImages]) {
-    constexpr int kLanes = Share<1>::kLanes;
-    int row = thread / kLanes;
-    bool counts = thread % kLanes < Share<1>::kPieces;
-#pragma unroll
-    for (int image = 0; image < kImages; ++image) {
-      float2 x[4] = {unpack<Element>(pieces[image].x), unpack<Element>(pieces[image].y), unpack<Element>(pieces[image].z),
-                     unpack<Element>(pieces[image].w)};
-      float sum = 0.f, squares = 0.f;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum += x[i].x + x[i].y;
-      float mean = sum_of_lanes<1, kLanes>(counts ? sum : 0.f) * (1.f / kSlice);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) squares += (x[i].x - mean) * (x[i].x - mean) + (x[i].y - mean) * (x[i].y - mean);
-      squares = sum_of_lanes<1, kLanes>(counts ? squares : 0.f);
-      if (thread % kLanes == 0)
-        store_to_rank(&shared.moments[rank][image * kOwnQueries + row % kOwnQueries], row / kOwnQueries,
-                      make_float2(mean, squares));
-    }
+  // The next phase reads what this one has written, rows of ``width``.
+  __device__ void next_phase(int width) {
+    read = written;
+    written += chunks * kRows * width / 2;
   }
 
   template <int kSlices>
@@ -341,37 +313,93 @@ struct Encoder {
     return reinterpret_cast<Element*>(shared.stage) + row * (kSlices * kSlice + 8);
   }
 
-  // ---- products ----
-
-  // The first of the cluster's tiles, of ``count``.
-  __device__ int first_tile(int count) { return cluster * count / clusters; }
-  __device__ int own_tiles(int count) { return (cluster + 1) * count / clusters - first_tile(count); }
-
-  // Eight columns of sixteen rows, the m-th of the chunk's, to those who finish them. ``source`` of a result's parts.
-  __device__ void send_part(float const (&part)[4], int m, int source, int tiles, int tile) {
+  // The block's K of a chunk's rows to the stage; returns the last pieces: a lane has of each image a row's.
+  template <int kSlices, int kSplit, int kCount>
+  __device__ void stage_rows(int chunk, uint4 (&pieces)[kCount]) {
+    constexpr int kWidth = kSplit * kSlices * kSlice, kOfImage = kSlices, kAtOnce = kCount / kOfImage;
+    int row = thread / kLanes, piece = thread % kLanes;
+    uint32_t const* from = read + ((chunk * kRows + row) * kWidth + share<kSplit>() * kSlices * kSlice + piece * 8) / 2;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int row = m % 2 * 16 + half * 8 + lane / 4, own = m / 2 * kOwnQueries + row % kOwnQueries;
-      store_to_rank(reinterpret_cast<float2*>(shared.parts + (source * tiles + tile) * kOwn * kTile + own * kTile) + lane % 4,
-                    row / kOwnQueries, make_float2(part[half * 2], part[half * 2 + 1]));
+    for (int first = 0; first < kImages; first += kAtOnce) {
+      auto image_of = [&](int i) { return first + i / kOfImage; };
+      if (piece < kPieces) {
+        receive(pieces, [&](int i) { return from + (image_of(i) * kQueries * kWidth + i % kOfImage * kSlice) / 2; });
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          *reinterpret_cast<uint4*>(stage_at<kSlices>(image_of(i) * kQueries + row) + i % kOfImage * kSlice + piece * 8) =
+              pieces[i];
+      }
+    }
+    __syncthreads();
+    if (issues()) issue(left);
+    left = 0;
+  }
+
+  // Mean and squared deviations of each row's slice to those who finish the row.
+  template <int kSlices>
+  __device__ void send_moments(uint4 const (&pieces)[kImages * kSlices]) {
+    constexpr float kOfSlice = kSlices * kSlice;
+    int row = thread / kLanes;
+    bool counts = thread % kLanes < kPieces;
+#pragma unroll
+    for (int image = 0; image < kImages; ++image) {
+      float2 x[kSlices][4];
+      float sum = 0.f, squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < kSlices; ++i) {
+        uint4 const& piece = pieces[image * kSlices + i];
+        x[i][0] = unpack<Element>(piece.x), x[i][1] = unpack<Element>(piece.y);
+        x[i][2] = unpack<Element>(piece.z), x[i][3] = unpack<Element>(piece.w);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum += x[i][j].x + x[i][j].y;
+      }
+      float mean = sum_of_lanes<1, kLanes>(counts ? sum : 0.f) * (1.f / kOfSlice);
+#pragma unroll
+      for (int i = 0; i < kSlices; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          squares += (x[i][j].x - mean) * (x[i][j].x - mean) + (x[i][j].y - mean) * (x[i][j].y - mean);
+      squares = sum_of_lanes<1, kLanes>(counts ? squares : 0.f);
+      if (thread % kLanes == 0)
+        send_to_rank(&shared.moments[buffer()][share<kWide>()][image * kOwn<kWide> + row % kOwn<kWide>],
+                     &shared.arrived[buffer()], row / kOwn<kWide> * kGroups<kWide> + group<kWide>(),
+                     make_float2(mean, squares));
     }
   }
 
-  // Parts of the staged rows' product with the cluster's ``own`` tiles, sent to who finishes them; the block's are one
-  // or, of four slices, two.
-  template <int kSlices>
+  // ---- products ----
+
+  // Eight columns of sixteen rows, the m-th of the chunk's, to those who finish them. ``source`` of a result's parts.
+  template <int kSplit>
+  __device__ void send_part(float const (&part)[4], int m, int source, int tiles, int tile) {
+    // of two neighbours each gets four columns, of one of their two rows
+    bool odd = lane % 2;
+    float x = __shfl_xor_sync(0xffffffffu, odd ? part[0] : part[2], 1);
+    float y = __shfl_xor_sync(0xffffffffu, odd ? part[1] : part[3], 1);
+    float4 four = odd ? float4{x, y, part[2], part[3]} : float4{part[0], part[1], x, y};
+    int row = m % 2 * 16 + odd * 8 + lane / 4, own = m / 2 * kOwn<kSplit> + row % kOwn<kSplit>;
+    float* to = shared.parts[buffer()] + ((source * tiles + tile) * kImages * kOwn<kSplit> + own) * kTile + lane % 4 / 2 * 4;
+    send_to_rank(reinterpret_cast<float4*>(to), &shared.arrived[buffer()],
+                 row / kOwn<kSplit> * kGroups<kSplit> + group<kSplit>(), four);
+  }
+
+  // Parts of the staged rows' product with the block's ``own`` tiles, whose slots follow the vectors', sent to who
+  // finishes them: of each kTurns tiles a warp's, or of four slices two warps'.
+  template <int kSlices, int kSplit>
   __device__ void multiply(int own) {
-    constexpr int kParts = kSlices == 1 ? 1 : 2, kOfPart = kSlices / kParts, kTurns = kSlices == 1 ? 2 : 1;
-    int part = warp % kParts, first = warp / kParts;
+    constexpr int kParts = kSlices == 4 ? 2 : 1, kOfPart = kSlices / kParts, kTurns = kSplit == kWide ? 2 : 1;
+    int part = warp % kParts, first = warp / kParts * kTurns;
+    if (first >= own) return;
     float acc[kTurns][2 * kImages][4] = {};
 #pragma unroll
     for (int s = 0; s < kOfPart; ++s) {
       int slice = part * kOfPart + s;
       uint2 const* slots[kTurns];
 #pragma unroll
-      for (int j = 0; j < kTurns; ++j)
-        if (first + j * kWarps < own) slots[j] = slot_of((first + j * kWarps) * kSlices + slice) + lane;
-      if (first >= own) break;
+      for (int j = 0; j < kTurns; ++j) {
+        int tile = min(first + j, own - 1);
+        slots[j] = reinterpret_cast<uint2 const*>(slot_of(1 + tile * kSlices + slice)) + lane;
+      }
       Element const* rows = stage_at<kSlices>(lane % 16) + slice * kSlice + lane / 16 * 8;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -380,19 +408,18 @@ struct Encoder {
         for (int m = 0; m < 2 * kImages; ++m) ldmatrix(a[m], rows + m * 16 * (kSlices * kSlice + 8) + i * 16);
 #pragma unroll
         for (int j = 0; j < kTurns; ++j) {
-          if (first + j * kWarps < own) {
-            uint2 b = slots[j][i * 32];
+          uint2 b = slots[j][i * 32];
 #pragma unroll
-            for (int m = 0; m < 2 * kImages; ++m) mma<Element>(acc[j][m], a[m], b.x, b.y);
-          }
+          for (int m = 0; m < 2 * kImages; ++m) mma<Element>(acc[j][m], a[m], b.x, b.y);
         }
       }
     }
 #pragma unroll
     for (int j = 0; j < kTurns; ++j)
-      if (first + j * kWarps < own)
+      if (first + j < own)
 #pragma unroll
-        for (int m = 0; m < 2 * kImages; ++m) send_part(acc[j][m], m, rank * kParts + part, own, first + j * kWarps);
+        for (int m = 0; m < 2 * kImages; ++m)
+          send_part<kSplit>(acc[j][m], m, share<kSplit>() * kParts + part, own, first + j);
   }
 
   // Which two columns of which row of the block's a thread finishes in a turn.
@@ -401,345 +428,307 @@ struct Encoder {
     bool exists;
     __device__ int column() const { return tile * kTile + pair * 2; }
   };
+  template <int kSplit>
   __device__ Place place_of(int turn, int tiles) {
-    int position = turn * kThreads + thread, tile = position / (4 * kOwn);
-    return {tile < tiles ? tile : 0, position / 4 % kOwn, position % 4, tile < tiles};
+    constexpr int kAll = kImages * kOwn<kSplit>;
+    int position = turn * kThreads + thread, tile = position / (4 * kAll);
+    return {tile < tiles ? tile : 0, position / 4 % kAll, position % 4, tile < tiles};
   }
-  // Of all images' rows.
-  __device__ int row_of(int chunk, Place place) {
-    return chunk * kRows + place.own / kOwnQueries * kQueries + rank * kOwnQueries + place.own % kOwnQueries;
+  // Of its image.
+  template <int kSplit>
+  __device__ int row_of(Place const& place) { return share<kSplit>() * kOwn<kSplit> + place.own % kOwn<kSplit>; }
+
+  template <int kSplit>
+  __device__ uint32_t* word_at(int chunk, Place const& place, int width, int column) {
+    int row = chunk * kRows + place.own / kOwn<kSplit> * kQueries + row_of<kSplit>(place);
+    return written + (row * width + column) / 2;
   }
 
-  __device__ float2 part_of(Place place, int source, int tiles) {
-    return reinterpret_cast<float2 const*>(shared.parts + (source * tiles + place.tile) * kOwn * kTile +
-                                           place.own * kTile)[place.pair];
+  template <int kSplit>
+  __device__ float2 part_of(int here, Place const& place, int source, int tiles) {
+    return reinterpret_cast<float2 const*>(
+        shared.parts[here] + ((source * tiles + place.tile) * kImages * kOwn<kSplit> + place.own) * kTile)[place.pair];
   }
 
-  template <int kParts>
-  __device__ float2 total_of(Place place, int tiles) {
+  template <int kSplit, int kParts>
+  __device__ float2 total_of(int here, Place const& place, int tiles) {
     float2 sum = {0.f, 0.f};
-    if (!place.exists) return sum;
 #pragma unroll
-    for (int source = 0; source < kCluster * kParts; ++source) {
-      float2 x = part_of(place, source, tiles);
+    for (int source = 0; source < kSplit * kParts; ++source) {
+      float2 x = part_of<kSplit>(here, place, source, tiles);
       sum.x += x.x, sum.y += x.y;
     }
     return sum;
   }
 
-  // ---- LayerNorm ----
+  // ---- sub-layers ----
 
-  // Mean and 1 / deviation of one of the block's rows, from what its cluster's blocks sent of it.
-  __device__ float2 norm_of(int own) {
+  // Mean and 1 / deviation of one of the block's rows, from what was sent of it.
+  __device__ float2 norm_of(int here, int own) {
+    float2 slices[kWide];
     float mean = 0.f, squares = 0.f;
 #pragma unroll
-    for (int i = 0; i < kCluster; ++i) mean += shared.moments[i][own].x;
-    mean *= 1.f / kCluster;
+    for (int i = 0; i < kWide; ++i) slices[i] = shared.moments[here][i][own], mean += slices[i].x;
+    mean *= 1.f / kWide;
 #pragma unroll
-    for (int i = 0; i < kCluster; ++i) {
-      float2 x = shared.moments[i][own];
-      squares += x.y + kSlice * (x.x - mean) * (x.x - mean);
+    for (int i = 0; i < kWide; ++i) {
+      float away = slices[i].x - mean;
+      squares += slices[i].y + kHidden / kWide * away * away;
     }
     return {mean, rsqrtf(squares * (1.f / kHidden) + p.eps)};
   }
 
-  // The product of rows before their LayerNorm, and the cluster knows their means and deviations.
-  __device__ void multiply_normalized(Rows const& rows, int chunk, int own) {
-    uint4 pieces[Share<1>::kAtOnce];
-    stage_rows<1>(rows.sums, chunk, pieces);
-    multiply<1>(own);
-    send_moments(pieces);
-    meet();
-  }
-
-  // What a product with LayerNorm adds to its sums, of two columns.
-  struct Folded {
-    float2 sums, bias;
-  };
-
-  // finish(place, two columns) of LayerNorm(rows) weight^T + bias, with all parts sent.
-  template <int kTurns, class Finish>
-  __device__ void finish_normalized(Folded const (&folded)[kTurns], int chunk, int tiles, Finish finish) {
-    static_assert(kThreads / 4 % kOwn == 0);  // so a thread's row is the same in all turns
-    int own = thread / 4 % kOwn;
-    float2 norm = norm_of(own);
-    if (thread == 4 * own) shared.norms[chunk][own] = norm;
+  // finish(place, two columns) of LayerNorm(rows) weight^T + bias.
+  template <class Finish>
+  __device__ void linear_of_norm(int chunk, int own, Finish finish) {
+    constexpr int kSlices = kHidden / kWide / kSlice, kAll = kImages * kOwn<kWide>;
+    expect_parts(kWide * kAll * (own * kTile * int(sizeof(float)) + int(sizeof(float2))));
+    uint4 pieces[kImages * kSlices];
+    stage_rows<kSlices, kWide>(chunk, pieces);
+    multiply<kSlices, kWide>(own);
+    send_moments<kSlices>(pieces);
+    int here = wait_for_parts();
+    static_assert(kThreads / 4 % kAll == 0);  // so a thread's row is the same in all turns
+    int row = thread / 4 % kAll;
+    float2 norm = norm_of(here, row);
+    if (thread == 4 * row) shared.norms[chunk][row] = norm;
+    if (own == 0) return;
+    char const* vectors = slot_of(0);
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      Place place = place_of(turn, tiles);
-      float2 x = total_of<1>(place, tiles);
-      x.x = (x.x - norm.x * folded[turn].sums.x) * norm.y + folded[turn].bias.x;
-      x.y = (x.y - norm.x * folded[turn].sums.y) * norm.y + folded[turn].bias.y;
+    for (int turn = 0; turn < kImages; ++turn) {
+      Place place = place_of<kWide>(turn, own);
+      float2 x = total_of<kWide, 1>(here, place, own);
+      float2 sums = vector_at(vectors, 0, place.column()), bias = vector_at(vectors, 1, place.column());
+      x.x = (x.x - norm.x * sums.x) * norm.y + bias.x;
+      x.y = (x.y - norm.x * sums.y) * norm.y + bias.y;
       finish(place, x);
     }
   }
 
-  // Of ``columns``, those that the thread finishes; ``column(place)`` says which.
-  template <int kTurns, class Column>
-  __device__ void load_folded(Folded (&folded)[kTurns], int columns, int tiles, Column column) {
-    float const* sums = take(columns);
-    float const* bias = take(columns);
-#pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      int at = column(place_of(turn, tiles));
-      folded[turn] = {load_pair(sums + at), load_pair(bias + at)};
-    }
-  }
-
-  // ---- feed-forward, and what follows attention ----
-
-  // activation = GELU(LayerNorm(rows) weight^T + bias).
-  __device__ void linear_and_gelu(Rows const& rows) {
-    int own = own_tiles(4 * kTiles), first = first_tile(4 * kTiles) * kTile;
-    Folded folded[kImages];
-    load_folded(folded, kIntermediate, own, [&](Place place) { return first + place.column(); });
+  // A sub-layer up to what its residual is added to: attention of the rows to each other, or to the images as the
+  // ``looking``-th does, or GELU(LayerNorm(rows) weight^T + bias). ``given``: the queries are, and are all images'.
+  __device__ void first_of_sub_layer(Kind kind, int looking, bool given) {
+    Tiles tiles = wide;
+    if (kind != kFeedForward) tiles = of_group<kWide>({0, attends ? (kind == kSelfAttention ? 3 : 1) * kHeadTiles : 0});
+    int width = kind == kFeedForward ? kIntermediate : kHidden;
+#pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      multiply_normalized(rows, chunk, own);
-      if (chunk + 1 == chunks) leave_slots(own);
-      finish_normalized(folded, chunk, own, [&](Place place, float2 x) {
-        if (place.exists)
-          send(kActivation, row_of(chunk, place), first + place.column(),
-               pack<Element>(gelu<Element>(x.x), gelu<Element>(x.y)));
-      });
-      arrive_after_reading();
-    }
-    ++phase;
-  }
-
-  // The other sums = what was handed on weight^T + bias + rows; returns LayerNorm of them.
-  template <int kSlices>
-  __device__ Rows linear_and_residual(Handed handed, Rows const& rows) {
-    int own = own_tiles(kTiles), first = first_tile(kTiles) * kTile;
-    Place place = place_of(0, own);
-    int column = first + place.column();
-    Handed written = rows.sums == kSums ? kOtherSums : kSums;
-    float2 bias = load_pair(take(kHidden) + column), norm_weight, norm_bias;
-    if (rows.norm != nullptr) norm_weight = load_pair(rows.norm + column), norm_bias = load_pair(rows.norm + kHidden + column);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      int row = row_of(chunk, place);
-      // a packet that this thread wrote
-      uint32_t pair = rows.norm != nullptr
-                          ? load_relaxed(&packet_at(rows.sums, row, column)->x)
-                          : __ldg(static_cast<unsigned const*>(p.rows) + (row % kQueries * kHidden + column) / 2);
-      uint4 pieces[Share<kSlices>::kAtOnce];
-      stage_rows<kSlices>(handed, chunk, pieces);
-      multiply<kSlices>(own);
-      meet();
-      if (chunk + 1 == chunks) leave_slots(own * kSlices);
-      float2 x = total_of<kSlices == 1 ? 1 : 2>(place, own), residual = unpack<Element>(pair);
-      if (rows.norm != nullptr) {
-        float2 norm = shared.norms[chunk][place.own];
-        residual.x = (residual.x - norm.x) * norm.y * norm_weight.x + norm_bias.x;
-        residual.y = (residual.y - norm.x) * norm.y * norm_weight.y + norm_bias.y;
+      if (kind == kCrossAttention && attends) stage_tokens(chunk, looking, first_token());
+      if (given && kind == kCrossAttention) {
+        if (!attends) continue;
+        stage_given_queries();
+      } else {
+        if (attends && kind != kFeedForward) expect_gathered(tiles.count * kGroups<kWide> * kTile);
+        linear_of_norm(chunk, tiles.count, [&](Place const& place, float2 x) {
+          if (kind == kFeedForward) {
+            if (place.exists)
+              store_word(word_at<kWide>(chunk, place, kIntermediate, tiles.first * kTile + place.column()),
+                         pack<Element>(gelu<Element>(x.x), gelu<Element>(x.y)));
+          } else {
+            send_to_all(tiles.first + place.tile, place, pack<Element>(x.x, x.y));
+          }
+        });
+        if (attends && kind != kFeedForward) wait_for_gathered();
       }
-      if (place.exists)
-        send(written, row, column, pack<Element>(x.x + bias.x + residual.x, x.y + bias.y + residual.y));
-      arrive_after_reading();
+      if (!attends || kind == kFeedForward) continue;
+      if (kind == kSelfAttention) {
+        if (warp < kImages * kHeadTiles) attend_to_rows(chunk, warp / kHeadTiles, warp % kHeadTiles);
+      } else {
+        expect_parts(kCluster * kReaders * kImages * kOwn<kNarrow> *
+                     (kHeadColumns * int(sizeof(float)) + kHeadColumns / kHeaddim * int(sizeof(float2))));
+        attend_to_tokens(chunk, looking);
+        finish_attention(chunk, wait_for_parts());
+      }
     }
-    ++phase;
-    return {written, take(2 * kHidden)};
+    if (!(given && kind == kCrossAttention) && tiles.count > 0) leave_slots(1 + tiles.count * (kHidden / kWide / kSlice));
+    next_phase(width);
+  }
+
+  // The rows that layer 0 adds to: what their LayerNorm would be is given.
+  __device__ void start_with_rows() {
+    constexpr int kAll = kImages * kOwn<kNarrow>;
+    Place place = place_of<kNarrow>(0, narrow.count);
+    int column = narrow.first * kTile + place.column();
+    uint32_t word = __ldg(static_cast<uint32_t const*>(p.rows) + (row_of<kNarrow>(place) * kHidden + column) / 2);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      if (thread < kMostNarrow * kAll * 4) shared.residual[chunk][thread] = word;
+      if (thread < kImages * kOwn<kWide>) shared.norms[chunk][thread] = {0.f, 1.f};
+    }
+  }
+
+  // The rest of a sub-layer: what was written weight^T + bias + LayerNorm of the rows before, which begin it.
+  template <int kSlices>
+  __device__ void linear_and_residual() {
+    constexpr int kParts = kSlices == 4 ? 2 : 1;
+    static_assert(kMostNarrow * kImages * kOwn<kNarrow> * 4 <= kThreads);
+    int own = narrow.count;
+    Place place = place_of<kNarrow>(0, own);
+    // of the block's rows in the product before, which has eight
+    int row = place.own / kOwn<kNarrow> * kOwn<kWide> + rank % kGroups<kWide> * kOwn<kNarrow> + place.own % kOwn<kNarrow>;
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      expect_parts(kNarrow * kParts * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
+      uint4 pieces[kSlices == 4 ? kSlices : kImages * kSlices];
+      stage_rows<kSlices, kNarrow>(chunk, pieces);
+      multiply<kSlices, kNarrow>(own);
+      int here = wait_for_parts();
+      if (place.exists) {
+        char const* vectors = slot_of(0);
+        float2 x = total_of<kNarrow, kParts>(here, place, own), bias = vector_at(vectors, 0, place.column());
+        float2 norm_weight = vector_at(vectors, 1, place.column()), norm_bias = vector_at(vectors, 2, place.column());
+        float2 residual = unpack<Element>(shared.residual[chunk][thread]), norm = shared.norms[chunk][row];
+        x.x += bias.x + (residual.x - norm.x) * norm.y * norm_weight.x + norm_bias.x;
+        x.y += bias.y + (residual.y - norm.x) * norm.y * norm_weight.y + norm_bias.y;
+        uint32_t word = shared.residual[chunk][thread] = pack<Element>(x.x, x.y);
+        store_word(word_at<kNarrow>(chunk, place, kHidden, narrow.first * kTile + place.column()), word);
+      }
+    }
+    leave_slots(1 + own * kSlices);
+    next_phase(kHidden);
   }
 
   // ---- attention ----
 
+  __device__ static float scale() { return rsqrtf(float(kHeaddim)) * 1.44269504f; }
+
+  __device__ Element* queries_of(int image) {
+    return reinterpret_cast<Element*>(shared.queries) + image * kQueries * kHeadStride;
+  }
+  __device__ Element* keys_of(int image) { return reinterpret_cast<Element*>(shared.keys) + image * kTokens * kHeadStride; }
+  __device__ Element* values_of(int image) {
+    return reinterpret_cast<Element*>(shared.values) + image * kTokens * kHeadStride;
+  }
+
   // scores become exp2((scores - highest) * scale), of which the rows' sums are added to total.
   template <int kColumns>
-  __device__ static void exponentiate(float (&scores)[kColumns][4], int half, float highest, float scale, float& total) {
+  __device__ static void exponentiate(float (&scores)[kColumns][4], int half, float highest, float& total) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& score = scores[n][half * 2 + i];
-        score = exp2_approx((score - highest) * scale);
+        score = exp2_approx((score - highest) * scale());
         total += score;
       }
   }
 
-  // out += what 16 of ``weights``' columns, of tiles n and n + 1, weigh of the rows of ``values``.
-  template <int kColumns>
-  __device__ void weigh(float (&out)[kHeaddim / 8][4], float const (&weights)[kColumns][4], int n, Element const* values) {
-    uint32_t a[4] = {pack<Element>(weights[n][0], weights[n][1]), pack<Element>(weights[n][2], weights[n][3]),
-                     pack<Element>(weights[n + 1][0], weights[n + 1][1]),
-                     pack<Element>(weights[n + 1][2], weights[n + 1][3])};
-#pragma unroll
-    for (int tile = 0; tile < kHeaddim / 8; tile += 2) {
-      uint32_t b[4];
-      ldmatrix_transposed(b, values + lane % 16 * kGroupStride + tile * 8 + lane / 16 * 8);
-      mma<Element>(out[tile], a, b[0], b[1]);
-      mma<Element>(out[tile + 1], a, b[2], b[3]);
-    }
-  }
-
-  // scores += 16 rows of q times kColumns * 8 rows of k.
+  // scores += sixteen rows of queries, of which the lane loads the one at ``q``, times kColumns * 8 rows of k.
   template <int kColumns>
   __device__ void score(float (&scores)[kColumns][4], Element const* q, Element const* k) {
+    Element const* keys = k + (lane % 8 + lane / 16 * 8) * kHeadStride + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int step = 0; step < kHeaddim / 16; ++step) {
+    for (int step = 0; step < kHeaddim; step += 16) {
       uint32_t a[4];
-      ldmatrix(a, q + lane % 16 * kGroupStride + step * 16 + lane / 16 * 8);
+      ldmatrix(a, q + step + lane / 16 * 8);
 #pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        Element const* b = k + (n * 8 + lane / 4) * kGroupStride + step * 16 + lane % 4 * 2;
-        mma<Element>(scores[n], a, *reinterpret_cast<uint32_t const*>(b), *reinterpret_cast<uint32_t const*>(b + 8));
+      for (int n = 0; n < kColumns; n += 2) {
+        uint32_t b[4];
+        ldmatrix(b, keys + n * 8 * kHeadStride + step);
+        mma<Element>(scores[n], a, b[0], b[1]);
+        mma<Element>(scores[n + 1], a, b[2], b[3]);
       }
     }
   }
 
-  __device__ static float scale() { return rsqrtf(float(kHeaddim)) * 1.44269504f; }
-
-  __device__ Element* queries_of(int image) {
-    return reinterpret_cast<Element*>(shared.queries) + image * kQueries * kGroupStride;
-  }
-  __device__ Element* keys_of(int image) { return reinterpret_cast<Element*>(shared.keys) + image * kTokens * kGroupStride; }
-  __device__ Element* values_of(int image) {
-    return reinterpret_cast<Element*>(shared.values) + image * kTokens * kGroupStride;
+  // The weights of 16 columns as the left side of a product.
+  __device__ static void weights_of(uint32_t (&a)[4], float const (&first)[4], float const (&second)[4]) {
+    a[0] = pack<Element>(first[0], first[1]), a[1] = pack<Element>(first[2], first[3]);
+    a[2] = pack<Element>(second[0], second[1]), a[3] = pack<Element>(second[2], second[3]);
   }
 
-  // Eight columns of one of the block's rows, a pair a lane, to that row of every block's ``to``, an image's ``stride``
-  // after another's.
-  __device__ void send_to_all(char* to, int stride, Place place, uint32_t pair) {
+  // A tile of the cluster's queries, keys and values (or queries alone), a pair of columns a lane, to all blocks.
+  __device__ void send_to_all(int tile, Place const& place, uint32_t pair) {
     uint4 columns = of_four_lanes(pair, lane);
-    int row = place.own / kOwnQueries * stride + rank * kOwnQueries + place.own % kOwnQueries;
-    Element* at = reinterpret_cast<Element*>(to) + row * kGroupStride + place.tile % kGroupTiles * kTile;
-    if (place.exists)
+    if (!place.exists) return;
+    int image = place.own / kOwn<kWide>;
+    Element* to = tile < kHeadTiles ? queries_of(image) : tile < 2 * kHeadTiles ? keys_of(image) : values_of(image);
+    to += row_of<kWide>(place) * kHeadStride + tile % kHeadTiles * kTile;
 #pragma unroll
-      for (int i = 0; i < kCluster; i += 4) store_to_rank(reinterpret_cast<uint4*>(at), i + lane % 4, columns);
+    for (int i = 0; i < kCluster; i += 4) send_to_rank(reinterpret_cast<uint4*>(to), &shared.gathered, i + lane % 4, columns);
   }
 
-  // context = attention of the rows to each other: a group of heads a cluster, a block's rows of queries.
-  __device__ void self_attention(Rows const& rows) {
-    int own = attends ? 3 * kGroupTiles : 0;
-    Folded folded[kImages];
-    load_folded(folded, 3 * kHidden, own, [&](Place place) {
-      return attends ? place.tile / kGroupTiles * kHidden + cluster * kGroup + place.column() % kGroup : 0;
-    });
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      multiply_normalized(rows, chunk, own);
-      if (chunk + 1 == chunks) leave_slots(own);
-      finish_normalized(folded, chunk, own, [&](Place place, float2 x) {
-        uint32_t pair = pack<Element>(x.x, x.y);
-        if (place.tile < kGroupTiles) {
-          Element* to = queries_of(place.own / kOwnQueries) + place.own % kOwnQueries * kGroupStride + place.column();
-          if (place.exists) *reinterpret_cast<uint32_t*>(to) = pair;
-        } else {
-          send_to_all(place.tile < 2 * kGroupTiles ? shared.keys : shared.values, kTokens, place, pair);
-        }
-      });
-      if (attends) {
-        meet();
-        if (warp < kImages * kHeads) attend_to_rows(chunk, warp / kHeads, warp % kHeads);
-      }
-      arrive_after_reading();
-    }
-    ++phase;
-  }
-
-  // A warp's: the block's queries of an image's head.
-  __device__ void attend_to_rows(int chunk, int image, int head) {
-    static_assert(kOwnQueries <= 8);
+  // A warp's: of the block's queries of an image eight columns of their attention to each other.
+  __device__ void attend_to_rows(int chunk, int image, int tile) {
+    constexpr int kOwnRows = kOwn<kNarrow>;
+    int head = tile / (kHeaddim / kTile) * kHeaddim;
     float scores[4][4] = {};
-    score(scores, queries_of(image) + head * kHeaddim, keys_of(image) + head * kHeaddim);
+    score(scores, queries_of(image) + (rank * kOwnRows + lane % kOwnRows) * kHeadStride + head, keys_of(image) + head);
     float highest = -INFINITY, total = 0.f;
 #pragma unroll
     for (int n = 0; n < 4; ++n) highest = fmaxf(highest, fmaxf(scores[n][0], scores[n][1]));
-    exponentiate(scores, 0, highest_of_lanes<1, 4>(highest), scale(), total);
-    total = sum_of_lanes<1, 4>(total);
+    exponentiate(scores, 0, highest_of_lanes<1, 4>(highest), total);
+    float inverse = reciprocal(sum_of_lanes<1, 4>(total));
 #pragma unroll
-    for (int n = 0; n < 4; ++n) scores[n][2] = scores[n][3] = 0.f;  // of rows that are none
-    float out[kHeaddim / 8][4] = {};
-#pragma unroll
-    for (int n = 0; n < 4; n += 2) weigh(out, scores, n, values_of(image) + n * 8 * kGroupStride + head * kHeaddim);
-    if (lane / 4 < kOwnQueries) {
-      int row = chunk * kRows + image * kQueries + rank * kOwnQueries + lane / 4;
-#pragma unroll
-      for (int tile = 0; tile < kHeaddim / 8; ++tile)
-        send(kContext, row, cluster * kGroup + head * kHeaddim + tile * 8 + lane % 4 * 2,
-             pack<Element>(out[tile][0] / total, out[tile][1] / total));
+    for (int n = 0; n < 4; ++n) scores[n][2] = scores[n][3] = 0.f;  // of rows that are others again
+    float out[4] = {};
+    uint32_t a[4], b[4];
+    ldmatrix_transposed(b, values_of(image) + lane * kHeadStride + tile * kTile);
+    weights_of(a, scores[0], scores[1]);
+    mma<Element>(out, a, b[0], b[1]);
+    weights_of(a, scores[2], scores[3]);
+    mma<Element>(out, a, b[2], b[3]);
+    if (lane / 4 < kOwnRows) {
+      int row = chunk * kRows + image * kQueries + rank * kOwnRows + lane / 4;
+      int column = cluster * kHeadColumns + tile * kTile + lane % 4 * 2;
+      store_word(written + (row * kHidden + column) / 2, pack<Element>(out[0] * inverse, out[1] * inverse));
     }
   }
 
   // Queries of layer 0 to every image's, which ask the same.
   __device__ void stage_given_queries() {
-    constexpr int kPieces = kGroup / 8;
-    for (int i = thread; i < kRows * kPieces; i += kThreads) {
-      int row = i / kPieces, column = i % kPieces * 8;
-      *reinterpret_cast<uint4*>(queries_of(0) + row * kGroupStride + column) = __ldg(reinterpret_cast<uint4 const*>(
-          static_cast<Element const*>(p.queries) + row % kQueries * kHidden + cluster * kGroup + column));
+    constexpr int kOfRow = kHeadColumns / 8;
+    for (int i = thread; i < kRows * kOfRow; i += kThreads) {
+      int row = i / kOfRow, column = i % kOfRow * 8;
+      *reinterpret_cast<uint4*>(queries_of(0) + row * kHeadStride + column) = __ldg(reinterpret_cast<uint4 const*>(
+          static_cast<Element const*>(p.queries) + row % kQueries * kHidden + cluster * kHeadColumns + column));
     }
   }
 
-  // An image's keys and values from ``first`` on, up to ``end``, on their way; filled up with zeros to sixteen.
-  __device__ void stage_tokens(int chunk, int layer, int first, int end) {
-    constexpr int kPieces = kGroup / 8;
-    int count = min(kTokens, end - first), filled = (count + 15) / 16 * 16;
-    int64_t width = int64_t(cross_layers()) * 2 * kHidden;
-    for (int i = thread; i < kImages * 2 * filled * kPieces; i += kThreads) {
-      int token = i / (2 * kPieces) % filled, image = i / (2 * kPieces) / filled, column = i % kPieces * 8;
-      bool is_value = i / kPieces % 2;
-      Element* to = (is_value ? values_of(image) : keys_of(image)) + token * kGroupStride + column;
+  // The block's tokens of every image.
+  __device__ int tokens_of_block() { return (p.tokens + kCluster - 1) / kCluster; }
+  __device__ int first_token() { return min(rank * tokens_of_block(), p.tokens); }
+  __device__ int end_token() { return min(first_token() + tokens_of_block(), p.tokens); }
+
+  // An image's keys and values from ``first`` on, on their way; filled up with zeros to sixteen.
+  __device__ void stage_tokens(int chunk, int looking, int first) {
+    constexpr int kOfRow = kHeadColumns / 8;
+    int count = min(kTokens, end_token() - first), filled = (count + 15) / 16 * 16;
+    for (int i = thread; i < kImages * 2 * filled * kOfRow; i += kThreads) {
+      int token = i / (2 * kOfRow) % filled, image = i / (2 * kOfRow) / filled, column = i % kOfRow * 8;
+      bool is_value = i / kOfRow % 2;
+      Element* to = (is_value ? values_of(image) : keys_of(image)) + token * kHeadStride + column;
       int64_t row = int64_t(min(chunk * kImages + image, p.images - 1)) * p.tokens + first + token;
       if (token < count)
-        copy_async(to, static_cast<Element const*>(p.keys_values) + row * width + (layer * 2 + is_value) * kHidden +
-                           cluster * kGroup + column);
+        copy_async(to, static_cast<Element const*>(p.keys_values) + row * p.width + (looking * 2 + is_value) * kHidden +
+                           cluster * kHeadColumns + column);
       else
         *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
     }
     commit_copies();
   }
 
-  // context = attention of the rows to the images: a group of heads a cluster, a block's tokens of each image, of which
-  // two warps have every second sixteen. ``layer`` counts those that look at the image.
-  __device__ void cross_attention(Rows const& rows, int layer) {
-    int own = attends ? kGroupTiles : 0;
-    bool given = rows.norm == nullptr;
-    Folded folded[1] = {};
-    if (!given)
-      load_folded(folded, kHidden, own, [&](Place place) { return attends ? cluster * kGroup + place.column() : 0; });
-    int of_block = (p.tokens + kCluster - 1) / kCluster;
-    int begin = min(rank * of_block, p.tokens), end = min(begin + of_block, p.tokens);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      if (attends) stage_tokens(chunk, layer, begin, end);
-      if (given) {
-        if (!attends) continue;
-        stage_given_queries();
-        wait_for_cluster();
-      } else {
-        multiply_normalized(rows, chunk, own);
-        if (chunk + 1 == chunks) leave_slots(own);
-        finish_normalized(folded, chunk, own, [&](Place place, float2 x) {
-          send_to_all(shared.queries, kQueries, place, pack<Element>(x.x, x.y));
-        });
-        if (attends) meet();
-      }
-      if (attends) {
-        attend_to_tokens(chunk, layer, begin, end);
-        meet();
-        finish_attention(chunk);
-      }
-      arrive_after_reading();
-    }
-    ++phase;
-  }
-
-  __device__ void attend_to_tokens(int chunk, int layer, int begin, int end) {
-    int reader = warp % kReaders, m = warp / kReaders % 2, head = warp / (2 * kReaders) % kHeads;
-    int image = warp / (2 * kReaders) / kHeads;
-    static_assert(2 * kReaders * kHeads * kImages <= kWarps);
+  // The queries' attention to the block's tokens, sent to those who finish the rows. Of an image's sixteen queries two
+  // warps have 32 columns each of every second sixteen tokens.
+  __device__ void attend_to_tokens(int chunk, int looking) {
+    constexpr int kColumns = kHeadColumns / 2;
+    int reader = warp % kReaders, m = warp / kReaders % 2, column = warp / (2 * kReaders) % 2 * kColumns;
+    int image = warp / (4 * kReaders), head = column / kHeaddim * kHeaddim;
+    static_assert(4 * kReaders * kImages <= kWarps);
     bool takes_part = image < kImages;
     if (!takes_part) image = 0;
-    Element const* q = queries_of(image) + m * 16 * kGroupStride + head * kHeaddim;
-    float out[kHeaddim / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
-    for (int first = begin; first < end; first += kTokens) {
-      int count = min(kTokens, end - first);
-      if (first > begin) {
+    Element const* q = queries_of(image) + (m * 16 + lane % 16) * kHeadStride + head;
+    float out[kColumns / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    for (int first = first_token(); first < end_token(); first += kTokens) {
+      int count = min(kTokens, end_token() - first);
+      if (first > first_token()) {
         __syncthreads();
-        stage_tokens(chunk, layer, first, end);
+        stage_tokens(chunk, looking, first);
       }
       wait_for_copies();
       __syncthreads();
       for (int token = reader * 16; takes_part && token < count; token += kReaders * 16) {
         float scores[2][4] = {};
-        score(scores, q, keys_of(image) + token * kGroupStride + head * kHeaddim);
+        score(scores, q, keys_of(image) + token * kHeadStride + head);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float higher = highest[half];
@@ -754,82 +743,93 @@ struct Encoder {
           highest[half] = higher;
           total[half] *= shrink;
 #pragma unroll
-          for (int tile = 0; tile < kHeaddim / 8; ++tile) out[tile][half * 2] *= shrink, out[tile][half * 2 + 1] *= shrink;
-          exponentiate(scores, half, higher, scale(), total[half]);
+          for (int tile = 0; tile < kColumns / 8; ++tile) out[tile][half * 2] *= shrink, out[tile][half * 2 + 1] *= shrink;
+          exponentiate(scores, half, higher, total[half]);
         }
-        weigh(out, scores, 0, values_of(image) + token * kGroupStride + head * kHeaddim);
+        uint32_t a[4], b[4];
+        weights_of(a, scores[0], scores[1]);
+#pragma unroll
+        for (int tile = 0; tile < kColumns / 8; tile += 2) {
+          ldmatrix_transposed(b, values_of(image) + (token + lane % 16) * kHeadStride + column + tile * 8 + lane / 16 * 8);
+          mma<Element>(out[tile], a, b[0], b[1]);
+          mma<Element>(out[tile + 1], a, b[2], b[3]);
+        }
       }
     }
     if (!takes_part) return;
     int source = rank * kReaders + reader;
 #pragma unroll
-    for (int tile = 0; tile < kHeaddim / 8; ++tile)
-      send_part(out[tile], image * 2 + m, source, kGroupTiles, head * (kHeaddim / 8) + tile);
+    for (int tile = 0; tile < kColumns / 8; ++tile)
+      send_part<kNarrow>(out[tile], image * 2 + m, source, kHeadTiles, column / 8 + tile);
+    if (column > head) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = sum_of_lanes<1, 4>(total[half]);
-      int row = m * 16 + half * 8 + lane / 4;
+      int row = m * 16 + half * 8 + lane / 4, own = image * kOwn<kNarrow> + row % kOwn<kNarrow>;
       if (lane % 4 == 0)
-        store_to_rank(&shared.tops[source][head][image * kOwnQueries + row % kOwnQueries], row / kOwnQueries,
-                      make_float2(highest[half], sum));
+        send_to_rank(&shared.tops[buffer()][source][head / kHeaddim][own], &shared.arrived[buffer()],
+                     row / kOwn<kNarrow>, make_float2(highest[half], sum));
     }
   }
 
-  __device__ void finish_attention(int chunk) {
+  __device__ void finish_attention(int chunk, int here) {
     constexpr int kSources = kCluster * kReaders;
-    Place place = place_of(0, kGroupTiles);
+    Place place = place_of<kNarrow>(0, kHeadTiles);
     if (!place.exists) return;
-    int head = place.tile / (kHeaddim / 8);
+    auto const& tops = shared.tops[here];
+    int head = place.tile / (kHeaddim / kTile);
     float highest = -INFINITY, total = 0.f;
 #pragma unroll
-    for (int i = 0; i < kSources; ++i) highest = fmaxf(highest, shared.tops[i][head][place.own].x);
+    for (int i = 0; i < kSources; ++i) highest = fmaxf(highest, tops[i][head][place.own].x);
     float2 sum = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < kSources; ++i) {
-      float2 top = shared.tops[i][head][place.own], x = part_of(place, i, kGroupTiles);
+      float2 top = tops[i][head][place.own], x = part_of<kNarrow>(here, place, i, kHeadTiles);
       float weight = exp2_approx((top.x - highest) * scale());
       total += weight * top.y, sum.x += weight * x.x, sum.y += weight * x.y;
     }
-    send(kContext, row_of(chunk, place), cluster * kGroup + place.column(),
-         pack<Element>(sum.x / total, sum.y / total));
-  }
-
-  __device__ int cross_layers() {
-    int count = 0;
-    for (int layer = 0; layer < p.layers; ++layer) count += p.cross_layers >> layer & 1;
-    return count;
+    float inverse = reciprocal(total);
+    store_word(word_at<kNarrow>(chunk, place, kHidden, cluster * kHeadColumns + place.column()),
+               pack<Element>(sum.x * inverse, sum.y * inverse));
   }
 
   // LayerNorm of the last rows, a row a warp.
-  __device__ void write(Rows const& rows) {
-    constexpr int kPieces = kHidden / 4 / 32;
+  __device__ void write() {
+    constexpr int kOfLane = kHidden / 8 / 32;
     for (int row = blockIdx.x + gridDim.x * warp; row < p.images * kQueries; row += gridDim.x * kWarps) {
-      auto column_of = [&](int i) { return (i * 32 + lane) * 4; };
-      uint4 found[kPieces];
-      receive(found, [&](int i) { return packet_at(rows.sums, row, column_of(i)); });
-      float mean = 0.f, squares = 0.f;
+      auto column_of = [&](int i) { return (i * 32 + lane) * 8; };
+      uint4 found[kOfLane];
+      receive(found, [&](int i) { return read + (row * kHidden + column_of(i)) / 2; });
+      float x[kOfLane][8], mean = 0.f, squares = 0.f;
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        float2 a = unpack<Element>(found[i].x), b = unpack<Element>(found[i].z);
-        mean += a.x + a.y + b.x + b.y;
+      for (int i = 0; i < kOfLane; ++i) {
+        uint32_t words[4] = {found[i].x, found[i].y, found[i].z, found[i].w};
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+          float2 pair = unpack<Element>(words[j / 2]);
+          x[i][j] = pair.x, x[i][j + 1] = pair.y;
+          mean += pair.x + pair.y;
+        }
       }
       mean = sum_of_lanes<1, 32>(mean) * (1.f / kHidden);
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        float2 a = unpack<Element>(found[i].x), b = unpack<Element>(found[i].z);
-        squares += (a.x - mean) * (a.x - mean) + (a.y - mean) * (a.y - mean) + (b.x - mean) * (b.x - mean) +
-                   (b.y - mean) * (b.y - mean);
-      }
+      for (int i = 0; i < kOfLane; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) squares += (x[i][j] - mean) * (x[i][j] - mean);
       float rstd = rsqrtf(sum_of_lanes<1, 32>(squares) * (1.f / kHidden) + p.eps);
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        float2 a = unpack<Element>(found[i].x), b = unpack<Element>(found[i].z);
-        float4 weight = __ldg(reinterpret_cast<float4 const*>(rows.norm + column_of(i)));
-        float4 bias = __ldg(reinterpret_cast<float4 const*>(rows.norm + kHidden + column_of(i)));
-        uint2 normalized = {
-            pack<Element>((a.x - mean) * rstd * weight.x + bias.x, (a.y - mean) * rstd * weight.y + bias.y),
-            pack<Element>((b.x - mean) * rstd * weight.z + bias.z, (b.y - mean) * rstd * weight.w + bias.w)};
-        *reinterpret_cast<uint2*>(static_cast<Element*>(p.out) + int64_t(row) * kHidden + column_of(i)) = normalized;
+      for (int i = 0; i < kOfLane; ++i) {
+        float const* norm = p.norm + column_of(i);
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+          float2 weight = __ldg(reinterpret_cast<float2 const*>(norm + j));
+          float2 bias = __ldg(reinterpret_cast<float2 const*>(norm + kHidden + j));
+          words[j / 2] = pack<Element>((x[i][j] - mean) * rstd * weight.x + bias.x,
+                                       (x[i][j + 1] - mean) * rstd * weight.y + bias.y);
+        }
+        *reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + int64_t(row) * kHidden + column_of(i)) =
+            uint4{words[0], words[1], words[2], words[3]};
       }
     }
   }

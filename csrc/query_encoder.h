@@ -17,16 +17,17 @@ struct QueryEncoderArguments {
   int ring;                 // pages of slots in a block's shared memory; query_encoder() sets it
   void const* weights;      // all blocks' slots and a page more, see query_encoder.cuh
   int const* first_slots;   // (blocks + 1,) where each block's begin
-  float const* vectors;     // columns' sums, biases and LayerNorms in the order of their use
-  int numbers;              // of them
+  float const* norm;        // (2, 768) weight and bias of the last LayerNorm
   void const* rows;         // (32, 768) after the first self-attention
   void const* queries;      // (32, 768) what the first cross-attention asks
   void const* keys_values;  // (images, tokens, layers with cross-attention, 2, 768)
-  void* workspace;          // query_encoder_workspace(images) bytes, aligned to 256, zero before their first use
+  int64_t width;            // of a token's keys and values
+  void* workspace;          // query_encoder_workspace() bytes, aligned to 16
   void* out;                // (images, 32, 768)
 };
 
-int64_t query_encoder_workspace(int images);
+// ``looking``: layers with cross-attention.
+int64_t query_encoder_workspace(int images, int layers, int looking);
 // How many clusters of eight blocks the current device holds at once; 0 where they are too few.
 int query_encoder_clusters(Dtype, int headdim);
 // Launches ``clusters`` of them on the current device; returns null or what went wrong.

@@ -110,7 +110,7 @@ def linear_gelu_bwd(
 def encode_queries(
     weights: Tensor,
     first_slots: Tensor,
-    vectors: Tensor,
+    norm: Tensor,
     rows: Tensor,
     queries: Tensor,
     keys_values: Tensor,
@@ -125,14 +125,13 @@ def encode_queries(
     """Writes to out the rows after all layers over queries alone, in one launch.
 
     weights (slots, 768) and first_slots (blocks + 1,) int32 as :func:`qformer_fast.models.one_launch.pack` gives them,
-    vectors (elements,) fp32 the columns' sums, biases and LayerNorms in the order of their use, rows and queries (32,
-    768), keys_values (images * tokens, layers with cross-attention * 2 * 768), workspace (bytes,) uint8, out (images *
+    norm (2, 768) fp32 the last LayerNorm's weight and bias, rows and queries (32, 768), keys_values (images * tokens, layers with cross-attention * 2 * 768), workspace (bytes,) uint8, out (images *
     32, 768). At most 8 images. Bit i of ``cross_layers``: layer i has cross-attention.
     """
     torch.ops.qformer_fast_cuda.encode_queries(
         weights,
         first_slots[None],
-        vectors[None],
+        norm,
         rows,
         queries,
         keys_values,
@@ -151,6 +150,6 @@ def encode_queries_clusters(rows: Tensor, headdim: int) -> int:
     return torch.ops.qformer_fast_cuda.encode_queries_clusters(rows, headdim)
 
 
-def encode_queries_workspace(rows: Tensor, images: int) -> int:
-    """Bytes that :func:`encode_queries` needs, zero before their first use."""
-    return torch.ops.qformer_fast_cuda.encode_queries_workspace(rows, images)
+def encode_queries_workspace(rows: Tensor, images: int, layers: int, looking: int) -> int:
+    """Bytes that :func:`encode_queries` needs, of as many layers and of those ``looking`` at the images."""
+    return torch.ops.qformer_fast_cuda.encode_queries_workspace(rows, images, layers, looking)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,25 @@ from qformer_fast.models.packing import EncoderWeights
 
 MAX_IMAGES = 8
 HIDDEN, INTERMEDIATE, QUERIES, HEADDIMS = 768, 3072, 32, (32, 64)
-# blocks of a cluster; columns and K of a slot, the piece of a weight that a warp reads at once; slots that are copied
-# at once; columns of a cluster that attends
-CLUSTER, TILE, SLICE, PAGE, GROUP = 8, 8, 96, 8, 64
+# blocks of a cluster; columns and K of a slot, the piece of a weight that a warp reads at once; numbers of each of a
+# product's three vectors, which have a slot together; slots that are copied at once; columns of a cluster that attends
+CLUSTER, TILE, SLICE, VECTOR, PAGE, GROUP = 8, 8, 96, 128, 4, 64
+# blocks that share K: of products behind LayerNorm, and of those with a residual
+WIDE, NARROW = 4, 8
+
+
+@dataclasses.dataclass
+class Product:
+    """A weight (outputs, inputs) and what its epilogue takes, (up to 3, outputs) fp32.
+
+    ``split`` blocks of a cluster share the inputs; where they are less than all, groups of blocks share the outputs.
+    Where it ``attends``, the first 12 clusters have 64 of every 768 outputs.
+    """
+
+    weight: Tensor
+    vectors: Tensor
+    split: int
+    attends: bool = False
 
 
 def why_not(config: QFormerConfig, queries: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -39,33 +57,65 @@ def why_not(config: QFormerConfig, queries: int, dtype: torch.dtype, device: tor
     return "; ".join(wrong) or None
 
 
-def pack(products: list[tuple[Tensor, bool]], clusters: int) -> tuple[Tensor, Tensor]:
-    """Weights (outputs, inputs) in the order in which the kernel's products need them, as slots (slots, 768) that each
-    block reads one after the other, and where each block's begin, (blocks + 1,) int32.
+def pack(products: list[Product], clusters: int) -> tuple[Tensor, Tensor]:
+    """Weights in the order in which the kernel's products need them, as slots (slots, 768) that each block reads one
+    after the other, and where each block's begin, (blocks + 1,) int32.
 
-    Of a weight's tiles of 8 outputs each cluster has outputs / 8 / clusters in a row; where its product ends in
-    attention, the first 12 clusters have 64 of every 768 outputs. A block of a cluster has an eighth of the inputs,
-    96 to a slot. A slot is fragments of mma.m16n8k16's B: column and pair of K a thread, its halves of K together.
-
-    Args:
-        products (list): of (weight, whether its product ends in attention).
+    Of a weight's tiles of 8 outputs each cluster has outputs / 8 / clusters in a row. A block's slots of a product are
+    one of its vectors, and for each of its tiles one for each 96 of its inputs: fragments of mma.m16n8k16's B, column
+    and pair of K a thread, its halves of K together.
     """
     slots, owners = [], []
-    for weight, attends in products:
-        tiles, slices = weight.shape[0] // TILE, weight.shape[1] // CLUSTER // SLICE
-        parts = weight.reshape(tiles, TILE, CLUSTER, slices, SLICE // 16, 2, 4, 2)
-        slots.append(parts.permute(2, 0, 3, 4, 1, 6, 5, 7).reshape(-1, TILE * SLICE))
-        tile = torch.arange(tiles)
-        # otherwise the cluster c whose tiles begin at c * tiles // clusters and end before (c + 1) * tiles // clusters
-        cluster = tile * TILE % HIDDEN // GROUP if attends else ((tile + 1) * clusters - 1) // tiles
-        blocks = cluster * CLUSTER + torch.arange(CLUSTER)[:, None]
-        owners.append(blocks.repeat_interleave(slices, 1).flatten())
+    for product in products:
+        for found, blocks in (_vector_slots(product, clusters), _weight_slots(product, clusters)):
+            slots.append(found)
+            owners.append(blocks)
     owner = torch.cat(owners)
     order = owner.argsort(stable=True).to(slots[0].device)
     counts = torch.bincount(owner, minlength=clusters * CLUSTER)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     # the last block's last page may end behind its slots
     return torch.cat([torch.cat(slots)[order], slots[0].new_zeros(PAGE, TILE * SLICE)]), starts.to(slots[0].device)
+
+
+def _owners(product: Product, clusters: int) -> Tensor:
+    """The first of the blocks that have a tile, (tiles,); those with other inputs follow CLUSTER / split apart."""
+    tile = torch.arange(product.weight.shape[0] // TILE)
+    # otherwise the cluster c whose tiles begin at c * tiles // clusters and end before (c + 1) * tiles // clusters
+    cluster = tile * TILE % HIDDEN // GROUP if product.attends else ((tile + 1) * clusters - 1) // len(tile)
+    order = cluster.argsort(stable=True)
+    counts = torch.bincount(cluster, minlength=clusters)
+    place = torch.empty_like(tile)
+    place[order] = tile - (counts.cumsum(0) - counts)[cluster[order]]
+    groups = CLUSTER // product.split
+    # the group g whose tiles begin at g * count // groups
+    return cluster * CLUSTER + ((place + 1) * groups - 1) // counts[cluster]
+
+
+def _weight_slots(product: Product, clusters: int) -> tuple[Tensor, Tensor]:
+    """(slots, 768) and whose they are, a block's in the order of its tiles."""
+    weight, split = product.weight, product.split
+    tiles, slices = weight.shape[0] // TILE, weight.shape[1] // split // SLICE
+    parts = weight.reshape(tiles, TILE, split, slices, SLICE // 16, 2, 4, 2)
+    slots = parts.permute(2, 0, 3, 4, 1, 6, 5, 7).reshape(-1, TILE * SLICE)
+    blocks = _owners(product, clusters) + torch.arange(split)[:, None] * (CLUSTER // split)
+    return slots, blocks.repeat_interleave(slices, 1).flatten()
+
+
+def _vector_slots(product: Product, clusters: int) -> tuple[Tensor, Tensor]:
+    """(slots, 768) of the weight's dtype that hold fp32, and whose they are: of each block that has tiles."""
+    owner, (count, outputs) = _owners(product, clusters), product.vectors.shape
+    order = owner.argsort(stable=True).to(product.vectors.device)
+    columns = product.vectors.view(count, -1, TILE)[:, order].flatten(1)
+    firsts, tiles = owner.unique(return_counts=True)
+    slots = columns.new_zeros(len(firsts), 3, VECTOR)
+    begin = 0
+    for slot, length in zip(slots, (tiles * TILE).tolist(), strict=True):
+        slot[:count, :length] = columns[:, begin : begin + length]
+        begin += length
+    found = slots.flatten(1).view(product.weight.dtype)
+    blocks = firsts + torch.arange(product.split)[:, None] * (CLUSTER // product.split)
+    return found.repeat(product.split, 1), blocks.flatten()
 
 
 def fold(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +140,7 @@ class OneLaunch:
         self.rows, self.queries = rows.contiguous(), queries.flatten(1).contiguous()
         self.headdim, self.eps, self.layers = config.headdim, config.layer_norm_eps, len(weights.layers)
         self.cross_layers = sum(1 << layer for layer in config.cross_attention_layers)
-        products, vectors, norm = [], [], None
+        products, norm = [], None
         for layer in weights.layers:
             for block in layer.self_attention, layer.cross_attention, layer.query_feed_forward:
                 if block is None:
@@ -98,15 +148,17 @@ class OneLaunch:
                 first, first_bias, second, second_bias, *next_norm = block.parameters
                 # self-attention of layer 0 and what its cross-attention asks come before the images
                 if norm is not None:
-                    folded, *vectors_of_first = fold(first.to(rows.dtype), first_bias, *norm)
-                    products.append((folded, block is not layer.query_feed_forward))
-                    vectors += vectors_of_first
+                    folded, *vectors = fold(first.to(rows.dtype), first_bias, *norm)
+                    attends = block is not layer.query_feed_forward
+                    products.append(Product(folded, torch.stack(vectors), WIDE, attends))
                 if block is not weights.layers[0].self_attention:
-                    products.append((second.to(rows.dtype), False))
-                    vectors += [second_bias, *next_norm]
+                    # of the rows given nothing is left to normalize
+                    weight, bias = norm or (torch.ones_like(second_bias), torch.zeros_like(second_bias))
+                    vectors = torch.stack([x.float() for x in (second_bias, weight, bias)])
+                    products.append(Product(second.to(rows.dtype), vectors, NARROW))
                     norm = next_norm
         self.weights, self.first_slots = pack(products, clusters)
-        self.vectors = torch.cat([x.float() for x in vectors])
+        self.norm = torch.stack([x.float() for x in norm])
         self._workspaces: dict[int, Tensor] = {}
 
     def run(self, keys_values: Tensor, images: int) -> Tensor:
@@ -115,7 +167,7 @@ class OneLaunch:
         extension.encode_queries(
             self.weights,
             self.first_slots,
-            self.vectors,
+            self.norm,
             self.rows,
             self.queries,
             keys_values,
@@ -139,5 +191,5 @@ class OneLaunch:
         return self._workspaces[stream]
 
     def _new_workspace(self, images: int) -> Tensor:
-        size = extension.encode_queries_workspace(self.rows, images)
-        return self.rows.new_zeros(size, dtype=torch.uint8)
+        size = extension.encode_queries_workspace(self.rows, images, self.layers, self.cross_layers.bit_count())
+        return self.rows.new_empty(size, dtype=torch.uint8)

@@ -198,6 +198,7 @@ inline void run(int count, int threads, int blocks_of_cluster, size_t bytes, std
 #define blockIdx (emulated::self->block)
 #define gridDim (emulated::grid)
 
+using std::max;
 using std::min;
 
 inline void __syncthreads() { emulated::wait_at(emulated::self->of->barrier, int(emulated::self->of->warps.size()) * 32); }
@@ -215,15 +216,12 @@ template <class T>
 T __ldg(T const* p) {
   return *p;
 }
-template <class T>
-T __ldcg(T const* p) {
-  return *p;
-}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 namespace qformer_fast {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.f / x; }
 
 inline void copy_async(void* to, void const* from) {
   emulated::self->copies.push_back({to, from, emulated::self->committed});
@@ -239,21 +237,30 @@ void wait_for_copies() {
   copies.erase(copies.begin(), open);
 }
 
-// A barrier counts the copies that have come.
+// A barrier: the bytes that are still to come, whether they are expected, and how many turns have ended.
+struct ByteBarrier {
+  int32_t bytes;
+  uint16_t expected, turns;
+};
+inline void add_bytes(uint64_t* barrier, int bytes, bool expects) {
+  auto& found = reinterpret_cast<ByteBarrier&>(*barrier);
+  if (expects && found.expected) std::abort();
+  found.bytes += bytes, found.expected |= expects;
+  if (found.expected && found.bytes == 0) found.expected = 0, ++found.turns;
+}
 inline void start_barrier(uint64_t* barrier) { *barrier = 0; }
 inline void publish_barriers() {}
+inline void expect_bytes(uint64_t* barrier, int bytes) { add_bytes(barrier, bytes, true); }
+inline void wait_for_barrier(uint64_t* barrier, int parity) {
+  emulated::wait_until([&] { return reinterpret_cast<ByteBarrier&>(*barrier).turns % 2 != parity; });
+}
 inline void copy_bulk(void* to, void const* from, int bytes, uint64_t* barrier) {
+  expect_bytes(barrier, bytes);
   std::memcpy(to, from, bytes);
-  ++*barrier;
-}
-inline void wait_for_bulk(uint64_t* barrier, int parity) {
-  emulated::wait_until([&] { return int(*barrier % 2) != parity; });
+  add_bytes(barrier, -bytes, false);
 }
 
-inline void prefetch_to_l2(void const*) {}
-
-template <bool kPublishes = true>
-void arrive_at_cluster() {
+inline void arrive_at_cluster() {
   emulated::Barrier& barrier = *emulated::self->of->cluster_barrier;
   emulated::self->met = barrier.generation;
   emulated::arrive_at(barrier, int(emulated::self->of->warps.size()) * 32 * emulated::cluster);
@@ -262,20 +269,22 @@ inline void wait_for_cluster() {
   emulated::wait_until([] { return emulated::self->of->cluster_barrier->generation != emulated::self->met; });
 }
 template <class T>
-void store_to_rank(T* mine, uint32_t rank, T x) {
+void send_to_rank(T* mine, uint64_t* barrier, uint32_t rank, T x) {
   auto* block = emulated::self->of;
   auto* other = &emulated::blocks[emulated::self->block.x / emulated::cluster * emulated::cluster + rank];
-  *reinterpret_cast<T*>(reinterpret_cast<char*>(mine) - block->shared + other->shared) = x;
+  auto there = [&](void* here) { return static_cast<char*>(here) - block->shared + other->shared; };
+  if (reinterpret_cast<uintptr_t>(mine) % sizeof(T) != 0) std::abort();
+  *reinterpret_cast<T*>(there(mine)) = x;
+  add_bytes(reinterpret_cast<uint64_t*>(there(barrier)), -int(sizeof(T)), false);
 }
-inline unsigned load_relaxed(unsigned const* from) { return *from; }
-// Whoever finds an old packet asks again after the others' turn.
-inline uint4 load_packets(uint2 const* from) {
+// Whoever finds nothing asks again after the others' turn.
+inline uint4 load_words(uint32_t const* from) {
   emulated::yield();
-  return {from[0].x, from[0].y, from[1].x, from[1].y};
+  return {from[0], from[1], from[2], from[3]};
 }
-inline void store_packet(uint2* to, uint32_t x, uint32_t y) {
+inline void store_word(uint32_t* to, uint32_t x) {
   emulated::progress = true;
-  *to = {x, y};
+  *to = x;
 }
 
 inline void ldmatrix(uint32_t (&a)[4], void const* p) {

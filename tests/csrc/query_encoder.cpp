@@ -29,14 +29,16 @@ void with_images(QueryEncoderArguments const& arguments, int headdim, int cluste
 
 }  // namespace
 
-extern "C" int64_t workspace(int images) { return workspace_bytes(images); }
+extern "C" int64_t workspace(int images, int layers, int looking) { return workspace_bytes(images, layers, looking); }
 
 extern "C" void encode(bool half, int headdim, int clusters, int images, int tokens, int layers, int cross_layers, float eps,
-                       void* weights, void* first_slots, void* vectors, void* rows, void* queries, void* keys_values,
+                       void* weights, void* first_slots, void* norm, void* rows, void* queries, void* keys_values,
                        void* workspace, void* out) {
+  int looking = __builtin_popcount(cross_layers);
+  std::memset(workspace, 0xff, workspace_bytes(images, layers, looking));
   QueryEncoderArguments arguments{images, tokens, layers, uint32_t(cross_layers), eps, 0, weights,
-                                  static_cast<int const*>(first_slots), static_cast<float const*>(vectors), 0, rows, queries,
-                                  keys_values, workspace, out};
+                                  static_cast<int const*>(first_slots), static_cast<float const*>(norm), rows, queries,
+                                  keys_values, looking * 2 * kHidden, workspace, out};
   half ? with_images<cutlass::half_t>(arguments, headdim, clusters)
        : with_images<cutlass::bfloat16_t>(arguments, headdim, clusters);
 }

@@ -23,32 +23,40 @@ SOURCES = ("csrc/query_encoder.cuh", "csrc/query_encoder.h", "csrc/products.h", 
 
 
 @pytest.mark.parametrize("clusters", [12, 15])
-@pytest.mark.parametrize("shape", [(768, 768), (2304, 768), (768, 3072)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [(768, 768), (2304, 768), (3072, 768), (768, 3072)], ids=lambda s: "x".join(map(str, s)))
 def test_pack(shape, clusters):
     """Blocks find their tiles' elements where the fragments of mma.m16n8k16 want them (PTX ISA, its layout of B)."""
     outputs, inputs = shape
-    attends = outputs == 2304
-    products = [(torch.arange(73728.0).view(768, 96).repeat(1, 8), False), (torch.randn(shape), attends)]
+    attends, split = outputs == 2304, 8 if outputs == 768 else 4
+    weight, vectors = torch.randn(shape).bfloat16(), torch.randn(2, outputs)
+    products = [
+        one_launch.Product(torch.zeros(768, 768).bfloat16(), torch.zeros(3, 768), 8),
+        one_launch.Product(weight, vectors, split, attends),
+    ]
     packed, starts = one_launch.pack(products, clusters)
-    assert starts.shape == (8 * clusters + 1,) and starts[-1] == len(packed) - 8
+    assert starts.shape == (8 * clusters + 1,) and starts[-1] == len(packed) - one_launch.PAGE
     generator = torch.Generator().manual_seed(0)
 
     def draw(end):
         return int(torch.randint(end, (), generator=generator))
 
-    slices = inputs // 768
+    slices, groups = inputs // split // 96, 8 // split
     for _ in range(300):
-        cluster, rank, step, lane, half, e = (draw(n) for n in (12, 8, 6, 32, 2, 2))
+        cluster, share, group, step, lane, half, e = (draw(n) for n in (12, split, groups, 6, 32, 2, 2))
         if attends:
             tiles = [part * 96 + cluster * 8 + i for part in range(3) for i in range(8)]
         else:
             tiles = range(*(c * (outputs // 8) // clusters for c in (cluster, cluster + 1)))
-        tile, part = draw(len(tiles)), draw(slices)
+        tiles = tiles[len(tiles) * group // groups : len(tiles) * (group + 1) // groups]
+        tile, part, vector = draw(len(tiles)), draw(slices), draw(2)
         before = (cluster + 1) * 96 // clusters - cluster * 96 // clusters  # the first weight's tiles
-        slot = packed[starts[8 * cluster + rank] + before + tile * slices + part].view(6, 32, 2, 2)
+        first = starts[8 * cluster + share * groups + group] + 1 + before
         row = tiles[tile] * 8 + lane // 4
-        column = rank * inputs // 8 + part * 96 + step * 16 + half * 8 + lane % 4 * 2 + e
-        assert slot[step, lane, half, e] == products[1][0][row, column]
+        found = packed[first].view(torch.float32).view(3, 128)
+        assert found[vector, tile * 8 + lane // 4] == vectors[vector, row]
+        slot = packed[first + 1 + tile * slices + part].view(6, 32, 2, 2)
+        column = share * inputs // split + part * 96 + step * 16 + half * 8 + lane % 4 * 2 + e
+        assert slot[step, lane, half, e] == weight[row, column]
 
 
 def test_fold():
@@ -102,8 +110,10 @@ def test_biases_and_norms_of_fp32_parameters_stay_fp32():
         runner = _Runner(model, queries, torch.bfloat16, None)
         one = one_launch.OneLaunch(model.config, runner.weights, *runner.first, 15)
     output = model.encoder.layer[0].crossattention.output
-    expected = torch.cat([output.dense.bias, output.LayerNorm.weight, output.LayerNorm.bias])
-    assert one.weights.dtype == torch.bfloat16 and torch.equal(one.vectors[: 3 * 768], expected)
+    first = one.weights[0].view(torch.float32).view(3, 128)[:, :48]
+    assert torch.equal(first[0], output.dense.bias[:48]) and one.weights.dtype == torch.bfloat16
+    norm = model.encoder.layer[0].output_query.LayerNorm
+    assert torch.equal(one.norm, torch.stack([norm.weight, norm.bias]))
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +155,11 @@ def test_source_on_the_cpu(emulated, images, tokens, layers, frequency, headdim,
         runner = _Runner(model, queries, dtype, None)
         one = one_launch.OneLaunch(model.config, runner.weights, *runner.first, clusters)
         keys_values = runner.project(embeds.flatten(0, 1))
-    workspace = torch.zeros(emulated.workspace(images), dtype=torch.uint8)
+    workspace = torch.zeros(emulated.workspace(images, layers, one.cross_layers.bit_count()), dtype=torch.uint8)
 
     def run():
         out = torch.full((images, 32, 768), torch.nan, dtype=dtype)
-        tensors = one.weights, one.first_slots, one.vectors, one.rows, one.queries, keys_values, workspace, out
+        tensors = one.weights, one.first_slots, one.norm, one.rows, one.queries, keys_values, workspace, out
         sizes = headdim, clusters, images, tokens, layers, one.cross_layers
         half, eps = ctypes.c_bool(dtype == torch.float16), ctypes.c_float(one.eps)
         emulated.encode(half, *sizes, eps, *(ctypes.c_void_p(x.data_ptr()) for x in tensors))
