@@ -55,7 +55,7 @@ __device__ __forceinline__ void wait_for_barrier(uint64_t* barrier, int parity) 
   uint32_t done = 0;
   while (!done)
     asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
@@ -80,34 +80,42 @@ __device__ __forceinline__ void arrive_at_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+// To say that what was sent here has been read; nothing stored before is to be seen by the others.
+__device__ __forceinline__ void arrive_after_reading() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ uint32_t address_of_rank(void const* mine, uint32_t rank) {
+// What added to an address of the block's own leads to where block ``rank`` of the cluster has the same.
+using Way = uint32_t;
+
+__device__ __forceinline__ Way way_to_rank(void const* mine, uint32_t rank) {
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-  return address;
+  return address - shared_address(mine);
 }
 
-// To where block ``rank`` of the cluster has what lies at ``mine`` here; its barrier counts the bytes.
-__device__ __forceinline__ void send_to_rank(uint4* mine, uint64_t* barrier, uint32_t rank, uint4 x) {
+// To where that block has what lies at ``mine`` here; its barrier counts the bytes.
+__device__ __forceinline__ void send(uint4* mine, uint64_t* barrier, Way way, uint4 x) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-          address_of_rank(mine, rank)),
-      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(address_of_rank(barrier, rank))
+          shared_address(mine) + way),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(shared_address(barrier) + way)
       : "memory");
 }
 
-__device__ __forceinline__ void send_to_rank(float4* mine, uint64_t* barrier, uint32_t rank, float4 x) {
-  send_to_rank(reinterpret_cast<uint4*>(mine), barrier, rank,
-               {__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
+__device__ __forceinline__ void send(float4* mine, uint64_t* barrier, Way way, float4 x) {
+  send(reinterpret_cast<uint4*>(mine), barrier, way,
+       {__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
 }
 
-__device__ __forceinline__ void send_to_rank(float2* mine, uint64_t* barrier, uint32_t rank, float2 x) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-          address_of_rank(mine, rank)),
-      "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(address_of_rank(barrier, rank))
-      : "memory");
+__device__ __forceinline__ void send(float2* mine, uint64_t* barrier, Way way, float2 x) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                   shared_address(mine) + way),
+               "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(shared_address(barrier) + way)
+               : "memory");
 }
 
 // Words that others write and read meanwhile.
@@ -120,8 +128,8 @@ __device__ __forceinline__ uint4 load_words(uint32_t const* from) {
   return x;
 }
 
-__device__ __forceinline__ void store_word(uint32_t* to, uint32_t x) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+__device__ __forceinline__ void store_words(uint32_t* to, uint2 x) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
 }
 
 // ---- fragments ----

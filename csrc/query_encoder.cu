@@ -3,21 +3,21 @@
 namespace qformer_fast {
 namespace {
 
-template <class Element, int kImages, int kHeaddim>
+template <class Element, int kImages, bool kMany, int kHeaddim>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     encode_queries(__grid_constant__ QueryEncoderArguments const arguments) {
   extern __shared__ __align__(128) char dynamic[];
-  Encoder<Element, kImages, kHeaddim>(arguments, *reinterpret_cast<Shared<kImages>*>(dynamic)).run();
+  Encoder<Element, kImages, kMany, kHeaddim>(arguments, *reinterpret_cast<Shared<kImages>*>(dynamic)).run();
 }
 
 struct Launch {
   void (*kernel)(QueryEncoderArguments) = nullptr;
   int ring = 0, bytes = 0;
 
-  template <class Element, int kImages>
+  template <class Element, int kImages, bool kMany>
   void choose(int headdim, int most_bytes) {
-    if (headdim == 64) kernel = encode_queries<Element, kImages, 64>;
-    if (headdim == 32) kernel = encode_queries<Element, kImages, 32>;
+    if (headdim == 64) kernel = encode_queries<Element, kImages, kMany, 64>;
+    if (headdim == 32) kernel = encode_queries<Element, kImages, kMany, 32>;
     ring = (most_bytes - int(sizeof(Shared<kImages>))) / kPageBytes;
     if (ring > kMaxPages) ring = kMaxPages;
     bytes = int(sizeof(Shared<kImages>)) + ring * kPageBytes;
@@ -29,9 +29,12 @@ struct Launch {
     cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     auto with = [&](auto element) {
       using Element = decltype(element);
-      int chunk = images_of_chunk(images);
-      if (chunk == 1) choose<Element, 1>(headdim, most_bytes);
-      if (chunk == 2) choose<Element, 2>(headdim, most_bytes);
+      if (images == 1)
+        choose<Element, 1, false>(headdim, most_bytes);
+      else if (images == 2)
+        choose<Element, 2, false>(headdim, most_bytes);
+      else
+        choose<Element, 2, true>(headdim, most_bytes);
     };
     dtype == Dtype::kHalf ? with(cutlass::half_t{}) : with(cutlass::bfloat16_t{});
     if (kernel != nullptr)
@@ -72,7 +75,7 @@ int64_t query_encoder_workspace(int images, int layers, int looking) { return wo
 
 int query_encoder_clusters(Dtype dtype, int headdim) {
   int least = kTiles;
-  for (int images : {1, 2}) {
+  for (int images : {1, 2, 3}) {
     int found = Launch(dtype, headdim, images).clusters();
     least = found < least ? found : least;
   }

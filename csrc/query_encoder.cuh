@@ -23,7 +23,7 @@ namespace qformer_fast {
 constexpr int kHidden = 768, kIntermediate = 3072, kQueries = 32;
 constexpr int kMaxImages = 8;
 constexpr int kCluster = 8;
-constexpr int kWarps = 16, kThreads = 32 * kWarps;
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kTile = 8;                   // columns of a slot
 constexpr int kSlice = kHidden / kCluster; // K of a slot
 constexpr int kSteps = kSlice / 16;        // of an mma
@@ -34,6 +34,7 @@ constexpr int kMaxPages = 24;
 constexpr int kTiles = kHidden / kTile;                    // of the hidden size
 constexpr int kStride = kIntermediate / kCluster + 8;      // of staged rows: eight of them in different banks
 constexpr int kReaders = 2;                                // warps that share an image's tokens of a block
+constexpr int kLanes = kThreads / kQueries;                // that share a row to read
 constexpr uint32_t kNothing = 0xffffffffu;                 // no two numbers: what is rounded to bf16 or fp16 is another NaN
 
 // The blocks of a cluster that share K are ``kSplit``; so many rows of an image each of them finishes, and where kSplit is
@@ -51,7 +52,7 @@ constexpr int kLeastClusters = kHeadClusters;
 
 // Tiles that a block may have: of products to 3072 columns, and of those to 768.
 constexpr int kMostWide = 4 * kTiles / kLeastClusters / kGroups<kWide>, kMostNarrow = kTiles / kLeastClusters;
-static_assert(kMostWide == kWarps && kMostNarrow * 2 == kWarps && kMostWide * kTile <= kVector);
+static_assert(kMostWide == 2 * kWarps && kMostNarrow == kWarps && kMostWide * kTile <= kVector);
 static_assert(3 * kHeadTiles / kGroups<kWide> <= kMostWide);
 // Pages of a phase's slots, which may begin within one.
 constexpr int kLeastPages = (1 + kMostWide * 2 + kPage - 1) / kPage + 1;
@@ -92,12 +93,16 @@ __device__ __forceinline__ float highest_of_lanes(float x) {
   return x;
 }
 
-// The words of four neighbouring lanes.
-__device__ __forceinline__ uint4 of_four_lanes(uint32_t x, int lane) {
-  uint32_t y = __shfl_xor_sync(0xffffffffu, x, 1);
-  uint2 here = lane % 2 ? uint2{y, x} : uint2{x, y};
-  uint2 there = {__shfl_xor_sync(0xffffffffu, here.x, 2), __shfl_xor_sync(0xffffffffu, here.y, 2)};
-  return lane % 4 < 2 ? uint4{here.x, here.y, there.x, there.y} : uint4{there.x, there.y, here.x, here.y};
+// Four columns of a row.
+template <class Element>
+__device__ __forceinline__ uint2 pack(float4 x) {
+  return {pack<Element>(x.x, x.y), pack<Element>(x.z, x.w)};
+}
+
+template <class Element>
+__device__ __forceinline__ float4 unpack(uint2 words) {
+  float2 a = unpack<Element>(words.x), b = unpack<Element>(words.y);
+  return {a.x, a.y, b.x, b.y};
 }
 
 // ---- memory ----
@@ -127,13 +132,12 @@ struct alignas(128) Shared {
   float2 moments[2][kWide][kImages * kOwn<kWide>];                              // of a slice: mean, squared deviations
   float2 norms[kMaxImages / kImages][kImages * kOwn<kWide>];                    // of a row: mean and 1 / deviation
   float2 tops[2][kCluster * kReaders][2][kImages * kOwn<kNarrow>];              // of a head: highest score, sum of weights
-  uint32_t residual[kMaxImages / kImages][kMostNarrow * kOwn<kNarrow> * kImages * kTile / 2];
+  uint2 residual[kMaxImages / kImages][kMostNarrow * kOwn<kNarrow> * kImages * kTile / 4];
   uint64_t full[kMaxPages], arrived[2], gathered;
   Asked asked;
   alignas(128) char ring[];
 
   static_assert(kTokens >= kQueries && kTokens % 16 == 0);
-  static_assert(2 * kNarrow * kMostNarrow * kOwn<kNarrow> <= kWide * kMostWide * kOwn<kWide>);
   static_assert(kCluster * kReaders * kHeadTiles * kOwn<kNarrow> <= kWide * kMostWide * kOwn<kWide>);
 };
 static_assert(sizeof(Shared<2>) + kLeastPages * kPageBytes <= 232448);
@@ -148,33 +152,42 @@ struct Tiles {
 
 // ---- the encoder ----
 
-template <class Element, int kImages, int kHeaddim>
+// kMany: more than one chunk.
+template <class Element, int kImages, bool kMany, int kHeaddim>
 struct Encoder {
   static constexpr int kRows = kImages * kQueries;  // of a chunk
   static constexpr int kTokens = Shared<kImages>::kTokens;
-  static constexpr int kLanes = 16, kPieces = kSlice / 8;  // lanes that read a row, and how many of them do
 
   QueryEncoderArguments const& p;
   Shared<kImages>& shared;
-  int thread, warp, lane, rank, cluster, chunks;
-  bool attends;                          // to 64 columns of heads
-  Tiles wide, narrow;                    // of products to 3072 columns, and of those to 768 with a residual
-  int page = 0, parity = 0, offset = 0;  // where the phase's first slot is: place in the ring, slot of the page
-  int left = 0;                          // pages that nobody reads any more
-  int exchange = 0, gathering = 0;       // how many there were
-  uint32_t const* read = nullptr;        // what the phase before wrote
-  uint32_t* written;                     // and this phase writes
+  int thread, warp, lane, rank, cluster, chunks, slots;
+  bool attends;                     // to 64 columns of heads
+  Tiles wide, narrow;               // of products to 3072 columns, and of those to 768 with a residual
+  int first_slot = 0, parity = 0;   // of the phase, in the ring
+  int exchange = 0, gathering = 0;  // how many there were
+  uint32_t const* read = nullptr;   // what the phase before wrote
+  uint32_t* written;                // and this phase writes
+  Way to_wide[2], to_narrow[2];     // to those who finish sixteen rows of a product, the first ones of an image and the others
 
   __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
     thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     rank = blockIdx.x % kCluster, cluster = blockIdx.x / kCluster;
     int clusters = gridDim.x / kCluster;
-    chunks = (p.images + kImages - 1) / kImages;
+    chunks = kMany ? (p.images + kImages - 1) / kImages : 1;
+    slots = p.ring * kPage;
     attends = cluster < kHeadClusters;
     written = static_cast<uint32_t*>(p.workspace);
     auto first = [&](int tiles, int of) { return of * tiles / clusters; };
-    wide = of_group<kWide>({first(4 * kTiles, cluster), first(4 * kTiles, cluster + 1) - first(4 * kTiles, cluster)});
+    wide = {first(4 * kTiles, cluster), first(4 * kTiles, cluster + 1) - first(4 * kTiles, cluster)};
     narrow = {first(kTiles, cluster), first(kTiles, cluster + 1) - first(kTiles, cluster)};
+    int half = wide.count / kGroups<kWide>;
+    static_assert(kGroups<kWide> == 2);
+    wide = group() == 0 ? Tiles{wide.first, half} : Tiles{wide.first + half, wide.count - half};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      to_wide[i] = way_to_rank(&shared, 4 * i + lane % 2 * 2 + group());
+      to_narrow[i] = way_to_rank(&shared, 4 * i + lane % 2 * 2 + lane / 16);
+    }
   }
 
   __device__ void run() {
@@ -183,8 +196,8 @@ struct Encoder {
       for (int i = 0; i < 2; ++i) start_barrier(&shared.arrived[i]);
       start_barrier(&shared.gathered);
       publish_barriers();
-      int first = p.first_slots[blockIdx.x], slots = p.first_slots[blockIdx.x + 1] - first;
-      shared.asked = {static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes, (slots + kPage - 1) / kPage, 0};
+      int first = p.first_slots[blockIdx.x], count = p.first_slots[blockIdx.x + 1] - first;
+      shared.asked = {static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes, (count + kPage - 1) / kPage, 0};
       issue(p.ring);
     }
     start_with_rows();
@@ -223,52 +236,51 @@ struct Encoder {
 
   // This phase's j-th slot.
   __device__ char const* slot_of(int j) {
-    j += offset;
-    int at = page + j / kPage, turn = parity;
-    if (at >= p.ring) at -= p.ring, turn ^= 1;
-    wait_for_barrier(&shared.full[at], turn);
-    return shared.ring + at * kPageBytes + j % kPage * kSlotBytes;
+    int at = first_slot + j;
+    return shared.ring + (at < slots ? at : at - slots) * kSlotBytes;
   }
 
-  // The i-th of the phase's vectors, of its own columns.
-  __device__ float2 vector_at(char const* slot, int i, int column) {
-    return *reinterpret_cast<float2 const*>(slot + (i * kVector + column) * 4);
+  // A thread's part of waiting for this phase's ``count`` slots.
+  __device__ void wait_for_slots(int count) {
+    int at = first_slot / kPage + thread;
+    if (at * kPage < first_slot + count) {
+      bool turned = at >= p.ring;
+      wait_for_barrier(&shared.full[turned ? at - p.ring : at], parity ^ turned);
+    }
   }
 
-  // The phase has read its ``used`` slots, when all threads of the block have come to the next one.
-  __device__ void leave_slots(int used) {
-    offset += used;
-    int pages = offset / kPage;
-    offset %= kPage, page += pages, left += pages;
-    if (page >= p.ring) page -= p.ring, parity ^= 1;
+  // The phase has read its ``count`` slots.
+  __device__ void leave_slots(int count) {
+    __syncthreads();
+    if (issues()) issue((first_slot + count) / kPage - first_slot / kPage);
+    first_slot += count;
+    if (first_slot >= slots) first_slot -= slots, parity ^= 1;
+  }
+
+  // Four columns of the phase's i-th vector.
+  __device__ float4 vector_at(char const* slot, int i, int column) {
+    return *reinterpret_cast<float4 const*>(slot + (i * kVector + column) * 4);
   }
 
   // ---- the cluster ----
 
-  // Which of the blocks that share K this is, and which of the groups that share tiles.
+  // Which of the blocks that share K this is, and which of the groups that share a wide product's tiles.
   template <int kSplit>
   __device__ int share() { return rank / kGroups<kSplit>; }
-  template <int kSplit>
-  __device__ int group() { return rank % kGroups<kSplit>; }
-
-  template <int kSplit>
-  __device__ Tiles of_group(Tiles all) {
-    int begin = all.count * group<kSplit>() / kGroups<kSplit>, end = all.count * (group<kSplit>() + 1) / kGroups<kSplit>;
-    return {all.first + begin, end - begin};
-  }
+  __device__ int group() { return rank % kGroups<kWide>; }
 
   __device__ void meet() {
     arrive_at_cluster();
     wait_for_cluster();
   }
 
-  // An exchange is of all blocks with all of a cluster (or of a group), into one of two buffers: who has all of one knows
-  // that what came before it was read. Where an exchange of groups lies between two of the cluster, the rows that the
-  // latter begins with say so: all blocks had a part in them.
+  // An exchange is of all blocks with all of a cluster, or of a group, into one of two buffers: who has all of one knows
+  // that they have read what came before it. Of the other group that is known where an exchange of all comes next to one of
+  // groups, by the rows it begins with: all blocks had a part in them. After two of groups they have to say so.
   __device__ int buffer() { return exchange % 2; }
 
   __device__ void expect_parts(int bytes) {
-    if (thread == 0) expect_bytes(&shared.arrived[buffer()], bytes);
+    if (issues()) expect_bytes(&shared.arrived[buffer()], bytes);
   }
 
   // Until all parts are there; so all of the block's own have been sent. Returns their buffer.
@@ -280,7 +292,7 @@ struct Encoder {
   }
 
   __device__ void expect_gathered(int columns) {
-    if (thread == 0) expect_bytes(&shared.gathered, kRows * columns * 2);
+    if (issues()) expect_bytes(&shared.gathered, kRows * columns * 2);
   }
 
   __device__ void wait_for_gathered() { wait_for_barrier(&shared.gathered, gathering++ % 2); }
@@ -289,16 +301,17 @@ struct Encoder {
 
   __device__ static bool is_something(uint4 const& words) { return max(max(words.x, words.y), max(words.z, words.w)) != kNothing; }
 
-  // All kCount times eight columns that ``at(i)`` is the place of, when they have been written.
-  template <int kCount, class At>
-  __device__ static void receive(uint4 (&found)[kCount], At at) {
+  // All kCount times eight columns that ``at(i)`` is the place of, when they have been written; those that exist.
+  template <int kCount, class At, class Exists>
+  __device__ static void receive(uint4 (&found)[kCount], At at, Exists exists) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) found[i] = load_words(at(i));
+    for (int i = 0; i < kCount; ++i)
+      if (exists(i)) found[i] = load_words(at(i));
     for (bool waiting = true; waiting;) {
       waiting = false;
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        if (!is_something(found[i])) found[i] = load_words(at(i)), waiting = true;
+        if (exists(i) && !is_something(found[i])) found[i] = load_words(at(i)), waiting = true;
     }
   }
 
@@ -313,150 +326,158 @@ struct Encoder {
     return reinterpret_cast<Element*>(shared.stage) + row * (kSlices * kSlice + 8);
   }
 
-  // The block's K of a chunk's rows to the stage; returns the last pieces: a lane has of each image a row's.
+  // The block's K of a chunk's rows to the stage, when the phase's ``count`` slots are there too; returns the last pieces.
   template <int kSlices, int kSplit, int kCount>
-  __device__ void stage_rows(int chunk, uint4 (&pieces)[kCount]) {
-    constexpr int kWidth = kSplit * kSlices * kSlice, kOfImage = kSlices, kAtOnce = kCount / kOfImage;
+  __device__ void stage_rows(int chunk, int count, uint4 (&pieces)[kCount]) {
+    constexpr int kWidth = kSplit * kSlices * kSlice, kOfRow = kSlices * kSlice / 8;
+    constexpr int kOfImage = (kOfRow + kLanes - 1) / kLanes, kAtOnce = kCount / kOfImage;
     int row = thread / kLanes, piece = thread % kLanes;
     uint32_t const* from = read + ((chunk * kRows + row) * kWidth + share<kSplit>() * kSlices * kSlice + piece * 8) / 2;
+    auto exists = [&](int i) { return kOfRow % kLanes == 0 || i % kOfImage * kLanes + piece < kOfRow; };
 #pragma unroll
     for (int first = 0; first < kImages; first += kAtOnce) {
       auto image_of = [&](int i) { return first + i / kOfImage; };
-      if (piece < kPieces) {
-        receive(pieces, [&](int i) { return from + (image_of(i) * kQueries * kWidth + i % kOfImage * kSlice) / 2; });
+      receive(
+          pieces, [&](int i) { return from + (image_of(i) * kQueries * kWidth + i % kOfImage * kLanes * 8) / 2; }, exists);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i)
-          *reinterpret_cast<uint4*>(stage_at<kSlices>(image_of(i) * kQueries + row) + i % kOfImage * kSlice + piece * 8) =
+      for (int i = 0; i < kCount; ++i)
+        if (exists(i))
+          *reinterpret_cast<uint4*>(stage_at<kSlices>(image_of(i) * kQueries + row) + (i % kOfImage * kLanes + piece) * 8) =
               pieces[i];
-      }
     }
+    wait_for_slots(count);
     __syncthreads();
-    if (issues()) issue(left);
-    left = 0;
   }
 
   // Mean and squared deviations of each row's slice to those who finish the row.
-  template <int kSlices>
-  __device__ void send_moments(uint4 const (&pieces)[kImages * kSlices]) {
-    constexpr float kOfSlice = kSlices * kSlice;
+  template <int kCount>
+  __device__ void send_moments(uint4 const (&pieces)[kCount]) {
+    constexpr int kOfImage = kCount / kImages;
+    constexpr float kOfSlice = kOfImage * kLanes * 8;
     int row = thread / kLanes;
-    bool counts = thread % kLanes < kPieces;
 #pragma unroll
     for (int image = 0; image < kImages; ++image) {
-      float2 x[kSlices][4];
+      float2 x[4 * kOfImage];
       float sum = 0.f, squares = 0.f;
 #pragma unroll
-      for (int i = 0; i < kSlices; ++i) {
-        uint4 const& piece = pieces[image * kSlices + i];
-        x[i][0] = unpack<Element>(piece.x), x[i][1] = unpack<Element>(piece.y);
-        x[i][2] = unpack<Element>(piece.z), x[i][3] = unpack<Element>(piece.w);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum += x[i][j].x + x[i][j].y;
+      for (int i = 0; i < kOfImage; ++i) {
+        uint4 const& piece = pieces[image * kOfImage + i];
+        x[4 * i] = unpack<Element>(piece.x), x[4 * i + 1] = unpack<Element>(piece.y);
+        x[4 * i + 2] = unpack<Element>(piece.z), x[4 * i + 3] = unpack<Element>(piece.w);
       }
-      float mean = sum_of_lanes<1, kLanes>(counts ? sum : 0.f) * (1.f / kOfSlice);
 #pragma unroll
-      for (int i = 0; i < kSlices; ++i)
+      for (int i = 0; i < 4 * kOfImage; ++i) sum += x[i].x + x[i].y;
+      float mean = sum_of_lanes<1, kLanes>(sum) * (1.f / kOfSlice);
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          squares += (x[i][j].x - mean) * (x[i][j].x - mean) + (x[i][j].y - mean) * (x[i][j].y - mean);
-      squares = sum_of_lanes<1, kLanes>(counts ? squares : 0.f);
+      for (int i = 0; i < 4 * kOfImage; ++i)
+        squares += (x[i].x - mean) * (x[i].x - mean) + (x[i].y - mean) * (x[i].y - mean);
+      squares = sum_of_lanes<1, kLanes>(squares);
       if (thread % kLanes == 0)
-        send_to_rank(&shared.moments[buffer()][share<kWide>()][image * kOwn<kWide> + row % kOwn<kWide>],
-                     &shared.arrived[buffer()], row / kOwn<kWide> * kGroups<kWide> + group<kWide>(),
-                     make_float2(mean, squares));
+        send(&shared.moments[buffer()][share<kWide>()][image * kOwn<kWide> + row % kOwn<kWide>],
+             &shared.arrived[buffer()], way_to_rank(&shared, row / kOwn<kWide> * kGroups<kWide> + group()),
+             make_float2(mean, squares));
     }
   }
 
   // ---- products ----
 
-  // Eight columns of sixteen rows, the m-th of the chunk's, to those who finish them. ``source`` of a result's parts.
+  // Eight columns of sixteen rows, the m-th of the chunk's, to those who finish them, who have it at ``to``.
   template <int kSplit>
-  __device__ void send_part(float const (&part)[4], int m, int source, int tiles, int tile) {
+  __device__ void send_part(float const (&part)[4], int m, float* to) {
     // of two neighbours each gets four columns, of one of their two rows
     bool odd = lane % 2;
     float x = __shfl_xor_sync(0xffffffffu, odd ? part[0] : part[2], 1);
     float y = __shfl_xor_sync(0xffffffffu, odd ? part[1] : part[3], 1);
     float4 four = odd ? float4{x, y, part[2], part[3]} : float4{part[0], part[1], x, y};
-    int row = m % 2 * 16 + odd * 8 + lane / 4, own = m / 2 * kOwn<kSplit> + row % kOwn<kSplit>;
-    float* to = shared.parts[buffer()] + ((source * tiles + tile) * kImages * kOwn<kSplit> + own) * kTile + lane % 4 / 2 * 4;
-    send_to_rank(reinterpret_cast<float4*>(to), &shared.arrived[buffer()],
-                 row / kOwn<kSplit> * kGroups<kSplit> + group<kSplit>(), four);
+    Way way = kSplit == kWide ? (m % 2 ? to_wide[1] : to_wide[0]) : (m % 2 ? to_narrow[1] : to_narrow[0]);
+    send(reinterpret_cast<float4*>(to + m / 2 * kOwn<kSplit> * kTile), &shared.arrived[buffer()], way, four);
+  }
+
+  // Where the lane's part of a tile of an image goes, of ``tiles`` that ``source`` has parts of.
+  template <int kSplit>
+  __device__ float* part_at(int source, int tiles, int tile) {
+    return shared.parts[buffer()] + ((source * tiles + tile) * kImages * kOwn<kSplit> + lane / 4 % kOwn<kSplit>) * kTile +
+           lane % 4 / 2 * 4;
   }
 
   // Parts of the staged rows' product with the block's ``own`` tiles, whose slots follow the vectors', sent to who
-  // finishes them: of each kTurns tiles a warp's, or of four slices two warps'.
+  // finishes them; a warp has kTurns tiles.
   template <int kSlices, int kSplit>
   __device__ void multiply(int own) {
-    constexpr int kParts = kSlices == 4 ? 2 : 1, kOfPart = kSlices / kParts, kTurns = kSplit == kWide ? 2 : 1;
-    int part = warp % kParts, first = warp / kParts * kTurns;
+    constexpr int kTurns = kSplit == kWide ? 2 : 1, kChains = kSlices == 4 ? 2 : 1;
+    int first = warp * kTurns;
     if (first >= own) return;
-    float acc[kTurns][2 * kImages][4] = {};
+    float acc[kChains][kTurns][2 * kImages][4] = {};
+    Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
 #pragma unroll
-    for (int s = 0; s < kOfPart; ++s) {
-      int slice = part * kOfPart + s;
+    for (int slice = 0; slice < kSlices; ++slice) {
       uint2 const* slots[kTurns];
 #pragma unroll
-      for (int j = 0; j < kTurns; ++j) {
-        int tile = min(first + j, own - 1);
-        slots[j] = reinterpret_cast<uint2 const*>(slot_of(1 + tile * kSlices + slice)) + lane;
-      }
-      Element const* rows = stage_at<kSlices>(lane % 16) + slice * kSlice + lane / 16 * 8;
+      for (int j = 0; j < kTurns; ++j)
+        slots[j] = reinterpret_cast<uint2 const*>(slot_of(1 + min(first + j, own - 1) * kSlices + slice)) + lane;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
         uint32_t a[2 * kImages][4];
 #pragma unroll
-        for (int m = 0; m < 2 * kImages; ++m) ldmatrix(a[m], rows + m * 16 * (kSlices * kSlice + 8) + i * 16);
+        for (int m = 0; m < 2 * kImages; ++m)
+          ldmatrix(a[m], rows + m * 16 * (kSlices * kSlice + 8) + slice * kSlice + i * 16);
 #pragma unroll
         for (int j = 0; j < kTurns; ++j) {
           uint2 b = slots[j][i * 32];
 #pragma unroll
-          for (int m = 0; m < 2 * kImages; ++m) mma<Element>(acc[j][m], a[m], b.x, b.y);
+          for (int m = 0; m < 2 * kImages; ++m) mma<Element>(acc[slice % kChains][j][m], a[m], b.x, b.y);
         }
       }
     }
+    float* to = part_at<kSplit>(share<kSplit>(), own, first);
 #pragma unroll
     for (int j = 0; j < kTurns; ++j)
       if (first + j < own)
 #pragma unroll
-        for (int m = 0; m < 2 * kImages; ++m)
-          send_part<kSplit>(acc[j][m], m, share<kSplit>() * kParts + part, own, first + j);
+        for (int m = 0; m < 2 * kImages; ++m) {
+          float(&part)[4] = acc[0][j][m];
+          if (kChains == 2)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) part[i] += acc[kChains - 1][j][m][i];
+          send_part<kSplit>(part, m, to + j * kImages * kOwn<kSplit> * kTile);
+        }
   }
 
-  // Which two columns of which row of the block's a thread finishes in a turn.
+  // Which four columns of which row of the block's a thread finishes in a turn.
   struct Place {
-    int tile, own, pair;
+    int tile, own, half;
     bool exists;
-    __device__ int column() const { return tile * kTile + pair * 2; }
+    __device__ int column() const { return tile * kTile + half * 4; }
   };
   template <int kSplit>
   __device__ Place place_of(int turn, int tiles) {
     constexpr int kAll = kImages * kOwn<kSplit>;
-    int position = turn * kThreads + thread, tile = position / (4 * kAll);
-    return {tile < tiles ? tile : 0, position / 4 % kAll, position % 4, tile < tiles};
+    int position = turn * kThreads + thread, tile = position / (2 * kAll);
+    return {tile < tiles ? tile : 0, position / 2 % kAll, position % 2, tile < tiles};
   }
   // Of its image.
   template <int kSplit>
   __device__ int row_of(Place const& place) { return share<kSplit>() * kOwn<kSplit> + place.own % kOwn<kSplit>; }
 
   template <int kSplit>
-  __device__ uint32_t* word_at(int chunk, Place const& place, int width, int column) {
+  __device__ uint32_t* words_at(int chunk, Place const& place, int width, int column) {
     int row = chunk * kRows + place.own / kOwn<kSplit> * kQueries + row_of<kSplit>(place);
     return written + (row * width + column) / 2;
   }
 
   template <int kSplit>
-  __device__ float2 part_of(int here, Place const& place, int source, int tiles) {
-    return reinterpret_cast<float2 const*>(
-        shared.parts[here] + ((source * tiles + place.tile) * kImages * kOwn<kSplit> + place.own) * kTile)[place.pair];
+  __device__ float4 part_of(int here, Place const& place, int source, int tiles) {
+    return reinterpret_cast<float4 const*>(
+        shared.parts[here] + ((source * tiles + place.tile) * kImages * kOwn<kSplit> + place.own) * kTile)[place.half];
   }
 
-  template <int kSplit, int kParts>
-  __device__ float2 total_of(int here, Place const& place, int tiles) {
-    float2 sum = {0.f, 0.f};
+  template <int kSplit>
+  __device__ float4 total_of(int here, Place const& place, int tiles) {
+    float4 sum = part_of<kSplit>(here, place, 0, tiles);
 #pragma unroll
-    for (int source = 0; source < kSplit * kParts; ++source) {
-      float2 x = part_of<kSplit>(here, place, source, tiles);
-      sum.x += x.x, sum.y += x.y;
+    for (int source = 1; source < kSplit; ++source) {
+      float4 x = part_of<kSplit>(here, place, source, tiles);
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
     return sum;
   }
@@ -478,80 +499,86 @@ struct Encoder {
     return {mean, rsqrtf(squares * (1.f / kHidden) + p.eps)};
   }
 
-  // finish(place, two columns) of LayerNorm(rows) weight^T + bias.
+  // finish(place, four columns) of LayerNorm(rows) weight^T + bias.
   template <class Finish>
   __device__ void linear_of_norm(int chunk, int own, Finish finish) {
     constexpr int kSlices = kHidden / kWide / kSlice, kAll = kImages * kOwn<kWide>;
     expect_parts(kWide * kAll * (own * kTile * int(sizeof(float)) + int(sizeof(float2))));
-    uint4 pieces[kImages * kSlices];
-    stage_rows<kSlices, kWide>(chunk, pieces);
+    uint4 pieces[kImages * kSlices * kSlice / 8 / kLanes];
+    stage_rows<kSlices, kWide>(chunk, wide_slots(own), pieces);
     multiply<kSlices, kWide>(own);
-    send_moments<kSlices>(pieces);
+    send_moments(pieces);
     int here = wait_for_parts();
-    static_assert(kThreads / 4 % kAll == 0);  // so a thread's row is the same in all turns
-    int row = thread / 4 % kAll;
+    static_assert(kThreads / 2 % kAll == 0);  // so a thread's row is the same in all turns
+    int row = thread / 2 % kAll;
     float2 norm = norm_of(here, row);
-    if (thread == 4 * row) shared.norms[chunk][row] = norm;
+    if (thread == 2 * row) shared.norms[chunk][row] = norm;
     if (own == 0) return;
     char const* vectors = slot_of(0);
 #pragma unroll
     for (int turn = 0; turn < kImages; ++turn) {
       Place place = place_of<kWide>(turn, own);
-      float2 x = total_of<kWide, 1>(here, place, own);
-      float2 sums = vector_at(vectors, 0, place.column()), bias = vector_at(vectors, 1, place.column());
+      float4 x = total_of<kWide>(here, place, own);
+      float4 sums = vector_at(vectors, 0, place.column()), bias = vector_at(vectors, 1, place.column());
       x.x = (x.x - norm.x * sums.x) * norm.y + bias.x;
       x.y = (x.y - norm.x * sums.y) * norm.y + bias.y;
+      x.z = (x.z - norm.x * sums.z) * norm.y + bias.z;
+      x.w = (x.w - norm.x * sums.w) * norm.y + bias.w;
       finish(place, x);
     }
   }
 
+  __device__ static int wide_slots(int own) { return own == 0 ? 0 : 1 + own * (kHidden / kWide / kSlice); }
+
   // A sub-layer up to what its residual is added to: attention of the rows to each other, or to the images as the
-  // ``looking``-th does, or GELU(LayerNorm(rows) weight^T + bias). ``given``: the queries are, and are all images'.
-  __device__ void first_of_sub_layer(Kind kind, int looking, bool given) {
+  // ``looking``-th does, or GELU(LayerNorm(rows) weight^T + bias). ``in_first``: the first layer's, of which cross-attention
+  // is given its queries, all images' alike.
+  __device__ void first_of_sub_layer(Kind kind, int looking, bool in_first) {
+    bool feeds = kind == kFeedForward, crosses = kind == kCrossAttention, given = in_first && crosses;
     Tiles tiles = wide;
-    if (kind != kFeedForward) tiles = of_group<kWide>({0, attends ? (kind == kSelfAttention ? 3 : 1) * kHeadTiles : 0});
-    int width = kind == kFeedForward ? kIntermediate : kHidden;
+    if (!feeds) {
+      int count = attends ? (crosses ? 1 : 3) * kHeadTiles / kGroups<kWide> : 0;
+      tiles = {group() * count, count};
+    }
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      if (kind == kCrossAttention && attends) stage_tokens(chunk, looking, first_token());
-      if (given && kind == kCrossAttention) {
-        if (!attends) continue;
-        stage_given_queries();
+      if (crosses && attends) stage_tokens(chunk, looking, first_token());
+      if (given) {
+        if (attends) stage_given_queries();
       } else {
-        if (attends && kind != kFeedForward) expect_gathered(tiles.count * kGroups<kWide> * kTile);
-        linear_of_norm(chunk, tiles.count, [&](Place const& place, float2 x) {
-          if (kind == kFeedForward) {
-            if (place.exists)
-              store_word(word_at<kWide>(chunk, place, kIntermediate, tiles.first * kTile + place.column()),
-                         pack<Element>(gelu<Element>(x.x), gelu<Element>(x.y)));
-          } else {
-            send_to_all(tiles.first + place.tile, place, pack<Element>(x.x, x.y));
-          }
+        if (attends && !feeds) expect_gathered(tiles.count * kGroups<kWide> * kTile);
+        linear_of_norm(chunk, tiles.count, [&](Place const& place, float4 x) {
+          if (!feeds)
+            send_to_all(tiles.first + place.tile, place, pack<Element>(x));
+          else if (place.exists)
+            store_words(words_at<kWide>(chunk, place, kIntermediate, tiles.first * kTile + place.column()),
+                        pack<Element>({gelu<Element>(x.x), gelu<Element>(x.y), gelu<Element>(x.z), gelu<Element>(x.w)}));
         });
-        if (attends && kind != kFeedForward) wait_for_gathered();
+        if (attends && !feeds) wait_for_gathered();
       }
-      if (!attends || kind == kFeedForward) continue;
-      if (kind == kSelfAttention) {
-        if (warp < kImages * kHeadTiles) attend_to_rows(chunk, warp / kHeadTiles, warp % kHeadTiles);
-      } else {
+      if (!attends || feeds) continue;
+      if (crosses) {
         expect_parts(kCluster * kReaders * kImages * kOwn<kNarrow> *
                      (kHeadColumns * int(sizeof(float)) + kHeadColumns / kHeaddim * int(sizeof(float2))));
         attend_to_tokens(chunk, looking);
         finish_attention(chunk, wait_for_parts());
+      } else {
+        attend_to_rows(chunk);
       }
     }
-    if (!(given && kind == kCrossAttention) && tiles.count > 0) leave_slots(1 + tiles.count * (kHidden / kWide / kSlice));
-    next_phase(width);
+    if (kMany && feeds) arrive_after_reading();
+    if (!given) leave_slots(wide_slots(tiles.count));
+    next_phase(feeds ? kIntermediate : kHidden);
   }
 
   // The rows that layer 0 adds to: what their LayerNorm would be is given.
   __device__ void start_with_rows() {
-    constexpr int kAll = kImages * kOwn<kNarrow>;
     Place place = place_of<kNarrow>(0, narrow.count);
     int column = narrow.first * kTile + place.column();
-    uint32_t word = __ldg(static_cast<uint32_t const*>(p.rows) + (row_of<kNarrow>(place) * kHidden + column) / 2);
+    uint2 words = __ldg(reinterpret_cast<uint2 const*>(static_cast<uint32_t const*>(p.rows) +
+                                                       (row_of<kNarrow>(place) * kHidden + column) / 2));
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      if (thread < kMostNarrow * kAll * 4) shared.residual[chunk][thread] = word;
+      if (place.exists) shared.residual[chunk][thread] = words;
       if (thread < kImages * kOwn<kWide>) shared.norms[chunk][thread] = {0.f, 1.f};
     }
   }
@@ -559,31 +586,35 @@ struct Encoder {
   // The rest of a sub-layer: what was written weight^T + bias + LayerNorm of the rows before, which begin it.
   template <int kSlices>
   __device__ void linear_and_residual() {
-    constexpr int kParts = kSlices == 4 ? 2 : 1;
-    static_assert(kMostNarrow * kImages * kOwn<kNarrow> * 4 <= kThreads);
-    int own = narrow.count;
+    constexpr int kOfRow = kSlices * kSlice / 8, kOfImage = (kOfRow + kLanes - 1) / kLanes;
+    static_assert(kMostNarrow * kImages * kOwn<kNarrow> * 2 <= kThreads);
+    int own = narrow.count, count = 1 + own * kSlices;
     Place place = place_of<kNarrow>(0, own);
     // of the block's rows in the product before, which has eight
-    int row = place.own / kOwn<kNarrow> * kOwn<kWide> + rank % kGroups<kWide> * kOwn<kNarrow> + place.own % kOwn<kNarrow>;
+    int row = place.own / kOwn<kNarrow> * kOwn<kWide> + group() * kOwn<kNarrow> + place.own % kOwn<kNarrow>;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      expect_parts(kNarrow * kParts * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
-      uint4 pieces[kSlices == 4 ? kSlices : kImages * kSlices];
-      stage_rows<kSlices, kNarrow>(chunk, pieces);
+      expect_parts(kNarrow * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
+      uint4 pieces[kSlices == 4 ? kOfImage : kImages * kOfImage];
+      stage_rows<kSlices, kNarrow>(chunk, count, pieces);
+      if (kMany && kSlices == 4 && chunk == 0) wait_for_cluster();
       multiply<kSlices, kNarrow>(own);
       int here = wait_for_parts();
       if (place.exists) {
         char const* vectors = slot_of(0);
-        float2 x = total_of<kNarrow, kParts>(here, place, own), bias = vector_at(vectors, 0, place.column());
-        float2 norm_weight = vector_at(vectors, 1, place.column()), norm_bias = vector_at(vectors, 2, place.column());
-        float2 residual = unpack<Element>(shared.residual[chunk][thread]), norm = shared.norms[chunk][row];
-        x.x += bias.x + (residual.x - norm.x) * norm.y * norm_weight.x + norm_bias.x;
-        x.y += bias.y + (residual.y - norm.x) * norm.y * norm_weight.y + norm_bias.y;
-        uint32_t word = shared.residual[chunk][thread] = pack<Element>(x.x, x.y);
-        store_word(word_at<kNarrow>(chunk, place, kHidden, narrow.first * kTile + place.column()), word);
+        float4 x = total_of<kNarrow>(here, place, own), bias = vector_at(vectors, 0, place.column());
+        float4 weight = vector_at(vectors, 1, place.column()), norm_bias = vector_at(vectors, 2, place.column());
+        float4 residual = unpack<Element>(shared.residual[chunk][thread]);
+        float2 norm = shared.norms[chunk][row];
+        x.x += bias.x + (residual.x - norm.x) * norm.y * weight.x + norm_bias.x;
+        x.y += bias.y + (residual.y - norm.x) * norm.y * weight.y + norm_bias.y;
+        x.z += bias.z + (residual.z - norm.x) * norm.y * weight.z + norm_bias.z;
+        x.w += bias.w + (residual.w - norm.x) * norm.y * weight.w + norm_bias.w;
+        uint2 words = shared.residual[chunk][thread] = pack<Element>(x);
+        store_words(words_at<kNarrow>(chunk, place, kHidden, narrow.first * kTile + place.column()), words);
       }
     }
-    leave_slots(1 + own * kSlices);
+    leave_slots(count);
     next_phase(kHidden);
   }
 
@@ -636,41 +667,49 @@ struct Encoder {
     a[2] = pack<Element>(second[0], second[1]), a[3] = pack<Element>(second[2], second[3]);
   }
 
-  // A tile of the cluster's queries, keys and values (or queries alone), a pair of columns a lane, to all blocks.
-  __device__ void send_to_all(int tile, Place const& place, uint32_t pair) {
-    uint4 columns = of_four_lanes(pair, lane);
+  // A tile of the cluster's queries, keys and values (or queries alone), four columns a lane, to all blocks.
+  __device__ void send_to_all(int tile, Place const& place, uint2 words) {
+    uint2 others = {__shfl_xor_sync(0xffffffffu, words.x, 1), __shfl_xor_sync(0xffffffffu, words.y, 1)};
     if (!place.exists) return;
+    uint4 columns = place.half ? uint4{others.x, others.y, words.x, words.y} : uint4{words.x, words.y, others.x, others.y};
     int image = place.own / kOwn<kWide>;
     Element* to = tile < kHeadTiles ? queries_of(image) : tile < 2 * kHeadTiles ? keys_of(image) : values_of(image);
     to += row_of<kWide>(place) * kHeadStride + tile % kHeadTiles * kTile;
 #pragma unroll
-    for (int i = 0; i < kCluster; i += 4) send_to_rank(reinterpret_cast<uint4*>(to), &shared.gathered, i + lane % 4, columns);
+    for (int i = 0; i < kCluster; i += 2)
+      send(reinterpret_cast<uint4*>(to), &shared.gathered, way_to_rank(&shared, i + place.half), columns);
   }
 
-  // A warp's: of the block's queries of an image eight columns of their attention to each other.
-  __device__ void attend_to_rows(int chunk, int image, int tile) {
+  // Of the block's queries a warp has eight columns of their attention to each other.
+  __device__ void attend_to_rows(int chunk) {
     constexpr int kOwnRows = kOwn<kNarrow>;
-    int head = tile / (kHeaddim / kTile) * kHeaddim;
-    float scores[4][4] = {};
-    score(scores, queries_of(image) + (rank * kOwnRows + lane % kOwnRows) * kHeadStride + head, keys_of(image) + head);
-    float highest = -INFINITY, total = 0.f;
+    static_assert(kHeadTiles == kWarps);
+    int head = warp / (kHeaddim / kTile) * kHeaddim;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) highest = fmaxf(highest, fmaxf(scores[n][0], scores[n][1]));
-    exponentiate(scores, 0, highest_of_lanes<1, 4>(highest), total);
-    float inverse = reciprocal(sum_of_lanes<1, 4>(total));
+    for (int image = 0; image < kImages; ++image) {
+      float scores[4][4] = {};
+      score(scores, queries_of(image) + (rank * kOwnRows + lane % kOwnRows) * kHeadStride + head, keys_of(image) + head);
+      float highest = -INFINITY, total = 0.f;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) scores[n][2] = scores[n][3] = 0.f;  // of rows that are others again
-    float out[4] = {};
-    uint32_t a[4], b[4];
-    ldmatrix_transposed(b, values_of(image) + lane * kHeadStride + tile * kTile);
-    weights_of(a, scores[0], scores[1]);
-    mma<Element>(out, a, b[0], b[1]);
-    weights_of(a, scores[2], scores[3]);
-    mma<Element>(out, a, b[2], b[3]);
-    if (lane / 4 < kOwnRows) {
-      int row = chunk * kRows + image * kQueries + rank * kOwnRows + lane / 4;
-      int column = cluster * kHeadColumns + tile * kTile + lane % 4 * 2;
-      store_word(written + (row * kHidden + column) / 2, pack<Element>(out[0] * inverse, out[1] * inverse));
+      for (int n = 0; n < 4; ++n) highest = fmaxf(highest, fmaxf(scores[n][0], scores[n][1]));
+      exponentiate(scores, 0, highest_of_lanes<1, 4>(highest), total);
+      float inverse = reciprocal(sum_of_lanes<1, 4>(total));
+#pragma unroll
+      for (int n = 0; n < 4; ++n) scores[n][2] = scores[n][3] = 0.f;  // of rows that are others again
+      float out[4] = {};
+      uint32_t a[4], b[4];
+      ldmatrix_transposed(b, values_of(image) + lane * kHeadStride + warp * kTile);
+      weights_of(a, scores[0], scores[1]);
+      mma<Element>(out, a, b[0], b[1]);
+      weights_of(a, scores[2], scores[3]);
+      mma<Element>(out, a, b[2], b[3]);
+      uint32_t word = pack<Element>(out[0] * inverse, out[1] * inverse);
+      uint32_t other = __shfl_xor_sync(0xffffffffu, word, 1);
+      if (lane / 4 < kOwnRows && lane % 2 == 0) {
+        int row = chunk * kRows + image * kQueries + rank * kOwnRows + lane / 4;
+        int column = cluster * kHeadColumns + warp * kTile + lane % 4 * 2;
+        store_words(written + (row * kHidden + column) / 2, {word, other});
+      }
     }
   }
 
@@ -711,13 +750,12 @@ struct Encoder {
   // warps have 32 columns each of every second sixteen tokens.
   __device__ void attend_to_tokens(int chunk, int looking) {
     constexpr int kColumns = kHeadColumns / 2;
-    int reader = warp % kReaders, m = warp / kReaders % 2, column = warp / (2 * kReaders) % 2 * kColumns;
-    int image = warp / (4 * kReaders), head = column / kHeaddim * kHeaddim;
-    static_assert(4 * kReaders * kImages <= kWarps);
-    bool takes_part = image < kImages;
-    if (!takes_part) image = 0;
-    Element const* q = queries_of(image) + (m * 16 + lane % 16) * kHeadStride + head;
-    float out[kColumns / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    static_assert(kWarps == 4 * kReaders);
+    int reader = warp % kReaders, m = warp / kReaders % 2, column = warp / (2 * kReaders) * kColumns;
+    int head = column / kHeaddim * kHeaddim;
+    struct {
+      float out[kColumns / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    } attended[kImages];
     for (int first = first_token(); first < end_token(); first += kTokens) {
       int count = min(kTokens, end_token() - first);
       if (first > first_token()) {
@@ -726,49 +764,60 @@ struct Encoder {
       }
       wait_for_copies();
       __syncthreads();
-      for (int token = reader * 16; takes_part && token < count; token += kReaders * 16) {
-        float scores[2][4] = {};
-        score(scores, q, keys_of(image) + token * kHeadStride + head);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float higher = highest[half];
+      for (int image = 0; image < kImages; ++image) {
+        auto& [out, highest, total] = attended[image];
+        Element const* q = queries_of(image) + (m * 16 + lane % 16) * kHeadStride + head;
+#pragma unroll 1
+        for (int token = reader * 16; token < count; token += kReaders * 16) {
+          float scores[2][4] = {};
+          score(scores, q, keys_of(image) + token * kHeadStride + head);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float& x = scores[i / 2][half * 2 + i % 2];
-            if (token + i / 2 * 8 + lane % 4 * 2 + i % 2 >= count) x = -INFINITY;
-            higher = fmaxf(higher, x);
+          for (int half = 0; half < 2; ++half) {
+            float higher = highest[half];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float& x = scores[i / 2][half * 2 + i % 2];
+              if (token + i / 2 * 8 + lane % 4 * 2 + i % 2 >= count) x = -INFINITY;
+              higher = fmaxf(higher, x);
+            }
+            higher = highest_of_lanes<1, 4>(higher);
+            float shrink = exp2_approx((highest[half] - higher) * scale());
+            highest[half] = higher;
+            total[half] *= shrink;
+#pragma unroll
+            for (int tile = 0; tile < kColumns / 8; ++tile)
+              out[tile][half * 2] *= shrink, out[tile][half * 2 + 1] *= shrink;
+            exponentiate(scores, half, higher, total[half]);
           }
-          higher = highest_of_lanes<1, 4>(higher);
-          float shrink = exp2_approx((highest[half] - higher) * scale());
-          highest[half] = higher;
-          total[half] *= shrink;
+          uint32_t a[4], b[4];
+          weights_of(a, scores[0], scores[1]);
 #pragma unroll
-          for (int tile = 0; tile < kColumns / 8; ++tile) out[tile][half * 2] *= shrink, out[tile][half * 2 + 1] *= shrink;
-          exponentiate(scores, half, higher, total[half]);
-        }
-        uint32_t a[4], b[4];
-        weights_of(a, scores[0], scores[1]);
-#pragma unroll
-        for (int tile = 0; tile < kColumns / 8; tile += 2) {
-          ldmatrix_transposed(b, values_of(image) + (token + lane % 16) * kHeadStride + column + tile * 8 + lane / 16 * 8);
-          mma<Element>(out[tile], a, b[0], b[1]);
-          mma<Element>(out[tile + 1], a, b[2], b[3]);
+          for (int tile = 0; tile < kColumns / 8; tile += 2) {
+            ldmatrix_transposed(b, values_of(image) + (token + lane % 16) * kHeadStride + column + tile * 8 + lane / 16 * 8);
+            mma<Element>(out[tile], a, b[0], b[1]);
+            mma<Element>(out[tile + 1], a, b[2], b[3]);
+          }
         }
       }
     }
-    if (!takes_part) return;
     int source = rank * kReaders + reader;
+    float* to = part_at<kNarrow>(source, kHeadTiles, column / 8);
 #pragma unroll
-    for (int tile = 0; tile < kColumns / 8; ++tile)
-      send_part<kNarrow>(out[tile], image * 2 + m, source, kHeadTiles, column / 8 + tile);
-    if (column > head) return;
+    for (int image = 0; image < kImages; ++image) {
+      auto& [out, highest, total] = attended[image];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = sum_of_lanes<1, 4>(total[half]);
-      int row = m * 16 + half * 8 + lane / 4, own = image * kOwn<kNarrow> + row % kOwn<kNarrow>;
-      if (lane % 4 == 0)
-        send_to_rank(&shared.tops[buffer()][source][head / kHeaddim][own], &shared.arrived[buffer()],
-                     row / kOwn<kNarrow>, make_float2(highest[half], sum));
+      for (int tile = 0; tile < kColumns / 8; ++tile)
+        send_part<kNarrow>(out[tile], image * 2 + m, to + tile * kImages * kOwn<kNarrow> * kTile);
+      if (column > head) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = sum_of_lanes<1, 4>(total[half]);
+        int row = m * 16 + half * 8 + lane / 4, own = image * kOwn<kNarrow> + row % kOwn<kNarrow>;
+        if (lane % 4 == 0)
+          send(&shared.tops[buffer()][source][head / kHeaddim][own], &shared.arrived[buffer()],
+               way_to_rank(&shared, row / kOwn<kNarrow>), make_float2(highest[half], sum));
+      }
     }
   }
 
@@ -781,16 +830,18 @@ struct Encoder {
     float highest = -INFINITY, total = 0.f;
 #pragma unroll
     for (int i = 0; i < kSources; ++i) highest = fmaxf(highest, tops[i][head][place.own].x);
-    float2 sum = {0.f, 0.f};
+    float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < kSources; ++i) {
-      float2 top = tops[i][head][place.own], x = part_of<kNarrow>(here, place, i, kHeadTiles);
+      float2 top = tops[i][head][place.own];
+      float4 x = part_of<kNarrow>(here, place, i, kHeadTiles);
       float weight = exp2_approx((top.x - highest) * scale());
-      total += weight * top.y, sum.x += weight * x.x, sum.y += weight * x.y;
+      total += weight * top.y;
+      sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
     }
     float inverse = reciprocal(total);
-    store_word(word_at<kNarrow>(chunk, place, kHidden, cluster * kHeadColumns + place.column()),
-               pack<Element>(sum.x * inverse, sum.y * inverse));
+    store_words(words_at<kNarrow>(chunk, place, kHidden, cluster * kHeadColumns + place.column()),
+                pack<Element>({sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse}));
   }
 
   // LayerNorm of the last rows, a row a warp.
@@ -799,7 +850,8 @@ struct Encoder {
     for (int row = blockIdx.x + gridDim.x * warp; row < p.images * kQueries; row += gridDim.x * kWarps) {
       auto column_of = [&](int i) { return (i * 32 + lane) * 8; };
       uint4 found[kOfLane];
-      receive(found, [&](int i) { return read + (row * kHidden + column_of(i)) / 2; });
+      receive(
+          found, [&](int i) { return read + (row * kHidden + column_of(i)) / 2; }, [](int) { return true; });
       float x[kOfLane][8], mean = 0.f, squares = 0.f;
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) {

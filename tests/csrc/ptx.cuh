@@ -265,14 +265,18 @@ inline void arrive_at_cluster() {
   emulated::self->met = barrier.generation;
   emulated::arrive_at(barrier, int(emulated::self->of->warps.size()) * 32 * emulated::cluster);
 }
+inline void arrive_after_reading() { arrive_at_cluster(); }
 inline void wait_for_cluster() {
   emulated::wait_until([] { return emulated::self->of->cluster_barrier->generation != emulated::self->met; });
 }
-template <class T>
-void send_to_rank(T* mine, uint64_t* barrier, uint32_t rank, T x) {
+using Way = ptrdiff_t;
+inline Way way_to_rank(void const*, uint32_t rank) {
   auto* block = emulated::self->of;
-  auto* other = &emulated::blocks[emulated::self->block.x / emulated::cluster * emulated::cluster + rank];
-  auto there = [&](void* here) { return static_cast<char*>(here) - block->shared + other->shared; };
+  return emulated::blocks[emulated::self->block.x / emulated::cluster * emulated::cluster + rank].shared - block->shared;
+}
+template <class T>
+void send(T* mine, uint64_t* barrier, Way way, T x) {
+  auto there = [&](void* here) { return static_cast<char*>(here) + way; };
   if (reinterpret_cast<uintptr_t>(mine) % sizeof(T) != 0) std::abort();
   *reinterpret_cast<T*>(there(mine)) = x;
   add_bytes(reinterpret_cast<uint64_t*>(there(barrier)), -int(sizeof(T)), false);
@@ -282,9 +286,9 @@ inline uint4 load_words(uint32_t const* from) {
   emulated::yield();
   return {from[0], from[1], from[2], from[3]};
 }
-inline void store_word(uint32_t* to, uint32_t x) {
+inline void store_words(uint32_t* to, uint2 x) {
   emulated::progress = true;
-  *to = x;
+  to[0] = x.x, to[1] = x.y;
 }
 
 inline void ldmatrix(uint32_t (&a)[4], void const* p) {

@@ -5,26 +5,30 @@ using namespace qformer_fast;
 
 namespace {
 
-template <class Element, int kImages, int kHeaddim>
+template <class Element, int kImages, bool kMany, int kHeaddim>
 void run(QueryEncoderArguments arguments, int clusters) {
   constexpr size_t kBytes = 232448;  // of a multiprocessor, as on Hopper
   arguments.ring = std::min(int(kBytes - sizeof(Shared<kImages>)) / kPageBytes, kMaxPages);
   emulated::run(clusters * kCluster, kThreads, kCluster, kBytes, [&] {
     auto& shared = *reinterpret_cast<Shared<kImages>*>(emulated::self->of->shared);
-    Encoder<Element, kImages, kHeaddim>(arguments, shared).run();
+    Encoder<Element, kImages, kMany, kHeaddim>(arguments, shared).run();
   });
 }
 
-template <class Element, int kImages>
+template <class Element, int kImages, bool kMany>
 void with_heads(QueryEncoderArguments const& arguments, int headdim, int clusters) {
-  headdim == 32 ? run<Element, kImages, 32>(arguments, clusters) : run<Element, kImages, 64>(arguments, clusters);
+  headdim == 32 ? run<Element, kImages, kMany, 32>(arguments, clusters)
+                : run<Element, kImages, kMany, 64>(arguments, clusters);
 }
 
 template <class Element>
 void with_images(QueryEncoderArguments const& arguments, int headdim, int clusters) {
-  int chunk = images_of_chunk(arguments.images);
-  if (chunk == 1) with_heads<Element, 1>(arguments, headdim, clusters);
-  if (chunk == 2) with_heads<Element, 2>(arguments, headdim, clusters);
+  if (arguments.images == 1)
+    with_heads<Element, 1, false>(arguments, headdim, clusters);
+  else if (arguments.images == 2)
+    with_heads<Element, 2, false>(arguments, headdim, clusters);
+  else
+    with_heads<Element, 2, true>(arguments, headdim, clusters);
 }
 
 }  // namespace
