@@ -128,7 +128,12 @@ struct alignas(128) Shared {
   char stage[kImages * kQueries * kStride * 2];                                 // a product's rows
   float parts[2][kWide * kMostWide * kOwn<kWide> * kImages * kTile];            // of a product's or attention's result
   char queries[kImages * kQueries * kHeadStride * 2];                           // of a cluster's heads
-  char keys[kImages * kTokens * kHeadStride * 2], values[kImages * kTokens * kHeadStride * 2];
+  union {
+    struct {
+      char keys[kImages * kTokens * kHeadStride * 2], values[kImages * kTokens * kHeadStride * 2];
+    };
+    float4 halves[kMostNarrow][kImages][2][32];  // of sums that two warps share
+  };
   float2 moments[2][kWide][kImages * kOwn<kWide>];                              // of a slice: mean, squared deviations
   float2 norms[kMaxImages / kImages][kImages * kOwn<kWide>];                    // of a row: mean and 1 / deviation
   float2 tops[2][kCluster * kReaders][2][kImages * kOwn<kNarrow>];              // of a head: highest score, sum of weights
@@ -326,21 +331,22 @@ struct Encoder {
     return reinterpret_cast<Element*>(shared.stage) + row * (kSlices * kSlice + 8);
   }
 
-  // The block's K of a chunk's rows to the stage, when the phase's ``count`` slots are there too; returns the last pieces.
-  template <int kSlices, int kSplit, int kCount>
-  __device__ void stage_rows(int chunk, int count, uint4 (&pieces)[kCount]) {
+  // The block's K of a chunk's rows to the stage, when the phase's ``count`` slots are there too.
+  template <int kSlices, int kSplit>
+  __device__ void stage_rows(int chunk, int count) {
     constexpr int kWidth = kSplit * kSlices * kSlice, kOfRow = kSlices * kSlice / 8;
-    constexpr int kOfImage = (kOfRow + kLanes - 1) / kLanes, kAtOnce = kCount / kOfImage;
+    constexpr int kOfImage = (kOfRow + kLanes - 1) / kLanes, kAtOnce = kSlices == 4 ? 1 : kImages;
     int row = thread / kLanes, piece = thread % kLanes;
     uint32_t const* from = read + ((chunk * kRows + row) * kWidth + share<kSplit>() * kSlices * kSlice + piece * 8) / 2;
     auto exists = [&](int i) { return kOfRow % kLanes == 0 || i % kOfImage * kLanes + piece < kOfRow; };
 #pragma unroll
     for (int first = 0; first < kImages; first += kAtOnce) {
+      uint4 pieces[kAtOnce * kOfImage];
       auto image_of = [&](int i) { return first + i / kOfImage; };
       receive(
           pieces, [&](int i) { return from + (image_of(i) * kQueries * kWidth + i % kOfImage * kLanes * 8) / 2; }, exists);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i)
+      for (int i = 0; i < kAtOnce * kOfImage; ++i)
         if (exists(i))
           *reinterpret_cast<uint4*>(stage_at<kSlices>(image_of(i) * kQueries + row) + (i % kOfImage * kLanes + piece) * 8) =
               pieces[i];
@@ -349,34 +355,36 @@ struct Encoder {
     __syncthreads();
   }
 
-  // Mean and squared deviations of each row's slice to those who finish the row.
-  template <int kCount>
-  __device__ void send_moments(uint4 const (&pieces)[kCount]) {
-    constexpr int kOfImage = kCount / kImages;
-    constexpr float kOfSlice = kOfImage * kLanes * 8;
-    int row = thread / kLanes;
+  // Mean and squared deviations of each staged row to those who finish the row: a warp's, of the rows' products with ones
+  // and with each other.
+  template <int kSlices>
+  __device__ void send_moments() {
+    constexpr float kWidth = kSlices * kSlice;
+    uint32_t ones = pack<Element>(1.f, 1.f);
+    float sums[2 * kImages][4] = {}, squares[2 * kImages][2][4] = {};
+    Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
 #pragma unroll
-    for (int image = 0; image < kImages; ++image) {
-      float2 x[4 * kOfImage];
-      float sum = 0.f, squares = 0.f;
+    for (int i = 0; i < kSlices * kSteps; ++i)
 #pragma unroll
-      for (int i = 0; i < kOfImage; ++i) {
-        uint4 const& piece = pieces[image * kOfImage + i];
-        x[4 * i] = unpack<Element>(piece.x), x[4 * i + 1] = unpack<Element>(piece.y);
-        x[4 * i + 2] = unpack<Element>(piece.z), x[4 * i + 3] = unpack<Element>(piece.w);
+      for (int m = 0; m < 2 * kImages; ++m) {
+        uint32_t a[4];
+        ldmatrix(a, rows + m * 16 * (kSlices * kSlice + 8) + i * 16);
+        mma<Element>(sums[m], a, ones, ones);
+        mma<Element>(squares[m][0], a, a[0], a[2]);
+        mma<Element>(squares[m][1], a, a[1], a[3]);
       }
+    // which of the lane's two columns is its row's own
+    bool odd = lane / 4 % 2;
+    if (lane % 4 != lane / 8) return;
 #pragma unroll
-      for (int i = 0; i < 4 * kOfImage; ++i) sum += x[i].x + x[i].y;
-      float mean = sum_of_lanes<1, kLanes>(sum) * (1.f / kOfSlice);
+    for (int m = 0; m < 2 * kImages; ++m)
 #pragma unroll
-      for (int i = 0; i < 4 * kOfImage; ++i)
-        squares += (x[i].x - mean) * (x[i].x - mean) + (x[i].y - mean) * (x[i].y - mean);
-      squares = sum_of_lanes<1, kLanes>(squares);
-      if (thread % kLanes == 0)
-        send(&shared.moments[buffer()][share<kWide>()][image * kOwn<kWide> + row % kOwn<kWide>],
-             &shared.arrived[buffer()], way_to_rank(&shared, row / kOwn<kWide> * kGroups<kWide> + group()),
-             make_float2(mean, squares));
-    }
+      for (int half = 0; half < 2; ++half) {
+        float mean = sums[m][2 * half] * (1.f / kWidth), square = odd ? squares[m][half][2 * half + 1] : squares[m][half][2 * half];
+        send(&shared.moments[buffer()][share<kWide>()][m / 2 * kOwn<kWide> + lane / 4], &shared.arrived[buffer()],
+             way_to_rank(&shared, (m % 2 * 2 + half) * kGroups<kWide> + group()),
+             make_float2(mean, fmaxf(square - kWidth * mean * mean, 0.f)));
+      }
   }
 
   // ---- products ----
@@ -401,45 +409,71 @@ struct Encoder {
   }
 
   // Parts of the staged rows' product with the block's ``own`` tiles, whose slots follow the vectors', sent to who
-  // finishes them; a warp has kTurns tiles.
+  // finishes them; a warp has kTurns tiles, of four slices two warps.
   template <int kSlices, int kSplit>
   __device__ void multiply(int own) {
-    constexpr int kTurns = kSplit == kWide ? 2 : 1, kChains = kSlices == 4 ? 2 : 1;
-    int first = warp * kTurns;
-    if (first >= own) return;
-    float acc[kChains][kTurns][2 * kImages][4] = {};
-    Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
+    constexpr int kHalves = kSlices == 4 ? 2 : 1, kTurns = kSlices == 1 ? 1 : 2, kChains = kSlices == 1 ? 2 : 1;
+    int first = warp / kHalves * kTurns, half = warp % kHalves;
+    float acc[kTurns][2 * kImages][4] = {};
+    if (first < own) {
+      float chains[kChains][kTurns][2 * kImages][4] = {};
+      Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      uint2 const* slots[kTurns];
+      for (int s = 0; s < kSlices / kHalves; ++s) {
+        int slice = half * (kSlices / kHalves) + s;
+        uint2 const* slots[kTurns];
 #pragma unroll
-      for (int j = 0; j < kTurns; ++j)
-        slots[j] = reinterpret_cast<uint2 const*>(slot_of(1 + min(first + j, own - 1) * kSlices + slice)) + lane;
+        for (int j = 0; j < kTurns; ++j)
+          slots[j] = reinterpret_cast<uint2 const*>(slot_of(1 + min(first + j, own - 1) * kSlices + slice)) + lane;
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        uint32_t a[2 * kImages][4];
+        for (int i = 0; i < kSteps; ++i) {
+          uint32_t a[2 * kImages][4];
 #pragma unroll
-        for (int m = 0; m < 2 * kImages; ++m)
-          ldmatrix(a[m], rows + m * 16 * (kSlices * kSlice + 8) + slice * kSlice + i * 16);
+          for (int m = 0; m < 2 * kImages; ++m)
+            ldmatrix(a[m], rows + m * 16 * (kSlices * kSlice + 8) + slice * kSlice + i * 16);
 #pragma unroll
-        for (int j = 0; j < kTurns; ++j) {
-          uint2 b = slots[j][i * 32];
+          for (int j = 0; j < kTurns; ++j) {
+            uint2 b = slots[j][i * 32];
 #pragma unroll
-          for (int m = 0; m < 2 * kImages; ++m) mma<Element>(acc[slice % kChains][j][m], a[m], b.x, b.y);
+            for (int m = 0; m < 2 * kImages; ++m) mma<Element>(chains[i % kChains][j][m], a[m], b.x, b.y);
+          }
         }
       }
+#pragma unroll
+      for (int j = 0; j < kTurns; ++j)
+#pragma unroll
+        for (int m = 0; m < 2 * kImages; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int chain = 0; chain < kChains; ++chain) acc[j][m][i] += chains[chain][j][m][i];
     }
+    if constexpr (kHalves == 2) share_halves(acc, first, half);
     float* to = part_at<kSplit>(share<kSplit>(), own, first);
 #pragma unroll
     for (int j = 0; j < kTurns; ++j)
       if (first + j < own)
 #pragma unroll
-        for (int m = 0; m < 2 * kImages; ++m) {
-          float(&part)[4] = acc[0][j][m];
-          if (kChains == 2)
+        for (int m = 0; m < 2 * kImages; ++m)
+          if (kHalves == 1 || m % 2 == half) send_part<kSplit>(acc[j][m], m, to + j * kImages * kOwn<kSplit> * kTile);
+  }
+
+  // Two warps have a half of two tiles' sums each: one adds up those of an image's first sixteen rows, one the others'.
+  __device__ void share_halves(float (&acc)[2][2 * kImages][4], int first, int half) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) part[i] += acc[kChains - 1][j][m][i];
-          send_part<kSplit>(part, m, to + j * kImages * kOwn<kSplit> * kTile);
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int m = 0; m < 2 * kImages; ++m)
+        if (m % 2 != half)
+          shared.halves[first + j][m / 2][m % 2][lane] = {acc[j][m][0], acc[j][m][1], acc[j][m][2], acc[j][m][3]};
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int m = 0; m < 2 * kImages; ++m)
+        if (m % 2 == half) {
+          float4 x = shared.halves[first + j][m / 2][m % 2][lane];
+          acc[j][m][0] += x.x, acc[j][m][1] += x.y, acc[j][m][2] += x.z, acc[j][m][3] += x.w;
         }
   }
 
@@ -473,30 +507,30 @@ struct Encoder {
 
   template <int kSplit>
   __device__ float4 total_of(int here, Place const& place, int tiles) {
-    float4 sum = part_of<kSplit>(here, place, 0, tiles);
+    float4 x[kSplit];
 #pragma unroll
-    for (int source = 1; source < kSplit; ++source) {
-      float4 x = part_of<kSplit>(here, place, source, tiles);
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    return sum;
+    for (int source = 0; source < kSplit; ++source) x[source] = part_of<kSplit>(here, place, source, tiles);
+#pragma unroll
+    for (int step = kSplit / 2; step > 0; step /= 2)
+#pragma unroll
+      for (int i = 0; i < step; ++i)
+        x[i].x += x[i + step].x, x[i].y += x[i + step].y, x[i].z += x[i + step].z, x[i].w += x[i + step].w;
+    return x[0];
   }
 
   // ---- sub-layers ----
 
   // Mean and 1 / deviation of one of the block's rows, from what was sent of it.
   __device__ float2 norm_of(int here, int own) {
-    float2 slices[kWide];
-    float mean = 0.f, squares = 0.f;
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) slices[i] = shared.moments[here][i][own], mean += slices[i].x;
-    mean *= 1.f / kWide;
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) {
-      float away = slices[i].x - mean;
-      squares += slices[i].y + kHidden / kWide * away * away;
-    }
-    return {mean, rsqrtf(squares * (1.f / kHidden) + p.eps)};
+    static_assert(kWide == 4);
+    float2 const* slices = &shared.moments[here][0][own];
+    constexpr int kNext = kImages * kOwn<kWide>;
+    float2 a = slices[0], b = slices[kNext], c = slices[2 * kNext], d = slices[3 * kNext];
+    float mean = ((a.x + b.x) + (c.x + d.x)) * (1.f / kWide);
+    float squares = (a.y + b.y) + (c.y + d.y);
+    a.x -= mean, b.x -= mean, c.x -= mean, d.x -= mean;
+    float away = (a.x * a.x + b.x * b.x) + (c.x * c.x + d.x * d.x);
+    return {mean, rsqrtf((squares + kHidden / kWide * away) * (1.f / kHidden) + p.eps)};
   }
 
   // finish(place, four columns) of LayerNorm(rows) weight^T + bias.
@@ -504,27 +538,30 @@ struct Encoder {
   __device__ void linear_of_norm(int chunk, int own, Finish finish) {
     constexpr int kSlices = kHidden / kWide / kSlice, kAll = kImages * kOwn<kWide>;
     expect_parts(kWide * kAll * (own * kTile * int(sizeof(float)) + int(sizeof(float2))));
-    uint4 pieces[kImages * kSlices * kSlice / 8 / kLanes];
-    stage_rows<kSlices, kWide>(chunk, wide_slots(own), pieces);
+    stage_rows<kSlices, kWide>(chunk, wide_slots(own));
     multiply<kSlices, kWide>(own);
-    send_moments(pieces);
+    if (warp == kWarps - 1) send_moments<kSlices>();
+    Place places[kImages];
+    float4 sums[kImages], bias[kImages];
+#pragma unroll
+    for (int turn = 0; turn < kImages; ++turn) {
+      Place place = places[turn] = place_of<kWide>(turn, own);
+      sums[turn] = vector_at(slot_of(0), 0, place.column()), bias[turn] = vector_at(slot_of(0), 1, place.column());
+    }
     int here = wait_for_parts();
     static_assert(kThreads / 2 % kAll == 0);  // so a thread's row is the same in all turns
     int row = thread / 2 % kAll;
     float2 norm = norm_of(here, row);
     if (thread == 2 * row) shared.norms[chunk][row] = norm;
     if (own == 0) return;
-    char const* vectors = slot_of(0);
 #pragma unroll
     for (int turn = 0; turn < kImages; ++turn) {
-      Place place = place_of<kWide>(turn, own);
-      float4 x = total_of<kWide>(here, place, own);
-      float4 sums = vector_at(vectors, 0, place.column()), bias = vector_at(vectors, 1, place.column());
-      x.x = (x.x - norm.x * sums.x) * norm.y + bias.x;
-      x.y = (x.y - norm.x * sums.y) * norm.y + bias.y;
-      x.z = (x.z - norm.x * sums.z) * norm.y + bias.z;
-      x.w = (x.w - norm.x * sums.w) * norm.y + bias.w;
-      finish(place, x);
+      float4 x = total_of<kWide>(here, places[turn], own);
+      x.x = (x.x - norm.x * sums[turn].x) * norm.y + bias[turn].x;
+      x.y = (x.y - norm.x * sums[turn].y) * norm.y + bias[turn].y;
+      x.z = (x.z - norm.x * sums[turn].z) * norm.y + bias[turn].z;
+      x.w = (x.w - norm.x * sums[turn].w) * norm.y + bias[turn].w;
+      finish(places[turn], x);
     }
   }
 
@@ -586,7 +623,6 @@ struct Encoder {
   // The rest of a sub-layer: what was written weight^T + bias + LayerNorm of the rows before, which begin it.
   template <int kSlices>
   __device__ void linear_and_residual() {
-    constexpr int kOfRow = kSlices * kSlice / 8, kOfImage = (kOfRow + kLanes - 1) / kLanes;
     static_assert(kMostNarrow * kImages * kOwn<kNarrow> * 2 <= kThreads);
     int own = narrow.count, count = 1 + own * kSlices;
     Place place = place_of<kNarrow>(0, own);
@@ -595,23 +631,23 @@ struct Encoder {
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       expect_parts(kNarrow * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
-      uint4 pieces[kSlices == 4 ? kOfImage : kImages * kOfImage];
-      stage_rows<kSlices, kNarrow>(chunk, count, pieces);
+      stage_rows<kSlices, kNarrow>(chunk, count);
       if (kMany && kSlices == 4 && chunk == 0) wait_for_cluster();
       multiply<kSlices, kNarrow>(own);
+      float4 bias = vector_at(slot_of(0), 0, place.column()), weight = vector_at(slot_of(0), 1, place.column());
+      float4 norm_bias = vector_at(slot_of(0), 2, place.column());
+      float4 residual = unpack<Element>(place.exists ? shared.residual[chunk][thread] : uint2{0, 0});
+      float2 norm = shared.norms[chunk][row];
+      bias.x += (residual.x - norm.x) * norm.y * weight.x + norm_bias.x;
+      bias.y += (residual.y - norm.x) * norm.y * weight.y + norm_bias.y;
+      bias.z += (residual.z - norm.x) * norm.y * weight.z + norm_bias.z;
+      bias.w += (residual.w - norm.x) * norm.y * weight.w + norm_bias.w;
       int here = wait_for_parts();
       if (place.exists) {
-        char const* vectors = slot_of(0);
-        float4 x = total_of<kNarrow>(here, place, own), bias = vector_at(vectors, 0, place.column());
-        float4 weight = vector_at(vectors, 1, place.column()), norm_bias = vector_at(vectors, 2, place.column());
-        float4 residual = unpack<Element>(shared.residual[chunk][thread]);
-        float2 norm = shared.norms[chunk][row];
-        x.x += bias.x + (residual.x - norm.x) * norm.y * weight.x + norm_bias.x;
-        x.y += bias.y + (residual.y - norm.x) * norm.y * weight.y + norm_bias.y;
-        x.z += bias.z + (residual.z - norm.x) * norm.y * weight.z + norm_bias.z;
-        x.w += bias.w + (residual.w - norm.x) * norm.y * weight.w + norm_bias.w;
-        uint2 words = shared.residual[chunk][thread] = pack<Element>(x);
+        float4 x = total_of<kNarrow>(here, place, own);
+        uint2 words = pack<Element>({x.x + bias.x, x.y + bias.y, x.z + bias.z, x.w + bias.w});
         store_words(words_at<kNarrow>(chunk, place, kHidden, narrow.first * kTile + place.column()), words);
+        shared.residual[chunk][thread] = words;
       }
     }
     leave_slots(count);
