@@ -119,6 +119,12 @@ __device__ __forceinline__ void send(float2* mine, uint64_t* barrier, Way way, f
 }
 
 // Words that others write and read meanwhile.
+__device__ __forceinline__ uint32_t load_word(uint32_t const* from) {
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ uint4 load_words(uint32_t const* from) {
   uint4 x;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"

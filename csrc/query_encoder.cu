@@ -91,10 +91,7 @@ char const* query_encoder(Dtype dtype, int headdim, int clusters, QueryEncoderAr
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2];
   launch.configure(config, attributes, clusters * kCluster, stream);
-  int looking = int(arguments.width / (2 * kHidden));
-  int64_t bytes = workspace_bytes(arguments.images, arguments.layers, looking);
-  cudaError_t error = cudaMemsetAsync(arguments.workspace, kNothing & 0xff, bytes, stream);
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, launch.kernel, arguments);
+  cudaError_t error = cudaLaunchKernelEx(&config, launch.kernel, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -6,8 +6,9 @@
 // of K, and come through a ring in shared memory, filled by bulk copies as soon as there is room, whatever the block
 // waits for.
 //
-// What a product writes and the next one reads lies in global memory as words of two numbers, each launch's and each
-// phase's where nothing else does and filled with kNothing before: who reads a word until it is something needs no barrier.
+// What a product writes and the next one reads lies in global memory as words of two numbers, each phase's where no other's
+// do, and kNothing before: who reads a word until it is something needs no barrier. At the end of a launch all of them have
+// been read but the last phase's, which two launches in a row have apart, so each leaves kNothing to the next.
 //
 // LayerNorm is part of the product that reads its rows: with its weights w and b, mean m and deviation s of a row x,
 //   W LayerNorm(x) + c = ((W diag(w)) x - m (W w)) / s + (W b + c),
@@ -107,12 +108,19 @@ __device__ __forceinline__ float4 unpack(uint2 words) {
 
 // ---- memory ----
 
-// Bytes of all phases' words; rows are of all images, filled up to whole chunks.
-constexpr int64_t workspace_bytes(int images, int layers, int looking) {
+// The workspace: a header with the number of launches, twice the last phase's words of as many images as there may be, and
+// the others' words, of all images filled up to whole chunks.
+constexpr int64_t kHeaderWords = 64, kLastWords = int64_t(kMaxImages) * kQueries * kHidden / 2;
+
+constexpr int64_t words_of_phases(int images, int layers, int looking) {
   int chunk = images_of_chunk(images);
   int64_t rows = int64_t((images + chunk - 1) / chunk) * chunk * kQueries;
   int64_t attentions = layers - 1 + looking;
-  return rows * 2 * (attentions * 2 * kHidden + layers * (kIntermediate + kHidden));
+  return rows / 2 * (attentions * 2 * kHidden + layers * kIntermediate + (layers - 1) * kHidden);
+}
+
+constexpr int64_t workspace_bytes(int images, int layers, int looking) {
+  return (kHeaderWords + 2 * kLastWords + words_of_phases(images, layers, looking)) * 4;
 }
 
 // A block's pages: the next to ask for, how many are left, and its place in the ring.
@@ -172,6 +180,7 @@ struct Encoder {
   int exchange = 0, gathering = 0;  // how many there were
   uint32_t const* read = nullptr;   // what the phase before wrote
   uint32_t* written;                // and this phase writes
+  uint32_t launches;                // that there have been
   Way to_wide[2], to_narrow[2];     // to those who finish sixteen rows of a product, the first ones of an image and the others
 
   __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
@@ -181,7 +190,8 @@ struct Encoder {
     chunks = kMany ? (p.images + kImages - 1) / kImages : 1;
     slots = p.ring * kPage;
     attends = cluster < kHeadClusters;
-    written = static_cast<uint32_t*>(p.workspace);
+    written = phases();
+    launches = load_word(header());
     auto first = [&](int tiles, int of) { return of * tiles / clusters; };
     wide = {first(4 * kTiles, cluster), first(4 * kTiles, cluster + 1) - first(4 * kTiles, cluster)};
     narrow = {first(kTiles, cluster), first(kTiles, cluster + 1) - first(kTiles, cluster)};
@@ -214,6 +224,7 @@ struct Encoder {
         if (kind == kCrossAttention && !(p.cross_layers >> layer & 1)) continue;
         first_of_sub_layer(Kind(kind), looking, layer == 0);
         if (kind == kCrossAttention) ++looking;
+        if (kind == kFeedForward && layer + 1 == p.layers) written = last_words(launches);
         if (kind == kFeedForward)
           linear_and_residual<4>();
         else
@@ -221,6 +232,8 @@ struct Encoder {
       }
     }
     write();
+    __syncthreads();
+    clear();
     meet();
   }
 
@@ -318,6 +331,21 @@ struct Encoder {
       for (int i = 0; i < kCount; ++i)
         if (exists(i) && !is_something(found[i])) found[i] = load_words(at(i)), waiting = true;
     }
+  }
+
+  __device__ uint32_t* header() { return static_cast<uint32_t*>(p.workspace); }
+  __device__ uint32_t* last_words(uint32_t launch) { return header() + kHeaderWords + launch % 2 * kLastWords; }
+  __device__ uint32_t* phases() { return header() + kHeaderWords + 2 * kLastWords; }
+
+  // Leaves nothing to the next launch but what this one's last phase wrote, which others may still read.
+  __device__ void clear() {
+    auto clear_words = [&](uint32_t* words, int64_t count) {
+      for (int64_t i = (int64_t(blockIdx.x) * kThreads + thread) * 4; i < count; i += int64_t(gridDim.x) * kThreads * 4)
+        *reinterpret_cast<uint4*>(words + i) = {kNothing, kNothing, kNothing, kNothing};
+    };
+    clear_words(last_words(launches + 1), kLastWords);
+    clear_words(phases(), words_of_phases(p.images, p.layers, int(p.width / (2 * kHidden))));
+    if (blockIdx.x == 0 && thread == 0) *header() = launches + 1;
   }
 
   // The next phase reads what this one has written, rows of ``width``.
@@ -880,10 +908,14 @@ struct Encoder {
                 pack<Element>({sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse}));
   }
 
-  // LayerNorm of the last rows, a row a warp.
+  // LayerNorm of the last rows, a row a warp; whoever has none waits for one of the last image all the same.
   __device__ void write() {
     constexpr int kOfLane = kHidden / 8 / 32;
-    for (int row = blockIdx.x + gridDim.x * warp; row < p.images * kQueries; row += gridDim.x * kWarps) {
+    int rows = p.images * kQueries;
+    for (int first = 0; first < rows; first += gridDim.x * kWarps) {
+      int row = first + blockIdx.x + gridDim.x * warp;
+      bool exists = row < rows;
+      if (!exists) row = rows - 1 - blockIdx.x % kQueries;
       auto column_of = [&](int i) { return (i * 32 + lane) * 8; };
       uint4 found[kOfLane];
       receive(
@@ -916,8 +948,9 @@ struct Encoder {
           words[j / 2] = pack<Element>((x[i][j] - mean) * rstd * weight.x + bias.x,
                                        (x[i][j + 1] - mean) * rstd * weight.y + bias.y);
         }
-        *reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + int64_t(row) * kHidden + column_of(i)) =
-            uint4{words[0], words[1], words[2], words[3]};
+        if (exists)
+          *reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + int64_t(row) * kHidden + column_of(i)) =
+              uint4{words[0], words[1], words[2], words[3]};
       }
     }
   }

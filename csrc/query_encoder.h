@@ -22,7 +22,7 @@ struct QueryEncoderArguments {
   void const* queries;      // (32, 768) what the first cross-attention asks
   void const* keys_values;  // (images, tokens, layers with cross-attention, 2, 768)
   int64_t width;            // of a token's keys and values
-  void* workspace;          // query_encoder_workspace() bytes, aligned to 16
+  void* workspace;          // query_encoder_workspace() bytes or more, aligned to 16, all ones before their first use
   void* out;                // (images, 32, 768)
 };
 

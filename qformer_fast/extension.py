@@ -151,5 +151,6 @@ def encode_queries_clusters(rows: Tensor, headdim: int) -> int:
 
 
 def encode_queries_workspace(rows: Tensor, images: int, layers: int, looking: int) -> int:
-    """Bytes that :func:`encode_queries` needs, of as many layers and of those ``looking`` at the images."""
+    """Bytes that :func:`encode_queries` needs, all ones before their first use, of as many layers and of those
+    ``looking`` at the images; enough for fewer images too."""
     return torch.ops.qformer_fast_cuda.encode_queries_workspace(rows, images, layers, looking)

@@ -192,4 +192,4 @@ class OneLaunch:
 
     def _new_workspace(self, images: int) -> Tensor:
         size = extension.encode_queries_workspace(self.rows, images, self.layers, self.cross_layers.bit_count())
-        return self.rows.new_empty(size, dtype=torch.uint8)
+        return self.rows.new_full((size,), 255, dtype=torch.uint8)

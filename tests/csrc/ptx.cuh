@@ -281,6 +281,7 @@ void send(T* mine, uint64_t* barrier, Way way, T x) {
   *reinterpret_cast<T*>(there(mine)) = x;
   add_bytes(reinterpret_cast<uint64_t*>(there(barrier)), -int(sizeof(T)), false);
 }
+inline uint32_t load_word(uint32_t const* from) { return *from; }
 // Whoever finds nothing asks again after the others' turn.
 inline uint4 load_words(uint32_t const* from) {
   emulated::yield();

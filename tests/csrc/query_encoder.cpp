@@ -39,7 +39,6 @@ extern "C" void encode(bool half, int headdim, int clusters, int images, int tok
                        void* weights, void* first_slots, void* norm, void* rows, void* queries, void* keys_values,
                        void* workspace, void* out) {
   int looking = __builtin_popcount(cross_layers);
-  std::memset(workspace, 0xff, workspace_bytes(images, layers, looking));
   QueryEncoderArguments arguments{images, tokens, layers, uint32_t(cross_layers), eps, 0, weights,
                                   static_cast<int const*>(first_slots), static_cast<float const*>(norm), rows, queries,
                                   keys_values, looking * 2 * kHidden, workspace, out};
