@@ -18,10 +18,9 @@ from _machine import write_result
 from bench_inference import DTYPES, FACTOR, SHAPES, build, build_row, milliseconds
 from torch import Tensor, nn
 
-from qformer_fast import extension
 from qformer_fast.integrations.hf import STATE, replace_qformer
-from qformer_fast.models import one_launch
 from qformer_fast.models.inference import _Runner
+from qformer_fast.models.one_launch import why_not
 
 ROWS = ("hf_eager", "hf_compiled", "graphs", "one_launch")
 
@@ -39,13 +38,12 @@ def our_rows(model: nn.Module, queries: nn.Parameter, images: Tensor) -> tuple[d
     module = copy.deepcopy(model)
     replace_qformer(module)
     qformer = module.__dict__[STATE].qformer
-    if reason := one_launch.why_not(qformer.config, queries.shape[1], queries.dtype, queries.device):
+    if reason := why_not(qformer.config, queries.shape[1], queries.dtype, queries.device):
         raise SystemExit(f"one launch: {reason}")
-    runner = _Runner(qformer, queries, queries.dtype, None)
-    clusters = extension.encode_queries_clusters(runner.first[0], qformer.config.headdim)
-    one = one_launch.OneLaunch(qformer.config, runner.weights, *runner.first, clusters)
+    runner, graphs = (_Runner(qformer, queries, queries.dtype, None) for _ in range(2))
+    graphs.one_launch, one = None, runner.one_launch
     rows = {
-        "graphs": lambda: runner.run(queries, images, True),
+        "graphs": lambda: graphs.run(queries, images, True, True),
         "one_launch": lambda: one.run(runner.project(images.flatten(0, 1)), len(images)),
     }
     return rows, one.weights.nbytes + runner.kv_weight.nbytes

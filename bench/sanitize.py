@@ -98,8 +98,7 @@ def run_one_launch() -> None:
     config = QFormerConfig(num_hidden_layers=2, encoder_hidden_size=64, use_qformer_text_input=False)
     model = QFormer(config).to("cuda", torch.bfloat16).eval()
     runner = _Runner(model, torch.nn.Parameter(new(1, 32, 768).detach()), torch.bfloat16, None)
-    clusters = extension.encode_queries_clusters(runner.first[0], config.headdim)
-    one = OneLaunch(config, runner.weights, *runner.first, clusters)
+    one = OneLaunch(config, runner.weights, *runner.first)
     for images, tokens in ((1, 257), (2, 1), (5, 40)):
         one.run(runner.project(new(images * tokens, 64)), images)
     torch.cuda.synchronize()

@@ -11,6 +11,8 @@ import torch
 
 from qformer_fast import ops
 from qformer_fast.backend import BACKENDS, PREFERRED, available
+from qformer_fast.config import QFormerConfig
+from qformer_fast.models import one_launch
 
 PACKAGES = ("qformer_fast", "torch", "triton", "transformers", "open_clip_torch", "safetensors", "numpy")
 
@@ -20,13 +22,15 @@ def report() -> dict[str, Any]:
 
     Returns:
         dict: "versions" {package: version or None}, "devices" [{"name", ...}], "backends" {backend: None or the reason
-            why it can't run}, "ops" {op: {"uses": what tensors on the GPU take, where there
+            why it can't run}, "one_launch" None or the reason why BLIP-2's Q-Former in bf16 does not encode few images
+            in one, "ops" {op: {"uses": what tensors on the GPU take, where there
             is one, "unavailable": {backend: reason}}}.
     """
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "devices": _devices(),
         "backends": available(),
+        "one_launch": _one_launch(),
         "ops": {name: _op(name) for name in ops.__all__},
     }
 
@@ -52,6 +56,11 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
+def _one_launch() -> str | None:
+    config, device = QFormerConfig(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return one_launch.why_not(config, config.num_query_tokens, torch.bfloat16, device)
+
+
 def _op(name: str) -> dict[str, Any]:
     implementations = importlib.import_module(f"qformer_fast.ops.{name}").IMPLEMENTATIONS
     reasons = available()
@@ -75,6 +84,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"  {device['name']}: {details}")
     lines += ["backends"]
     lines += [f"  {name:<16} {reason or 'can run'}" for name, reason in found["backends"].items()]
+    lines.append(f"  {'one launch':<16} {found['one_launch'] or 'can run'}")
     lines += ["ops"]
     for name, op in found["ops"].items():
         reasons = "; ".join(f"not {backend}: {reason}" for backend, reason in op["unavailable"].items())

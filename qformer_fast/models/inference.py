@@ -1,7 +1,10 @@
-"""Encoding without gradients: weights packed once per set of parameters, queries without text as CUDA graphs."""
+"""Encoding without gradients: weights packed once per set of parameters, queries without text in one launch or as CUDA
+graphs."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import operator
 import threading
 from collections.abc import Callable
@@ -16,11 +19,14 @@ from qformer_fast import reference
 from qformer_fast.layout import Mask, SequenceLayout
 from qformer_fast.models.graphed import no_garbage_collection
 from qformer_fast.models.image_kv import ImageKV
+from qformer_fast.models.one_launch import MAX_IMAGES, OneLaunch, why_not
 from qformer_fast.models.padded import padded_layout
 from qformer_fast.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
     from qformer_fast.models.qformer import QFormer
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 32
 """Graphs of one stream; where there would be more, all are given up and captured again as they are asked for."""
@@ -77,7 +83,8 @@ class QueryEncoder:
 
     Until the first cross-attention nothing depends on the image, so that much is computed for one image where all have
     the same queries, and where these are a parameter once per set of parameters, as packed weights are. On a CUDA
-    device the rest is a CUDA graph for each bucket of images and number of tokens.
+    device the rest is one launch for few images, where the extension can run it (:func:`one_launch.why_not`), and
+    otherwise a CUDA graph for each bucket of images and number of tokens.
 
     Args:
         graphs (bool): capture CUDA graphs. Default: True.
@@ -116,7 +123,7 @@ class QueryEncoder:
         with self._lock, torch.autocast(query_embeds.device.type, enabled=False):
             # the device works while the host looks whether what it runs with is what the parameters are
             runner = self._kept.last(key)
-            out = None if runner is None else runner.run(query_embeds, image_embeds, self.graphs)
+            out = None if runner is None else runner.run(query_embeds, image_embeds, True, self.graphs)
             tensors = qformer.parameters_read()
             if tensors is None:
                 return None
@@ -127,7 +134,8 @@ class QueryEncoder:
             )
             if found is runner:
                 return out
-            return found.run(query_embeds, image_embeds, self.graphs and found is self._kept.last(key))
+            kept = found is self._kept.last(key)
+            return found.run(query_embeds, image_embeds, kept, self.graphs and kept)
 
 
 class _Runner:
@@ -152,6 +160,16 @@ class _Runner:
         self.first = None if queries is None else self.before_images(queries)
         self._graphs: dict[int, _Graphs] = {}
 
+    @functools.cached_property
+    def one_launch(self) -> OneLaunch | None:
+        if self.first is None:
+            return None
+        if reason := why_not(self.qformer.config, len(self.first[0]), self.dtype, self.first[0].device):
+            logger.info("few images are not encoded in one launch: %s", reason)
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return OneLaunch(self.qformer.config, self.weights, *self.first)
+
     def before_images(self, query_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Of (n, queries, hidden) the rows after the first self-attention, (n * queries, hidden), and what the first
         cross-attention asks, (n * queries, nheads, headdim).
@@ -165,10 +183,16 @@ class _Runner:
     def layout(self, images: int, queries: int) -> SequenceLayout:
         return padded_layout(Mask.UNIMODAL, None, None, images, queries, self.kv_weight.device)
 
-    def run(self, query_embeds: Tensor, image_embeds: Tensor, graphs: bool) -> Tensor:
+    def run(self, query_embeds: Tensor, image_embeds: Tensor, kept: bool, graphs: bool) -> Tensor:
+        """``kept``: there will be other calls, so that it pays to make what they need; ``graphs`` too."""
         rows = self._tokens(image_embeds)
         images, tokens = image_embeds.shape[:2]
-        if graphs and rows.is_cuda and not torch.cuda.is_current_stream_capturing():
+        capturing = rows.is_cuda and torch.cuda.is_current_stream_capturing()
+        # what is made during a capture belongs to the graph
+        made = "one_launch" in self.__dict__ or kept and not capturing
+        if images <= MAX_IMAGES and made and self.one_launch is not None:
+            return self.one_launch.run(self.project(rows), images)
+        if graphs and rows.is_cuda and not capturing:
             stream = torch.cuda.current_stream().cuda_stream
             if stream not in self._graphs:
                 self._graphs[stream] = _Graphs(self)

@@ -12,11 +12,13 @@ from qformer_fast import extension
 from qformer_fast.config import QFormerConfig
 from qformer_fast.models.packing import EncoderWeights
 
-MAX_IMAGES = 8
+# The kernel takes up to eight images; of more than these the CUDA graphs are faster (bench/bench_one_launch.py).
+MAX_IMAGES = 4
 HIDDEN, INTERMEDIATE, QUERIES, HEADDIMS = 768, 3072, 32, (32, 64)
 # blocks of a cluster; columns and K of a slot, the piece of a weight that a warp reads at once; numbers of each of a
 # product's three vectors, which have a slot together; slots that are copied at once; columns of a cluster that attends
 CLUSTER, TILE, SLICE, VECTOR, PAGE, GROUP = 8, 8, 96, 128, 4, 64
+LEAST_CLUSTERS = HIDDEN // GROUP
 # blocks that share K: of products behind LayerNorm, and of those with a residual
 WIDE, NARROW = 4, 8
 
@@ -26,7 +28,7 @@ class Product:
     """A weight (outputs, inputs) and what its epilogue takes, (up to 3, outputs) fp32.
 
     ``split`` blocks of a cluster share the inputs; where they are less than all, groups of blocks share the outputs.
-    Where it ``attends``, the first 12 clusters have 64 of every 768 outputs.
+    Where it ``attends``, the first LEAST_CLUSTERS have 64 of every 768 outputs.
     """
 
     weight: Tensor
@@ -54,7 +56,12 @@ def why_not(config: QFormerConfig, queries: int, dtype: torch.dtype, device: tor
     wrong = [
         f"{name} must be one of {allowed}, got {size}" for name, (size, allowed) in sizes.items() if size not in allowed
     ]
-    return "; ".join(wrong) or None
+    if wrong:
+        return "; ".join(wrong)
+    clusters = extension.encode_queries_clusters(torch.empty(0, dtype=dtype, device=device), config.headdim)
+    if clusters < LEAST_CLUSTERS:
+        return f"it needs {LEAST_CLUSTERS} clusters of {CLUSTER} multiprocessors at once, the device has {clusters}"
+    return None
 
 
 def pack(products: list[Product], clusters: int) -> tuple[Tensor, Tensor]:
@@ -133,10 +140,17 @@ class OneLaunch:
         weights (EncoderWeights): of its layers, in the dtype of the rows.
         rows, queries (Tensor): (32, 768) and (32, nheads, headdim), what does not depend on the images: the rows after
             the first self-attention and what the first cross-attention asks.
-        clusters (int): of eight blocks, that the device holds at once.
+        clusters (int, Optional): of eight blocks. Default: as many as the device holds at once.
     """
 
-    def __init__(self, config: QFormerConfig, weights: EncoderWeights, rows: Tensor, queries: Tensor, clusters: int):
+    def __init__(
+        self,
+        config: QFormerConfig,
+        weights: EncoderWeights,
+        rows: Tensor,
+        queries: Tensor,
+        clusters: int | None = None,
+    ):
         self.rows, self.queries = rows.contiguous(), queries.flatten(1).contiguous()
         self.headdim, self.eps, self.layers = config.headdim, config.layer_norm_eps, len(weights.layers)
         self.cross_layers = sum(1 << layer for layer in config.cross_attention_layers)
@@ -157,12 +171,13 @@ class OneLaunch:
                     vectors = torch.stack([x.float() for x in (second_bias, weight, bias)])
                     products.append(Product(second.to(rows.dtype), vectors, NARROW))
                     norm = next_norm
+        clusters = clusters or extension.encode_queries_clusters(rows, config.headdim)
         self.weights, self.first_slots = pack(products, clusters)
         self.norm = torch.stack([x.float() for x in norm])
         self._workspaces: dict[int, Tensor] = {}
 
     def run(self, keys_values: Tensor, images: int) -> Tensor:
-        """(images * tokens, layers * 2 * 768) -> (images, 32, 768)."""
+        """(images * tokens, layers * 2 * 768), of at most eight images -> (images, 32, 768)."""
         out = keys_values.new_empty(images * QUERIES, HIDDEN)
         extension.encode_queries(
             self.weights,
@@ -183,13 +198,13 @@ class OneLaunch:
 
     def _workspace(self, images: int) -> Tensor:
         """Memory of the current stream, whose launches follow each other."""
-        if torch.cuda.is_current_stream_capturing():
-            return self._new_workspace(images)
-        stream = torch.cuda.current_stream().cuda_stream
-        if stream not in self._workspaces:
-            self._workspaces[stream] = self._new_workspace(MAX_IMAGES)
-        return self._workspaces[stream]
-
-    def _new_workspace(self, images: int) -> Tensor:
-        size = extension.encode_queries_workspace(self.rows, images, self.layers, self.cross_layers.bit_count())
-        return self.rows.new_full((size,), 255, dtype=torch.uint8)
+        looking = self.cross_layers.bit_count()
+        size = extension.encode_queries_workspace(self.rows, images, self.layers, looking)
+        stream = None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
+        found = self._workspaces.get(stream)
+        if found is None or found.numel() < size:
+            with torch.inference_mode(False):
+                found = self.rows.new_full((size,), 255, dtype=torch.uint8)
+            if stream is not None:
+                self._workspaces[stream] = found
+        return found

@@ -180,9 +180,8 @@ def on_gpu():
 
 def launches(model: QFormer, queries: nn.Parameter) -> tuple[_Runner, one_launch.OneLaunch]:
     runner = _Runner(model, queries, queries.dtype, None)
-    clusters = extension.encode_queries_clusters(runner.first[0], model.config.headdim)
-    assert clusters >= 12
-    return runner, one_launch.OneLaunch(model.config, runner.weights, *runner.first, clusters)
+    assert runner.one_launch is not None
+    return runner, runner.one_launch
 
 
 @pytest.mark.cuda
@@ -228,3 +227,35 @@ def test_graphs_and_streams(on_gpu):
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, expected[1])
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_encode_queries_takes_it(on_gpu, monkeypatch):
+    """Of few images, with the weights as they are; and not where another backend is asked for."""
+    model = build(2, 64, torch.bfloat16, "cuda")
+    queries, embeds = given(model, one_launch.MAX_IMAGES + 1, 49)
+    launched, run = [], one_launch.OneLaunch.run
+    monkeypatch.setattr(one_launch.OneLaunch, "run", lambda self, x, n: launched.append(n) or run(self, x, n))
+    for change in (0.0, 0.5):
+        for x in model.encoder.parameters():
+            x.mul_(1 - change)
+        for images in range(1, len(embeds) + 1):
+            with torch.inference_mode(images == 2):
+                found = model.encode_queries(queries, embeds[:images])
+            truth, plain = outputs(model, queries, embeds[:images])
+            assert error(found, truth) <= 2 * error(plain, truth)
+    assert launched == [*range(1, one_launch.MAX_IMAGES + 1)] * 2
+    expected = model.encode_queries(queries, embeds[1:2])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model.encode_queries(queries, embeds[:1])
+    assert len(launched) == 2 * one_launch.MAX_IMAGES + 2
+    with use_backend("triton"):
+        model.encode_queries(queries, embeds[:1])
+    assert len(launched) == 2 * one_launch.MAX_IMAGES + 2
+    embeds[0].copy_(embeds[1])
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
