@@ -440,7 +440,8 @@ struct Encoder {
   // finishes them; a warp has kTurns tiles, of four slices two warps.
   template <int kSlices, int kSplit>
   __device__ void multiply(int own) {
-    constexpr int kHalves = kSlices == 4 ? 2 : 1, kTurns = kSlices == 1 ? 1 : 2, kChains = kSlices == 1 ? 2 : 1;
+    constexpr int kHalves = kSlices == 4 ? 2 : 1, kChains = kSlices == 1 ? 2 : 1;
+    constexpr int kTurns = kSlices == 1 ? 1 : kSlices == 2 && kImages == 1 ? 4 : 2;
     int first = warp / kHalves * kTurns, half = warp % kHalves;
     float acc[kTurns][2 * kImages][4] = {};
     if (first < own) {

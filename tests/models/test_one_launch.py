@@ -192,14 +192,14 @@ def test_on_a_gpu(layers, headdim, frequency, dtype, on_gpu):
     model = build(layers, headdim, dtype, "cuda", frequency)
     queries, _ = given(model, 1, 1)
     runner, one = launches(model, queries)
-    for images in (1, 8, 3, 2, 7, 4, 6, 5, 1):  # one workspace, in which each has its own order
-        for tokens in (1, 49, 257, 577, 677):
-            _, embeds = given(model, images, tokens)
-            truth, plain = outputs(model, queries, embeds)
-            keys_values = runner.project(embeds.flatten(0, 1))
-            found = one.run(keys_values, images)
-            assert error(found, truth) <= 2 * error(plain, truth)
-            assert all(torch.equal(one.run(keys_values, images), found) for _ in range(5))
+    for tokens in (1, 49, 257, 577, 677):
+        _, embeds = given(model, 8, tokens)
+        truth, plain = outputs(model, queries, embeds)
+        keys_values = runner.project(embeds.flatten(0, 1))
+        for images in (1, 8, 3, 2, 7, 4, 6, 5, 1):  # one workspace for all of them
+            found = one.run(keys_values[: images * tokens], images)
+            assert error(found, truth[:images]) <= 2 * error(plain[:images], truth[:images])
+            assert all(torch.equal(one.run(keys_values[: images * tokens], images), found) for _ in range(5))
 
 
 @pytest.mark.cuda
@@ -241,7 +241,7 @@ def test_encode_queries_takes_it(on_gpu, monkeypatch):
         for x in model.encoder.parameters():
             x.mul_(1 - change)
         for images in range(1, len(embeds) + 1):
-            with torch.inference_mode(images == 2):
+            with torch.inference_mode() if images == 2 else torch.no_grad():
                 found = model.encode_queries(queries, embeds[:images])
             truth, plain = outputs(model, queries, embeds[:images])
             assert error(found, truth) <= 2 * error(plain, truth)
