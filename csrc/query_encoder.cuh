@@ -29,7 +29,7 @@ constexpr int kTile = 8;                   // columns of a slot
 constexpr int kSlice = kHidden / kCluster; // K of a slot
 constexpr int kSteps = kSlice / 16;        // of an mma
 constexpr int kSlotBytes = kTile * kSlice * 2;
-constexpr int kVector = kSlotBytes / 3 / 4;                // numbers of each of a phase's vectors, which have a slot together
+constexpr int kVector = kSlotBytes / 3 / 4;  // numbers of each of a phase's vectors, which have a slot together
 constexpr int kPage = 4, kPageBytes = kPage * kSlotBytes;  // slots copied at once
 constexpr int kMaxPages = 24;
 constexpr int kTiles = kHidden / kTile;                    // of the hidden size
@@ -181,7 +181,7 @@ struct Encoder {
   uint32_t const* read = nullptr;   // what the phase before wrote
   uint32_t* written;                // and this phase writes
   uint32_t launches;                // that there have been
-  Way to_wide[2], to_narrow[2];     // to those who finish sixteen rows of a product, the first ones of an image and the others
+  Way to_wide[2], to_narrow[2];     // to who finishes the lane's of sixteen rows, the first of an image and the others
 
   __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
     thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -317,7 +317,9 @@ struct Encoder {
 
   // ---- what was written ----
 
-  __device__ static bool is_something(uint4 const& words) { return max(max(words.x, words.y), max(words.z, words.w)) != kNothing; }
+  __device__ static bool is_something(uint4 const& words) {
+    return max(max(words.x, words.y), max(words.z, words.w)) != kNothing;
+  }
 
   // All kCount times eight columns that ``at(i)`` is the place of, when they have been written; those that exist.
   template <int kCount, class At, class Exists>
@@ -408,7 +410,8 @@ struct Encoder {
     for (int m = 0; m < 2 * kImages; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float mean = sums[m][2 * half] * (1.f / kWidth), square = odd ? squares[m][half][2 * half + 1] : squares[m][half][2 * half];
+        float mean = sums[m][2 * half] * (1.f / kWidth);
+        float square = odd ? squares[m][half][2 * half + 1] : squares[m][half][2 * half];
         send(&shared.moments[buffer()][share<kWide>()][m / 2 * kOwn<kWide> + lane / 4], &shared.arrived[buffer()],
              way_to_rank(&shared, (m % 2 * 2 + half) * kGroups<kWide> + group()),
              make_float2(mean, fmaxf(square - kWidth * mean * mean, 0.f)));

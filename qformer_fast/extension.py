@@ -125,8 +125,9 @@ def encode_queries(
     """Writes to out the rows after all layers over queries alone, in one launch.
 
     weights (slots, 768) and first_slots (blocks + 1,) int32 as :func:`qformer_fast.models.one_launch.pack` gives them,
-    norm (2, 768) fp32 the last LayerNorm's weight and bias, rows and queries (32, 768), keys_values (images * tokens, layers with cross-attention * 2 * 768), workspace (bytes,) uint8, out (images *
-    32, 768). At most 8 images. Bit i of ``cross_layers``: layer i has cross-attention.
+    norm (2, 768) fp32 the last LayerNorm's weight and bias, rows and queries (32, 768), keys_values (images * tokens,
+    layers with cross-attention * 2 * 768), workspace (bytes,) uint8, out (images * 32, 768). At most 8 images. Bit i of
+    ``cross_layers``: layer i has cross-attention.
     """
     torch.ops.qformer_fast_cuda.encode_queries(
         weights,

@@ -93,6 +93,7 @@ class QueryEncoder:
     def __init__(self, graphs: bool = True):
         self.graphs = graphs
         self._kept = Kept()
+        self._captured: list[_Runner] = []
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
@@ -132,6 +133,9 @@ class QueryEncoder:
             found = self._kept.get(
                 tensors, key, lambda: _Runner(qformer, None if place is None else query_embeds, dtype, norm)
             )
+            if query_embeds.is_cuda and torch.cuda.is_current_stream_capturing():
+                # the caller's graph reads their memory for as long as it is replayed
+                self._captured += [x for x in (runner, found) if x is not None and x not in self._captured]
             if found is runner:
                 return out
             kept = found is self._kept.last(key)

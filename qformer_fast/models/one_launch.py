@@ -111,7 +111,7 @@ def _weight_slots(product: Product, clusters: int) -> tuple[Tensor, Tensor]:
 
 def _vector_slots(product: Product, clusters: int) -> tuple[Tensor, Tensor]:
     """(slots, 768) of the weight's dtype that hold fp32, and whose they are: of each block that has tiles."""
-    owner, (count, outputs) = _owners(product, clusters), product.vectors.shape
+    owner, count = _owners(product, clusters), len(product.vectors)
     order = owner.argsort(stable=True).to(product.vectors.device)
     columns = product.vectors.view(count, -1, TILE)[:, order].flatten(1)
     firsts, tiles = owner.unique(return_counts=True)

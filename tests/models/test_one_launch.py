@@ -23,7 +23,9 @@ SOURCES = ("csrc/query_encoder.cuh", "csrc/query_encoder.h", "csrc/products.h", 
 
 
 @pytest.mark.parametrize("clusters", [12, 15])
-@pytest.mark.parametrize("shape", [(768, 768), (2304, 768), (3072, 768), (768, 3072)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(768, 768), (2304, 768), (3072, 768), (768, 3072)], ids=lambda s: "x".join(map(str, s))
+)
 def test_pack(shape, clusters):
     """Blocks find their tiles' elements where the fragments of mma.m16n8k16 want them (PTX ISA, its layout of B)."""
     outputs, inputs = shape
@@ -143,7 +145,7 @@ def emulated(tmp_path_factory):
         (1, 257, 2, 1, 64, 15, torch.bfloat16),
         (1, 1, 1, 1, 32, 12, torch.float16),
         (2, 20, 2, 2, 32, 16, torch.bfloat16),
-        (3, 800, 1, 1, 64, 13, torch.bfloat16),
+        (5, 400, 1, 1, 64, 13, torch.bfloat16),
     ],
     ids=lambda x: str(x).removeprefix("torch."),
 )
@@ -169,7 +171,7 @@ def test_source_on_the_cpu(emulated, images, tokens, layers, frequency, headdim,
     found = run(images)
     assert error(found, truth) <= 1.2 * error(plain, truth)
     if tokens < 49:  # a launch leaves nothing to the next, of as many images or others
-        assert torch.equal(run(1), found[:1]) and torch.equal(run(images), found) and torch.equal(run(images), found)
+        assert torch.equal(run(1), found[:1]) and torch.equal(run(images), found)
 
 
 @pytest.fixture
