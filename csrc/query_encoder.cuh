@@ -294,7 +294,12 @@ struct Encoder {
 
   // An exchange is of all blocks with all of a cluster, or of a group, into one of two buffers: who has all of one knows
   // that they have read what came before it. Of the other group that is known where an exchange of all comes next to one of
-  // groups, by the rows it begins with: all blocks had a part in them. After two of groups they have to say so.
+  // groups, by the rows it begins with: all blocks had a part in them. With more than one chunk it is not, nor is anything
+  // of what is gathered: before a chunk's first product and before the second one blocks wait until all have read.
+  __device__ void wait_for_readers() {
+    if (kMany) wait_for_cluster();
+  }
+
   __device__ int buffer() { return exchange % 2; }
 
   __device__ void expect_parts(int bytes) {
@@ -611,6 +616,7 @@ struct Encoder {
     }
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
+      if (chunk > 0) wait_for_readers();
       if (crosses && attends) stage_tokens(chunk, looking, first_token());
       if (given) {
         if (attends) stage_given_queries();
@@ -625,17 +631,16 @@ struct Encoder {
         });
         if (attends && !feeds) wait_for_gathered();
       }
-      if (!attends || feeds) continue;
-      if (crosses) {
+      if (attends && crosses) {
         expect_parts(kCluster * kReaders * kImages * kOwn<kNarrow> *
                      (kHeadColumns * int(sizeof(float)) + kHeadColumns / kHeaddim * int(sizeof(float2))));
         attend_to_tokens(chunk, looking);
         finish_attention(chunk, wait_for_parts());
-      } else {
+      } else if (attends && !feeds) {
         attend_to_rows(chunk);
       }
+      if (kMany) arrive_after_reading();
     }
-    if (kMany && feeds) arrive_after_reading();
     if (!given) leave_slots(wide_slots(tiles.count));
     next_phase(feeds ? kIntermediate : kHidden);
   }
@@ -662,9 +667,9 @@ struct Encoder {
     int row = place.own / kOwn<kNarrow> * kOwn<kWide> + group() * kOwn<kNarrow> + place.own % kOwn<kNarrow>;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
+      if (chunk == 0) wait_for_readers();
       expect_parts(kNarrow * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
       stage_rows<kSlices, kNarrow>(chunk, count);
-      if (kMany && kSlices == 4 && chunk == 0) wait_for_cluster();
       multiply<kSlices, kNarrow>(own);
       float4 bias = vector_at(slot_of(0), 0, place.column()), weight = vector_at(slot_of(0), 1, place.column());
       float4 norm_bias = vector_at(slot_of(0), 2, place.column());
@@ -811,7 +816,6 @@ struct Encoder {
       else
         *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
     }
-    commit_copies();
   }
 
   // The queries' attention to the block's tokens, sent to those who finish the rows. Of an image's sixteen queries two

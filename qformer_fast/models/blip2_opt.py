@@ -53,8 +53,8 @@ class Blip2OPT(CheckpointMixin, nn.Module):
             own end). Default: `None`, where it has a text branch; a new line.
         ln_vision_eps (float): as of :class:`Blip2QFormer`. Default: 1e-5.
 
-    On a GPU the Q-Former's training runs as CUDA graphs from the second step of a shape on, and its inference always;
-    ``model.cuda_graphs = False`` turns the former off.
+    On a GPU the Q-Former's training runs as CUDA graphs from the second step of a shape on, and its inference always
+    or in one launch; ``model.cuda_graphs = False`` turns the former off.
     """
 
     def __init__(

@@ -102,6 +102,12 @@ class QueryEncoder:
     def forget(self) -> None:
         self._kept = Kept()
 
+    def _hold(self, runner: _Runner | None) -> None:
+        """What a caller's CUDA graph has captured of a runner reads its memory for as long as it is replayed."""
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing and runner is not None and runner not in self._captured:
+            self._captured.append(runner)
+
     def encode(
         self, qformer: QFormer, query_embeds: Tensor, image_embeds: Tensor, norm: nn.LayerNorm | None = None
     ) -> Tensor | None:
@@ -125,6 +131,7 @@ class QueryEncoder:
             # the device works while the host looks whether what it runs with is what the parameters are
             runner = self._kept.last(key)
             out = None if runner is None else runner.run(query_embeds, image_embeds, True, self.graphs)
+            self._hold(runner)
             tensors = qformer.parameters_read()
             if tensors is None:
                 return None
@@ -133,9 +140,7 @@ class QueryEncoder:
             found = self._kept.get(
                 tensors, key, lambda: _Runner(qformer, None if place is None else query_embeds, dtype, norm)
             )
-            if query_embeds.is_cuda and torch.cuda.is_current_stream_capturing():
-                # the caller's graph reads their memory for as long as it is replayed
-                self._captured += [x for x in (runner, found) if x is not None and x not in self._captured]
+            self._hold(found)
             if found is runner:
                 return out
             kept = found is self._kept.last(key)

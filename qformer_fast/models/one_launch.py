@@ -12,8 +12,10 @@ from qformer_fast import extension
 from qformer_fast.config import QFormerConfig
 from qformer_fast.models.packing import EncoderWeights
 
-# The kernel takes up to eight images; of more than these the CUDA graphs are faster (bench/bench_one_launch.py).
-MAX_IMAGES = 4
+# The kernel takes up to eight images, and is faster than CUDA graphs up to four (bench/bench_one_launch.py). More than
+# two, which go through it in chunks, are left to them until what chunks wait for has run on a GPU.
+MAX_IMAGES = 2
+MAX_LAYERS = 32
 HIDDEN, INTERMEDIATE, QUERIES, HEADDIMS = 768, 3072, 32, (32, 64)
 # blocks of a cluster; columns and K of a slot, the piece of a weight that a warp reads at once; numbers of each of a
 # product's three vectors, which have a slot together; slots that are copied at once; columns of a cluster that attends
@@ -58,6 +60,8 @@ def why_not(config: QFormerConfig, queries: int, dtype: torch.dtype, device: tor
     ]
     if wrong:
         return "; ".join(wrong)
+    if config.num_hidden_layers > MAX_LAYERS:
+        return f"it takes at most {MAX_LAYERS} layers, got {config.num_hidden_layers}"
     clusters = extension.encode_queries_clusters(torch.empty(0, dtype=dtype, device=device), config.headdim)
     if clusters < LEAST_CLUSTERS:
         return f"it needs {LEAST_CLUSTERS} clusters of {CLUSTER} multiprocessors at once, the device has {clusters}"
@@ -200,7 +204,8 @@ class OneLaunch:
         """Memory of the current stream, whose launches follow each other."""
         looking = self.cross_layers.bit_count()
         size = extension.encode_queries_workspace(self.rows, images, self.layers, looking)
-        stream = None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
+        with torch.cuda.device(self.rows.device):
+            stream = None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
         found = self._workspaces.get(stream)
         if found is None or found.numel() < size:
             with torch.inference_mode(False):

@@ -651,7 +651,7 @@ class QFormer(CheckpointMixin, nn.Module):
         """Queries beside images, without text.
 
         In eval mode without gradients what does not depend on the images is computed once for queries that all images
-        share, and on a CUDA device a CUDA graph runs the layers (:class:`QueryEncoder`).
+        share, and on a CUDA device one launch or a CUDA graph runs the layers (:class:`QueryEncoder`).
 
         Args:
             query_embeds (Tensor): (1 or images, queries, hidden).

@@ -43,7 +43,6 @@ struct Block {
 struct Copy {
   void* to;
   void const* from;
-  int group;
 };
 
 struct Thread {
@@ -53,7 +52,7 @@ struct Thread {
   Block* of;
   Warp* warp;
   int lane;
-  int exchanges = 0, committed = 0, met = 0;
+  int exchanges = 0, met = 0;
   std::vector<Copy> copies;
   void* stack_pointer;
   std::unique_ptr<char[]> stack;
@@ -223,18 +222,10 @@ namespace qformer_fast {
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 
-inline void copy_async(void* to, void const* from) {
-  emulated::self->copies.push_back({to, from, emulated::self->committed});
-}
-inline void commit_copies() { ++emulated::self->committed; }
-template <int kOpen = 0>
-void wait_for_copies() {
-  auto& copies = emulated::self->copies;
-  auto open = std::stable_partition(copies.begin(), copies.end(), [](emulated::Copy const& copy) {
-    return copy.group < emulated::self->committed - kOpen;
-  });
-  for (auto copy = copies.begin(); copy != open; ++copy) std::memcpy(copy->to, copy->from, 16);
-  copies.erase(copies.begin(), open);
+inline void copy_async(void* to, void const* from) { emulated::self->copies.push_back({to, from}); }
+inline void wait_for_copies() {
+  for (auto copy : emulated::self->copies) std::memcpy(copy.to, copy.from, 16);
+  emulated::self->copies.clear();
 }
 
 // A barrier: the bytes that are still to come, whether they are expected, and how many turns have ended.

@@ -145,7 +145,7 @@ def emulated(tmp_path_factory):
         (1, 257, 2, 1, 64, 15, torch.bfloat16),
         (1, 1, 1, 1, 32, 12, torch.float16),
         (2, 20, 2, 2, 32, 16, torch.bfloat16),
-        (5, 400, 1, 1, 64, 13, torch.bfloat16),
+        (3, 400, 2, 1, 64, 13, torch.bfloat16),
     ],
     ids=lambda x: str(x).removeprefix("torch."),
 )
