@@ -25,9 +25,9 @@ constexpr int kHidden = 768, kIntermediate = 3072, kQueries = 32;
 constexpr int kMaxImages = 8;
 constexpr int kCluster = 8;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kTile = 8;                   // columns of a slot
-constexpr int kSlice = kHidden / kCluster; // K of a slot
-constexpr int kSteps = kSlice / 16;        // of an mma
+constexpr int kTile = 8;                    // columns of a slot
+constexpr int kSlice = kHidden / kCluster;  // K of a slot
+constexpr int kSteps = kSlice / 16;         // of an mma
 constexpr int kSlotBytes = kTile * kSlice * 2;
 constexpr int kVector = kSlotBytes / 3 / 4;  // numbers of each of a phase's vectors, which have a slot together
 constexpr int kPage = 4, kPageBytes = kPage * kSlotBytes;  // slots copied at once
@@ -306,7 +306,7 @@ struct Encoder {
     if (issues()) expect_bytes(&shared.arrived[buffer()], bytes);
   }
 
-  // Until all parts are there; so all of the block's own have been sent. Returns their buffer.
+  // Until all parts are there; so all that the block has of a product have been sent. Returns their buffer.
   __device__ int wait_for_parts() {
     int here = buffer();
     wait_for_barrier(&shared.arrived[here], exchange / 2 % 2);

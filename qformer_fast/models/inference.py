@@ -103,9 +103,8 @@ class QueryEncoder:
         self._kept = Kept()
 
     def _hold(self, runner: _Runner | None) -> None:
-        """What a caller's CUDA graph has captured of a runner reads its memory for as long as it is replayed."""
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if capturing and runner is not None and runner not in self._captured:
+        """A caller's CUDA graph that has captured an encoding reads the runner's memory as long as it is replayed."""
+        if runner is not None and runner not in self._captured:
             self._captured.append(runner)
 
     def encode(
@@ -131,7 +130,9 @@ class QueryEncoder:
             # the device works while the host looks whether what it runs with is what the parameters are
             runner = self._kept.last(key)
             out = None if runner is None else runner.run(query_embeds, image_embeds, True, self.graphs)
-            self._hold(runner)
+            capturing = query_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
+            if capturing:
+                self._hold(runner)
             tensors = qformer.parameters_read()
             if tensors is None:
                 return None
@@ -140,7 +141,8 @@ class QueryEncoder:
             found = self._kept.get(
                 tensors, key, lambda: _Runner(qformer, None if place is None else query_embeds, dtype, norm)
             )
-            self._hold(found)
+            if capturing:
+                self._hold(found)
             if found is runner:
                 return out
             kept = found is self._kept.last(key)

@@ -12,8 +12,8 @@ from qformer_fast import extension
 from qformer_fast.config import QFormerConfig
 from qformer_fast.models.packing import EncoderWeights
 
-# The kernel takes up to eight images, and is faster than CUDA graphs up to four (bench/bench_one_launch.py). More than
-# two, which go through it in chunks, are left to them until what chunks wait for has run on a GPU.
+# The kernel takes up to eight images. More than two, which go through it in chunks, are left to CUDA graphs until what
+# chunks wait for has run on a GPU; bench/bench_one_launch.py says up to how many it is faster.
 MAX_IMAGES = 2
 MAX_LAYERS = 32
 HIDDEN, INTERMEDIATE, QUERIES, HEADDIMS = 768, 3072, 32, (32, 64)
