@@ -34,7 +34,6 @@ constexpr int kPage = 4, kPageBytes = kPage * kSlotBytes;  // slots copied at on
 constexpr int kMaxPages = 24;
 constexpr int kTiles = kHidden / kTile;                    // of the hidden size
 constexpr int kStride = kIntermediate / kCluster + 8;      // of staged rows: eight of them in different banks
-constexpr int kReaders = 2;                                // warps that share an image's tokens of a block
 constexpr int kLanes = kThreads / kQueries;                // that share a row to read
 constexpr uint32_t kNothing = 0xffffffffu;                 // no two numbers: what is rounded to bf16 or fp16 is another NaN
 
@@ -58,9 +57,10 @@ static_assert(3 * kHeadTiles / kGroups<kWide> <= kMostWide);
 // Pages of a phase's slots, which may begin within one.
 constexpr int kLeastPages = (1 + kMostWide * 2 + kPage - 1) / kPage + 1;
 
-// Images whose rows go through a product at once; tokens staged at once.
+// Images whose rows go through a product at once; tokens staged at once, and of these attended to at once.
 constexpr int images_of_chunk(int images) { return images == 1 ? 1 : 2; }
 constexpr int staged_tokens(int images) { return 96 / images; }
+constexpr int kTokensAtOnce = 48;
 
 // ---- pairs of numbers ----
 
@@ -123,12 +123,6 @@ constexpr int64_t workspace_bytes(int images, int layers, int looking) {
   return (kHeaderWords + 2 * kLastWords + words_of_phases(images, layers, looking)) * 4;
 }
 
-// A block's pages: the next to ask for, how many are left, and its place in the ring.
-struct Asked {
-  char const* next;
-  int left, place;
-};
-
 // A block's shared memory. What blocks of its cluster write for one exchange is read before the next but one.
 template <int kImages>
 struct alignas(128) Shared {
@@ -144,14 +138,13 @@ struct alignas(128) Shared {
   };
   float2 moments[2][kWide][kImages * kOwn<kWide>];                              // of a slice: mean, squared deviations
   float2 norms[kMaxImages / kImages][kImages * kOwn<kWide>];                    // of a row: mean and 1 / deviation
-  float2 tops[2][kCluster * kReaders][2][kImages * kOwn<kNarrow>];              // of a head: highest score, sum of weights
+  float2 tops[2][kCluster][2][kImages * kOwn<kNarrow>];                         // of a head: highest score, sum of weights
   uint2 residual[kMaxImages / kImages][kMostNarrow * kOwn<kNarrow> * kImages * kTile / 4];
-  uint64_t full[kMaxPages], arrived[2], gathered;
-  Asked asked;
+  uint64_t full[kMaxPages], read, arrived[2], measured[2], gathered;
   alignas(128) char ring[];
 
-  static_assert(kTokens >= kQueries && kTokens % 16 == 0);
-  static_assert(kCluster * kReaders * kHeadTiles * kOwn<kNarrow> <= kWide * kMostWide * kOwn<kWide>);
+  static_assert(kTokens >= kQueries && kTokens % kTokensAtOnce == 0);
+  static_assert(kCluster * kHeadTiles * kOwn<kNarrow> <= kWide * kMostWide * kOwn<kWide>);
 };
 static_assert(sizeof(Shared<2>) + kLeastPages * kPageBytes <= 232448);
 
@@ -170,6 +163,7 @@ template <class Element, int kImages, bool kMany, int kHeaddim>
 struct Encoder {
   static constexpr int kRows = kImages * kQueries;  // of a chunk
   static constexpr int kTokens = Shared<kImages>::kTokens;
+  static constexpr int kFew = 3 * kImages;  // words of eight that a thread asks for at once before any is there
 
   QueryEncoderArguments const& p;
   Shared<kImages>& shared;
@@ -177,7 +171,9 @@ struct Encoder {
   bool attends;                     // to 64 columns of heads
   Tiles wide, narrow;               // of products to 3072 columns, and of those to 768 with a residual
   int first_slot = 0, parity = 0;   // of the phase, in the ring
-  int exchange = 0, gathering = 0;  // how many there were
+  char const* next_page;            // to ask for
+  int pages_left, next_place = 0;   // in the ring
+  int exchange = 0, measuring = 0, gathering = 0, leaving = 0;  // how many there were
   uint32_t const* read = nullptr;   // what the phase before wrote
   uint32_t* written;                // and this phase writes
   uint32_t launches;                // that there have been
@@ -192,9 +188,13 @@ struct Encoder {
     attends = cluster < kHeadClusters;
     written = phases();
     launches = load_word(header());
-    auto first = [&](int tiles, int of) { return of * tiles / clusters; };
-    wide = {first(4 * kTiles, cluster), first(4 * kTiles, cluster + 1) - first(4 * kTiles, cluster)};
-    narrow = {first(kTiles, cluster), first(kTiles, cluster + 1) - first(kTiles, cluster)};
+    int first = p.first_slots[blockIdx.x], count = p.first_slots[blockIdx.x + 1] - first;
+    next_page = static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes;
+    pages_left = (count + kPage - 1) / kPage;
+    auto tiles_of = [&](int tiles) {
+      return Tiles{cluster * tiles / clusters, (cluster + 1) * tiles / clusters - cluster * tiles / clusters};
+    };
+    wide = tiles_of(4 * kTiles), narrow = tiles_of(kTiles);
     int half = wide.count / kGroups<kWide>;
     static_assert(kGroups<kWide> == 2);
     wide = group() == 0 ? Tiles{wide.first, half} : Tiles{wide.first + half, wide.count - half};
@@ -206,17 +206,18 @@ struct Encoder {
   }
 
   __device__ void run() {
-    if (issues()) {
-      for (int i = 0; i < p.ring; ++i) start_barrier(&shared.full[i]);
-      for (int i = 0; i < 2; ++i) start_barrier(&shared.arrived[i]);
-      start_barrier(&shared.gathered);
+    if (expects()) {
+      for (int i = 0; i < p.ring; ++i) start_barrier(&shared.full[i], 1);
+      for (int i = 0; i < 2; ++i) start_barrier(&shared.arrived[i], 1 + kWarps), start_barrier(&shared.measured[i], 1);
+      start_barrier(&shared.gathered, 1), start_barrier(&shared.read, kWarps);
       publish_barriers();
-      int first = p.first_slots[blockIdx.x], count = p.first_slots[blockIdx.x + 1] - first;
-      shared.asked = {static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes, (count + kPage - 1) / kPage, 0};
-      issue(p.ring);
     }
+    arrive_at_cluster();
+    if (attends) stage_tokens(0, 0, first_token()), stage_given_queries();
     start_with_rows();
-    meet();
+    wait_for_cluster();
+    // the first products' pages; the others do not hold up what the first attention reads
+    issue(kLeastPages);
 #pragma unroll 1
     for (int layer = 0, looking = 0; layer < p.layers; ++layer) {
 #pragma unroll 1
@@ -239,17 +240,15 @@ struct Encoder {
 
   // ---- weights ----
 
-  __device__ bool issues() { return thread == kThreads - 32; }
-
-  // Asks for the next pages, whose places nobody reads any more.
+  // Asks for the next pages, whose places nobody reads any more, one a lane of the last warp.
   __device__ void issue(int count) {
-    Asked asked = shared.asked;
-#pragma unroll 1
-    for (; count > 0 && asked.left > 0; --count, --asked.left, asked.next += kPageBytes) {
-      copy_bulk(shared.ring + asked.place * kPageBytes, asked.next, kPageBytes, &shared.full[asked.place]);
-      if (++asked.place == p.ring) asked.place = 0;
-    }
-    shared.asked = asked;
+    count = min(count, pages_left);
+    int place = next_place + lane;
+    if (place >= p.ring) place -= p.ring;
+    if (warp == kWarps - 1 && lane < count)
+      copy_bulk(shared.ring + place * kPageBytes, next_page + lane * kPageBytes, kPageBytes, &shared.full[place]);
+    pages_left -= count, next_page += count * kPageBytes, next_place += count;
+    if (next_place >= p.ring) next_place -= p.ring;
   }
 
   // This phase's j-th slot.
@@ -267,10 +266,17 @@ struct Encoder {
     }
   }
 
-  // The phase has read its ``count`` slots.
+  // The warp has read all it needs of the phase's slots.
+  __device__ void slots_are_read() {
+    __syncwarp();
+    if (lane == 0) arrive(&shared.read);
+  }
+
+  // Asks for others in the place of the phase's ``count`` slots, when all warps have read them.
   __device__ void leave_slots(int count) {
-    __syncthreads();
-    if (issues()) issue((first_slot + count) / kPage - first_slot / kPage);
+    if (warp == kWarps - 1) wait_for_barrier(&shared.read, leaving % 2);
+    ++leaving;
+    issue((first_slot + count) / kPage - first_slot / kPage);
     first_slot += count;
     if (first_slot >= slots) first_slot -= slots, parity ^= 1;
   }
@@ -302,8 +308,18 @@ struct Encoder {
 
   __device__ int buffer() { return exchange % 2; }
 
+  // The thread that says how many bytes come.
+  __device__ bool expects() { return thread == kThreads - 32; }
+
+  // From other blocks.
   __device__ void expect_parts(int bytes) {
-    if (issues()) expect_bytes(&shared.arrived[buffer()], bytes);
+    if (expects()) expect_bytes(&shared.arrived[buffer()], bytes);
+  }
+
+  // The warp has no more parts, for others or the block's own.
+  __device__ void parts_are_sent() {
+    __syncwarp();
+    if (lane == 0) arrive(&shared.arrived[buffer()]);
   }
 
   // Until all parts are there; so all that the block has of a product have been sent. Returns their buffer.
@@ -314,8 +330,9 @@ struct Encoder {
     return here;
   }
 
-  __device__ void expect_gathered(int columns) {
-    if (issues()) expect_bytes(&shared.gathered, kRows * columns * 2);
+  // Rows of 64 columns.
+  __device__ void expect_gathered(int rows) {
+    if (expects()) expect_bytes(&shared.gathered, rows * kHeadColumns * 2);
   }
 
   __device__ void wait_for_gathered() { wait_for_barrier(&shared.gathered, gathering++ % 2); }
@@ -326,12 +343,16 @@ struct Encoder {
     return max(max(words.x, words.y), max(words.z, words.w)) != kNothing;
   }
 
-  // All kCount times eight columns that ``at(i)`` is the place of, when they have been written; those that exist.
+  // All kCount times eight columns that ``at(i)`` is the place of, when they have been written; those that exist. Where
+  // they are many, the first are asked for alone until they are there.
   template <int kCount, class At, class Exists>
   __device__ static void receive(uint4 (&found)[kCount], At at, Exists exists) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
+    for (int i = 0; i < kCount; ++i) {
       if (exists(i)) found[i] = load_words(at(i));
+      if (i == 0 && kCount > kFew)
+        while (!is_something(found[0])) found[0] = load_words(at(0));
+    }
     for (bool waiting = true; waiting;) {
       waiting = false;
 #pragma unroll
@@ -417,7 +438,7 @@ struct Encoder {
       for (int half = 0; half < 2; ++half) {
         float mean = sums[m][2 * half] * (1.f / kWidth);
         float square = odd ? squares[m][half][2 * half + 1] : squares[m][half][2 * half];
-        send(&shared.moments[buffer()][share<kWide>()][m / 2 * kOwn<kWide> + lane / 4], &shared.arrived[buffer()],
+        send(&shared.moments[measuring % 2][share<kWide>()][m / 2 * kOwn<kWide> + lane / 4], &shared.measured[measuring % 2],
              way_to_rank(&shared, (m % 2 * 2 + half) * kGroups<kWide> + group()),
              make_float2(mean, fmaxf(square - kWidth * mean * mean, 0.f)));
       }
@@ -434,7 +455,11 @@ struct Encoder {
     float y = __shfl_xor_sync(0xffffffffu, odd ? part[1] : part[3], 1);
     float4 four = odd ? float4{x, y, part[2], part[3]} : float4{part[0], part[1], x, y};
     Way way = kSplit == kWide ? (m % 2 ? to_wide[1] : to_wide[0]) : (m % 2 ? to_narrow[1] : to_narrow[0]);
-    send(reinterpret_cast<float4*>(to + m / 2 * kOwn<kSplit> * kTile), &shared.arrived[buffer()], way, four);
+    float4* mine = reinterpret_cast<float4*>(to + m / 2 * kOwn<kSplit> * kTile);
+    if (way == 0)
+      *mine = four;
+    else
+      send(mine, &shared.arrived[buffer()], way, four);
   }
 
   // Where the lane's part of a tile of an image goes, of ``tiles`` that ``source`` has parts of.
@@ -493,6 +518,7 @@ struct Encoder {
 #pragma unroll
         for (int m = 0; m < 2 * kImages; ++m)
           if (kHalves == 1 || m % 2 == half) send_part<kSplit>(acc[j][m], m, to + j * kImages * kOwn<kSplit> * kTile);
+    parts_are_sent();
   }
 
   // Two warps have a half of two tiles' sums each: one adds up those of an image's first sixteen rows, one the others'.
@@ -557,10 +583,15 @@ struct Encoder {
 
   // ---- sub-layers ----
 
-  // Mean and 1 / deviation of one of the block's rows, from what was sent of it.
-  __device__ float2 norm_of(int here, int own) {
+  __device__ void expect_moments() {
+    if (expects()) expect_bytes(&shared.measured[measuring % 2], kWide * kImages * kOwn<kWide> * int(sizeof(float2)));
+  }
+
+  // Mean and 1 / deviation of one of the block's rows, when all moments of it are there.
+  __device__ float2 norm_of(int own) {
     static_assert(kWide == 4);
-    float2 const* slices = &shared.moments[here][0][own];
+    wait_for_barrier(&shared.measured[measuring % 2], measuring / 2 % 2);
+    float2 const* slices = &shared.moments[measuring++ % 2][0][own];
     constexpr int kNext = kImages * kOwn<kWide>;
     float2 a = slices[0], b = slices[kNext], c = slices[2 * kNext], d = slices[3 * kNext];
     float mean = ((a.x + b.x) + (c.x + d.x)) * (1.f / kWide);
@@ -570,14 +601,27 @@ struct Encoder {
     return {mean, rsqrtf((squares + kHidden / kWide * away) * (1.f / kHidden) + p.eps)};
   }
 
-  // finish(place, four columns) of LayerNorm(rows) weight^T + bias.
+  // finish(place, four columns) of LayerNorm(rows) weight^T + bias; without tiles the rows are measured alone.
   template <class Finish>
   __device__ void linear_of_norm(int chunk, int own, Finish finish) {
     constexpr int kSlices = kHidden / kWide / kSlice, kAll = kImages * kOwn<kWide>;
-    expect_parts(kWide * kAll * (own * kTile * int(sizeof(float)) + int(sizeof(float2))));
+    static_assert(kThreads / 2 % kAll == 0);  // so a thread's row is the same in all turns
+    int row = thread / 2 % kAll;
+    auto measure = [&] {
+      if (warp == kWarps - 1) send_moments<kSlices>();
+      float2 norm = norm_of(row);
+      if (thread == 2 * row) shared.norms[chunk][row] = norm;
+      return norm;
+    };
+    expect_moments();
+    if (own == 0) {
+      stage_rows<kSlices, kWide>(chunk, 0);
+      measure();
+      return;
+    }
+    expect_parts((kWide - 1) * kAll * own * kTile * int(sizeof(float)));
     stage_rows<kSlices, kWide>(chunk, wide_slots(own));
     multiply<kSlices, kWide>(own);
-    if (warp == kWarps - 1) send_moments<kSlices>();
     Place places[kImages];
     float4 sums[kImages], bias[kImages];
 #pragma unroll
@@ -585,12 +629,10 @@ struct Encoder {
       Place place = places[turn] = place_of<kWide>(turn, own);
       sums[turn] = vector_at(slot_of(0), 0, place.column()), bias[turn] = vector_at(slot_of(0), 1, place.column());
     }
+    if (chunk + 1 == chunks) slots_are_read();
+    float2 norm = measure();
     int here = wait_for_parts();
-    static_assert(kThreads / 2 % kAll == 0);  // so a thread's row is the same in all turns
-    int row = thread / 2 % kAll;
-    float2 norm = norm_of(here, row);
-    if (thread == 2 * row) shared.norms[chunk][row] = norm;
-    if (own == 0) return;
+    if (chunk + 1 == chunks) leave_slots(wide_slots(own));
 #pragma unroll
     for (int turn = 0; turn < kImages; ++turn) {
       float4 x = total_of<kWide>(here, places[turn], own);
@@ -602,7 +644,7 @@ struct Encoder {
     }
   }
 
-  __device__ static int wide_slots(int own) { return own == 0 ? 0 : 1 + own * (kHidden / kWide / kSlice); }
+  __device__ static int wide_slots(int own) { return 1 + own * (kHidden / kWide / kSlice); }
 
   // A sub-layer up to what its residual is added to: attention of the rows to each other, or to the images as the
   // ``looking``-th does, or GELU(LayerNorm(rows) weight^T + bias). ``in_first``: the first layer's, of which cross-attention
@@ -617,14 +659,15 @@ struct Encoder {
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk > 0) wait_for_readers();
-      if (crosses && attends) stage_tokens(chunk, looking, first_token());
+      bool staged = given && chunk == 0;
+      if (crosses && attends && !staged) stage_tokens(chunk, looking, first_token());
       if (given) {
-        if (attends) stage_given_queries();
+        if (attends && !staged) stage_given_queries();
       } else {
-        if (attends && !feeds) expect_gathered(tiles.count * kGroups<kWide> * kTile);
+        if (attends && !feeds) expect_gathered(crosses ? kRows : 2 * kRows + kImages * kOwn<kNarrow>);
         linear_of_norm(chunk, tiles.count, [&](Place const& place, float4 x) {
           if (!feeds)
-            send_to_all(tiles.first + place.tile, place, pack<Element>(x));
+            send_to_heads(tiles.first + place.tile, place, pack<Element>(x), crosses);
           else if (place.exists)
             store_words(words_at<kWide>(chunk, place, kIntermediate, tiles.first * kTile + place.column()),
                         pack<Element>({gelu<Element>(x.x), gelu<Element>(x.y), gelu<Element>(x.z), gelu<Element>(x.w)}));
@@ -632,8 +675,8 @@ struct Encoder {
         if (attends && !feeds) wait_for_gathered();
       }
       if (attends && crosses) {
-        expect_parts(kCluster * kReaders * kImages * kOwn<kNarrow> *
-                     (kHeadColumns * int(sizeof(float)) + kHeadColumns / kHeaddim * int(sizeof(float2))));
+        expect_parts(kImages * kOwn<kNarrow> * ((kCluster - 1) * kHeadColumns * int(sizeof(float)) +
+                                                kCluster * kHeadColumns / kHeaddim * int(sizeof(float2))));
         attend_to_tokens(chunk, looking);
         finish_attention(chunk, wait_for_parts());
       } else if (attends && !feeds) {
@@ -641,7 +684,7 @@ struct Encoder {
       }
       if (kMany) arrive_after_reading();
     }
-    if (!given) leave_slots(wide_slots(tiles.count));
+    if (given) issue(p.ring - kLeastPages);
     next_phase(feeds ? kIntermediate : kHidden);
   }
 
@@ -668,7 +711,7 @@ struct Encoder {
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk == 0) wait_for_readers();
-      expect_parts(kNarrow * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
+      expect_parts((kNarrow - 1) * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
       stage_rows<kSlices, kNarrow>(chunk, count);
       multiply<kSlices, kNarrow>(own);
       float4 bias = vector_at(slot_of(0), 0, place.column()), weight = vector_at(slot_of(0), 1, place.column());
@@ -679,7 +722,9 @@ struct Encoder {
       bias.y += (residual.y - norm.x) * norm.y * weight.y + norm_bias.y;
       bias.z += (residual.z - norm.x) * norm.y * weight.z + norm_bias.z;
       bias.w += (residual.w - norm.x) * norm.y * weight.w + norm_bias.w;
+      if (chunk + 1 == chunks) slots_are_read();
       int here = wait_for_parts();
+      if (chunk + 1 == chunks) leave_slots(count);
       if (place.exists) {
         float4 x = total_of<kNarrow>(here, place, own);
         uint2 words = pack<Element>({x.x + bias.x, x.y + bias.y, x.z + bias.z, x.w + bias.w});
@@ -687,7 +732,6 @@ struct Encoder {
         shared.residual[chunk][thread] = words;
       }
     }
-    leave_slots(count);
     next_phase(kHidden);
   }
 
@@ -740,17 +784,20 @@ struct Encoder {
     a[2] = pack<Element>(second[0], second[1]), a[3] = pack<Element>(second[2], second[3]);
   }
 
-  // A tile of the cluster's queries, keys and values (or queries alone), four columns a lane, to all blocks.
-  __device__ void send_to_all(int tile, Place const& place, uint2 words) {
+  // A tile of the cluster's queries, keys and values, four columns a lane, to all blocks; where it is not ``crosses``,
+  // queries only to the block that asks with the row.
+  __device__ void send_to_heads(int tile, Place const& place, uint2 words, bool crosses) {
     uint2 others = {__shfl_xor_sync(0xffffffffu, words.x, 1), __shfl_xor_sync(0xffffffffu, words.y, 1)};
     if (!place.exists) return;
     uint4 columns = place.half ? uint4{others.x, others.y, words.x, words.y} : uint4{words.x, words.y, others.x, others.y};
     int image = place.own / kOwn<kWide>;
     Element* to = tile < kHeadTiles ? queries_of(image) : tile < 2 * kHeadTiles ? keys_of(image) : values_of(image);
     to += row_of<kWide>(place) * kHeadStride + tile % kHeadTiles * kTile;
+    int asks = row_of<kWide>(place) / kOwn<kNarrow>;
+    bool to_one = !crosses && tile < kHeadTiles;
 #pragma unroll
-    for (int i = 0; i < kCluster; i += 2)
-      send(reinterpret_cast<uint4*>(to), &shared.gathered, way_to_rank(&shared, i + place.half), columns);
+    for (int i = place.half; i < kCluster; i += 2)
+      if (!to_one || i == asks) send(reinterpret_cast<uint4*>(to), &shared.gathered, way_to_rank(&shared, i), columns);
   }
 
   // Of the block's queries a warp has eight columns of their attention to each other.
@@ -801,10 +848,10 @@ struct Encoder {
   __device__ int first_token() { return min(rank * tokens_of_block(), p.tokens); }
   __device__ int end_token() { return min(first_token() + tokens_of_block(), p.tokens); }
 
-  // An image's keys and values from ``first`` on, on their way; filled up with zeros to sixteen.
+  // An image's keys and values from ``first`` on, on their way; filled up with zeros to what is attended to at once.
   __device__ void stage_tokens(int chunk, int looking, int first) {
     constexpr int kOfRow = kHeadColumns / 8;
-    int count = min(kTokens, end_token() - first), filled = (count + 15) / 16 * 16;
+    int count = min(kTokens, end_token() - first), filled = (count + kTokensAtOnce - 1) / kTokensAtOnce * kTokensAtOnce;
     for (int i = thread; i < kImages * 2 * filled * kOfRow; i += kThreads) {
       int token = i / (2 * kOfRow) % filled, image = i / (2 * kOfRow) / filled, column = i % kOfRow * 8;
       bool is_value = i / kOfRow % 2;
@@ -818,15 +865,14 @@ struct Encoder {
     }
   }
 
-  // The queries' attention to the block's tokens, sent to those who finish the rows. Of an image's sixteen queries two
-  // warps have 32 columns each of every second sixteen tokens.
+  // The queries' attention to the block's tokens, sent to those who finish the rows. A warp has sixteen columns of sixteen
+  // queries.
   __device__ void attend_to_tokens(int chunk, int looking) {
-    constexpr int kColumns = kHeadColumns / 2;
-    static_assert(kWarps == 4 * kReaders);
-    int reader = warp % kReaders, m = warp / kReaders % 2, column = warp / (2 * kReaders) * kColumns;
-    int head = column / kHeaddim * kHeaddim;
+    constexpr int kColumns = 2 * kHeadColumns / kWarps, kGroups = kTokensAtOnce / 8;
+    static_assert(kColumns == 16);
+    int m = warp % 2, column = warp / 2 * kColumns, head = column / kHeaddim * kHeaddim;
     struct {
-      float out[kColumns / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+      float out[2][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     } attended[kImages];
     for (int first = first_token(); first < end_token(); first += kTokens) {
       int count = min(kTokens, end_token() - first);
@@ -841,14 +887,14 @@ struct Encoder {
         auto& [out, highest, total] = attended[image];
         Element const* q = queries_of(image) + (m * 16 + lane % 16) * kHeadStride + head;
 #pragma unroll 1
-        for (int token = reader * 16; token < count; token += kReaders * 16) {
-          float scores[2][4] = {};
+        for (int token = 0; token < count; token += kTokensAtOnce) {
+          float scores[kGroups][4] = {};
           score(scores, q, keys_of(image) + token * kHeadStride + head);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float higher = highest[half];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 2 * kGroups; ++i) {
               float& x = scores[i / 2][half * 2 + i % 2];
               if (token + i / 2 * 8 + lane % 4 * 2 + i % 2 >= count) x = -INFINITY;
               higher = fmaxf(higher, x);
@@ -858,28 +904,27 @@ struct Encoder {
             highest[half] = higher;
             total[half] *= shrink;
 #pragma unroll
-            for (int tile = 0; tile < kColumns / 8; ++tile)
-              out[tile][half * 2] *= shrink, out[tile][half * 2 + 1] *= shrink;
+            for (int tile = 0; tile < 2; ++tile) out[tile][half * 2] *= shrink, out[tile][half * 2 + 1] *= shrink;
             exponentiate(scores, half, higher, total[half]);
           }
-          uint32_t a[4], b[4];
-          weights_of(a, scores[0], scores[1]);
+          Element const* values = values_of(image) + (token + lane % 16) * kHeadStride + column + lane / 16 * 8;
 #pragma unroll
-          for (int tile = 0; tile < kColumns / 8; tile += 2) {
-            ldmatrix_transposed(b, values_of(image) + (token + lane % 16) * kHeadStride + column + tile * 8 + lane / 16 * 8);
-            mma<Element>(out[tile], a, b[0], b[1]);
-            mma<Element>(out[tile + 1], a, b[2], b[3]);
+          for (int n = 0; n < kGroups; n += 2) {
+            uint32_t a[4], b[4];
+            weights_of(a, scores[n], scores[n + 1]);
+            ldmatrix_transposed(b, values + n * 8 * kHeadStride);
+            mma<Element>(out[0], a, b[0], b[1]);
+            mma<Element>(out[1], a, b[2], b[3]);
           }
         }
       }
     }
-    int source = rank * kReaders + reader;
-    float* to = part_at<kNarrow>(source, kHeadTiles, column / 8);
+    float* to = part_at<kNarrow>(rank, kHeadTiles, column / 8);
 #pragma unroll
     for (int image = 0; image < kImages; ++image) {
       auto& [out, highest, total] = attended[image];
 #pragma unroll
-      for (int tile = 0; tile < kColumns / 8; ++tile)
+      for (int tile = 0; tile < 2; ++tile)
         send_part<kNarrow>(out[tile], image * 2 + m, to + tile * kImages * kOwn<kNarrow> * kTile);
       if (column > head) continue;
 #pragma unroll
@@ -887,24 +932,24 @@ struct Encoder {
         float sum = sum_of_lanes<1, 4>(total[half]);
         int row = m * 16 + half * 8 + lane / 4, own = image * kOwn<kNarrow> + row % kOwn<kNarrow>;
         if (lane % 4 == 0)
-          send(&shared.tops[buffer()][source][head / kHeaddim][own], &shared.arrived[buffer()],
+          send(&shared.tops[buffer()][rank][head / kHeaddim][own], &shared.arrived[buffer()],
                way_to_rank(&shared, row / kOwn<kNarrow>), make_float2(highest[half], sum));
       }
     }
+    parts_are_sent();
   }
 
   __device__ void finish_attention(int chunk, int here) {
-    constexpr int kSources = kCluster * kReaders;
     Place place = place_of<kNarrow>(0, kHeadTiles);
     if (!place.exists) return;
     auto const& tops = shared.tops[here];
     int head = place.tile / (kHeaddim / kTile);
     float highest = -INFINITY, total = 0.f;
 #pragma unroll
-    for (int i = 0; i < kSources; ++i) highest = fmaxf(highest, tops[i][head][place.own].x);
+    for (int i = 0; i < kCluster; ++i) highest = fmaxf(highest, tops[i][head][place.own].x);
     float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < kSources; ++i) {
+    for (int i = 0; i < kCluster; ++i) {
       float2 top = tops[i][head][place.own];
       float4 x = part_of<kNarrow>(here, place, i, kHeadTiles);
       float weight = exp2_approx((top.x - highest) * scale());

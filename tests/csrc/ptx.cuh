@@ -228,27 +228,32 @@ inline void wait_for_copies() {
   emulated::self->copies.clear();
 }
 
-// A barrier: the bytes that are still to come, whether they are expected, and how many turns have ended.
+// A barrier: the bytes that are still to come, of how many have still to arrive, and how many turns have ended.
 struct ByteBarrier {
   int32_t bytes;
-  uint16_t expected, turns;
+  int8_t count, missing;
+  uint16_t turns;
 };
-inline void add_bytes(uint64_t* barrier, int bytes, bool expects) {
+inline void change(uint64_t* barrier, int bytes, int arrivals) {
   auto& found = reinterpret_cast<ByteBarrier&>(*barrier);
-  if (expects && found.expected) std::abort();
-  found.bytes += bytes, found.expected |= expects;
-  if (found.expected && found.bytes == 0) found.expected = 0, ++found.turns;
+  found.bytes += bytes, found.missing -= arrivals;
+  if (found.missing < 0) std::abort();
+  if (found.missing == 0 && found.bytes == 0) found.missing = found.count, ++found.turns;
+  emulated::progress = true;
 }
-inline void start_barrier(uint64_t* barrier) { *barrier = 0; }
+inline void start_barrier(uint64_t* barrier, int count) {
+  reinterpret_cast<ByteBarrier&>(*barrier) = {0, int8_t(count), int8_t(count), 0};
+}
 inline void publish_barriers() {}
-inline void expect_bytes(uint64_t* barrier, int bytes) { add_bytes(barrier, bytes, true); }
+inline void arrive(uint64_t* barrier) { change(barrier, 0, 1); }
+inline void expect_bytes(uint64_t* barrier, int bytes) { change(barrier, bytes, 1); }
 inline void wait_for_barrier(uint64_t* barrier, int parity) {
   emulated::wait_until([&] { return reinterpret_cast<ByteBarrier&>(*barrier).turns % 2 != parity; });
 }
 inline void copy_bulk(void* to, void const* from, int bytes, uint64_t* barrier) {
   expect_bytes(barrier, bytes);
   std::memcpy(to, from, bytes);
-  add_bytes(barrier, -bytes, false);
+  change(barrier, -bytes, 0);
 }
 
 inline void arrive_at_cluster() {
@@ -270,7 +275,7 @@ void send(T* mine, uint64_t* barrier, Way way, T x) {
   auto there = [&](void* here) { return static_cast<char*>(here) + way; };
   if (reinterpret_cast<uintptr_t>(mine) % sizeof(T) != 0) std::abort();
   *reinterpret_cast<T*>(there(mine)) = x;
-  add_bytes(reinterpret_cast<uint64_t*>(there(barrier)), -int(sizeof(T)), false);
+  change(reinterpret_cast<uint64_t*>(there(barrier)), -int(sizeof(T)), 0);
 }
 inline uint32_t load_word(uint32_t const* from) { return *from; }
 // Whoever finds nothing asks again after the others' turn.
