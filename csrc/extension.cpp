@@ -137,6 +137,7 @@ void encode_queries(Tensor weights, Tensor first_slots, Tensor norm, Tensor rows
   arguments.keys_values = keys_values.const_data_ptr();
   arguments.width = keys_values.size(1);
   arguments.workspace = workspace.mutable_data_ptr();
+  arguments.workspace_bytes = workspace.size(1);
   arguments.out = out.mutable_data_ptr();
   int clusters = static_cast<int>(first_slots.size(1) / 8);
   char const* error = on_stream_of(rows, [&](cudaStream_t stream) {

@@ -7,8 +7,8 @@
 // waits for.
 //
 // What a product writes and the next one reads lies in global memory as words of two numbers, each phase's where no other's
-// do, and kNothing before: who reads a word until it is something needs no barrier. At the end of a launch all of them have
-// been read but the last phase's, which two launches in a row have apart, so each leaves kNothing to the next.
+// do, and kNothing before: who reads a word until it is something needs no barrier. Two launches in a row have words apart,
+// and each leaves kNothing where the one before had them.
 //
 // LayerNorm is part of the product that reads its rows: with its weights w and b, mean m and deviation s of a row x,
 //   W LayerNorm(x) + c = ((W diag(w)) x - m (W w)) / s + (W b + c),
@@ -108,19 +108,19 @@ __device__ __forceinline__ float4 unpack(uint2 words) {
 
 // ---- memory ----
 
-// The workspace: a header with the number of launches, twice the last phase's words of as many images as there may be, and
-// the others' words, of all images filled up to whole chunks.
-constexpr int64_t kHeaderWords = 64, kLastWords = int64_t(kMaxImages) * kQueries * kHidden / 2;
+// The workspace: a header with the number of launches and of the last one's words, and two halves that the launches take in
+// turn for the words of all phases, of all images filled up to whole chunks.
+constexpr int64_t kHeaderWords = 64;
 
 constexpr int64_t words_of_phases(int images, int layers, int looking) {
   int chunk = images_of_chunk(images);
   int64_t rows = int64_t((images + chunk - 1) / chunk) * chunk * kQueries;
   int64_t attentions = layers - 1 + looking;
-  return rows / 2 * (attentions * 2 * kHidden + layers * kIntermediate + (layers - 1) * kHidden);
+  return rows / 2 * (attentions * 2 * kHidden + layers * (kIntermediate + kHidden));
 }
 
 constexpr int64_t workspace_bytes(int images, int layers, int looking) {
-  return (kHeaderWords + 2 * kLastWords + words_of_phases(images, layers, looking)) * 4;
+  return (kHeaderWords + 2 * words_of_phases(images, layers, looking)) * 4;
 }
 
 // A block's shared memory. What blocks of its cluster write for one exchange is read before the next but one.
@@ -163,8 +163,6 @@ template <class Element, int kImages, bool kMany, int kHeaddim>
 struct Encoder {
   static constexpr int kRows = kImages * kQueries;  // of a chunk
   static constexpr int kTokens = Shared<kImages>::kTokens;
-  static constexpr int kFew = 3 * kImages;  // words of eight that a thread asks for at once before any is there
-
   QueryEncoderArguments const& p;
   Shared<kImages>& shared;
   int thread, warp, lane, rank, cluster, chunks, slots;
@@ -176,7 +174,8 @@ struct Encoder {
   int exchange = 0, measuring = 0, gathering = 0, leaving = 0;  // how many there were
   uint32_t const* read = nullptr;   // what the phase before wrote
   uint32_t* written;                // and this phase writes
-  uint32_t launches;                // that there have been
+  uint32_t launches;                // that there have been, and kNothing
+  int words_before;                 // of the one before
   Way to_wide[2], to_narrow[2];     // to who finishes the lane's of sixteen rows, the first of an image and the others
 
   __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
@@ -186,8 +185,9 @@ struct Encoder {
     chunks = kMany ? (p.images + kImages - 1) / kImages : 1;
     slots = p.ring * kPage;
     attends = cluster < kHeadClusters;
-    written = phases();
     launches = load_word(header());
+    words_before = launches == kNothing ? 0 : int(load_word(header() + 1));
+    written = half_of(launches);
     int first = p.first_slots[blockIdx.x], count = p.first_slots[blockIdx.x + 1] - first;
     next_page = static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes;
     pages_left = (count + kPage - 1) / kPage;
@@ -219,13 +219,13 @@ struct Encoder {
     // the first products' pages; the others do not hold up what the first attention reads
     issue(kLeastPages);
 #pragma unroll 1
-    for (int layer = 0, looking = 0; layer < p.layers; ++layer) {
+    for (int layer = 0, looking = 0, sub_layer = 0; layer < p.layers; ++layer) {
 #pragma unroll 1
       for (int kind = layer == 0 ? kCrossAttention : kSelfAttention; kind <= kFeedForward; ++kind) {
         if (kind == kCrossAttention && !(p.cross_layers >> layer & 1)) continue;
+        clear(sub_layer++);
         first_of_sub_layer(Kind(kind), looking, layer == 0);
         if (kind == kCrossAttention) ++looking;
-        if (kind == kFeedForward && layer + 1 == p.layers) written = last_words(launches);
         if (kind == kFeedForward)
           linear_and_residual<4>();
         else
@@ -233,8 +233,7 @@ struct Encoder {
       }
     }
     write();
-    __syncthreads();
-    clear();
+    count_launch();
     meet();
   }
 
@@ -343,16 +342,17 @@ struct Encoder {
     return max(max(words.x, words.y), max(words.z, words.w)) != kNothing;
   }
 
-  // All kCount times eight columns that ``at(i)`` is the place of, when they have been written; those that exist. Where
-  // they are many, the first are asked for alone until they are there.
+  // Asks for kCount times eight columns, those of them that exist; ``at(i)`` is the place of the i-th.
+  template <int kCount, class At, class Exists>
+  __device__ static void ask(uint4 (&found)[kCount], At at, Exists exists) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (exists(i)) found[i] = load_words(at(i));
+  }
+
+  // Until all that was asked for has been written.
   template <int kCount, class At, class Exists>
   __device__ static void receive(uint4 (&found)[kCount], At at, Exists exists) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (exists(i)) found[i] = load_words(at(i));
-      if (i == 0 && kCount > kFew)
-        while (!is_something(found[0])) found[0] = load_words(at(0));
-    }
     for (bool waiting = true; waiting;) {
       waiting = false;
 #pragma unroll
@@ -362,18 +362,24 @@ struct Encoder {
   }
 
   __device__ uint32_t* header() { return static_cast<uint32_t*>(p.workspace); }
-  __device__ uint32_t* last_words(uint32_t launch) { return header() + kHeaderWords + launch % 2 * kLastWords; }
-  __device__ uint32_t* phases() { return header() + kHeaderWords + 2 * kLastWords; }
+  __device__ uint32_t* half_of(uint32_t launch) { return header() + kHeaderWords + launch % 2 * ((p.workspace_bytes / 4 - kHeaderWords) / 8 * 4); }
 
-  // Leaves nothing to the next launch but what this one's last phase wrote, which others may still read.
-  __device__ void clear() {
-    auto clear_words = [&](uint32_t* words, int64_t count) {
-      for (int64_t i = (int64_t(blockIdx.x) * kThreads + thread) * 4; i < count; i += int64_t(gridDim.x) * kThreads * 4)
-        *reinterpret_cast<uint4*>(words + i) = {kNothing, kNothing, kNothing, kNothing};
-    };
-    clear_words(last_words(launches + 1), kLastWords);
-    clear_words(phases(), words_of_phases(p.images, p.layers, int(p.width / (2 * kHidden))));
-    if (blockIdx.x == 0 && thread == 0) *header() = launches + 1;
+  // A sub-layer's part of leaving nothing of the launch before to the next one.
+  __device__ void clear(int sub_layer) {
+    int sub_layers = 2 * p.layers - 1 + looking_layers();
+    int part = (words_before / 4 + sub_layers - 1) / sub_layers, end = min(part * (sub_layer + 1), words_before / 4);
+    uint4* words = reinterpret_cast<uint4*>(half_of(launches + 1));
+#pragma unroll 1
+    for (int i = part * sub_layer + blockIdx.x * kThreads + thread; i < end; i += gridDim.x * kThreads)
+      words[i] = {kNothing, kNothing, kNothing, kNothing};
+  }
+
+  __device__ int looking_layers() { return int(p.width / (2 * kHidden)); }
+
+  __device__ void count_launch() {
+    if (blockIdx.x > 0 || thread > 0) return;
+    header()[0] = launches + 1;
+    header()[1] = uint32_t(words_of_phases(p.images, p.layers, looking_layers()));
   }
 
   // The next phase reads what this one has written, rows of ``width``.
@@ -385,30 +391,6 @@ struct Encoder {
   template <int kSlices>
   __device__ Element* stage_at(int row) {
     return reinterpret_cast<Element*>(shared.stage) + row * (kSlices * kSlice + 8);
-  }
-
-  // The block's K of a chunk's rows to the stage, when the phase's ``count`` slots are there too.
-  template <int kSlices, int kSplit>
-  __device__ void stage_rows(int chunk, int count) {
-    constexpr int kWidth = kSplit * kSlices * kSlice, kOfRow = kSlices * kSlice / 8;
-    constexpr int kOfImage = (kOfRow + kLanes - 1) / kLanes, kAtOnce = kSlices == 4 ? 1 : kImages;
-    int row = thread / kLanes, piece = thread % kLanes;
-    uint32_t const* from = read + ((chunk * kRows + row) * kWidth + share<kSplit>() * kSlices * kSlice + piece * 8) / 2;
-    auto exists = [&](int i) { return kOfRow % kLanes == 0 || i % kOfImage * kLanes + piece < kOfRow; };
-#pragma unroll
-    for (int first = 0; first < kImages; first += kAtOnce) {
-      uint4 pieces[kAtOnce * kOfImage];
-      auto image_of = [&](int i) { return first + i / kOfImage; };
-      receive(
-          pieces, [&](int i) { return from + (image_of(i) * kQueries * kWidth + i % kOfImage * kLanes * 8) / 2; }, exists);
-#pragma unroll
-      for (int i = 0; i < kAtOnce * kOfImage; ++i)
-        if (exists(i))
-          *reinterpret_cast<uint4*>(stage_at<kSlices>(image_of(i) * kQueries + row) + (i % kOfImage * kLanes + piece) * 8) =
-              pieces[i];
-    }
-    wait_for_slots(count);
-    __syncthreads();
   }
 
   // Mean and squared deviations of each staged row to those who finish the row: a warp's, of the rows' products with ones
@@ -469,20 +451,41 @@ struct Encoder {
            lane % 4 / 2 * 4;
   }
 
-  // Parts of the staged rows' product with the block's ``own`` tiles, whose slots follow the vectors', sent to who
-  // finishes them; a warp has kTurns tiles, of four slices two warps.
+  // Parts of a chunk's rows' product with the block's ``own`` tiles, whose slots, ``count`` with the vectors', are next in
+  // the ring, sent to who finishes them. The block's K of the rows goes through the stage, of four slices two at a time: the
+  // others come meanwhile. A warp has kTurns tiles; of each two slices of four it has one.
   template <int kSlices, int kSplit>
-  __device__ void multiply(int own) {
+  __device__ void multiply(int chunk, int own, int count) {
     constexpr int kHalves = kSlices == 4 ? 2 : 1, kChains = kSlices == 1 ? 2 : 1;
     constexpr int kTurns = kSlices == 1 ? 1 : kSlices == 2 && kImages == 1 ? 4 : 2;
+    constexpr int kWidth = kSplit * kSlices * kSlice, kOfRow = kSlices / kHalves * kSlice / 8;
+    constexpr int kOfImage = (kOfRow + kLanes - 1) / kLanes;
+    int row = thread / kLanes, piece = thread % kLanes;
+    uint32_t const* from = read + ((chunk * kRows + row) * kWidth + share<kSplit>() * kSlices * kSlice + piece * 8) / 2;
+    auto at = [&](int i) { return from + (i / kOfImage * kQueries * kWidth + i % kOfImage * kLanes * 8) / 2; };
+    auto exists = [&](int i) { return kOfRow % kLanes == 0 || i % kOfImage * kLanes + piece < kOfRow; };
+    uint4 pieces[kImages * kOfImage];
+    ask(pieces, at, exists);
     int first = warp / kHalves * kTurns, half = warp % kHalves;
-    float acc[kTurns][2 * kImages][4] = {};
-    if (first < own) {
-      float chains[kChains][kTurns][2 * kImages][4] = {};
-      Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
+    float chains[kChains][kTurns][2 * kImages][4] = {};
+    Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
 #pragma unroll
-      for (int s = 0; s < kSlices / kHalves; ++s) {
-        int slice = half * (kSlices / kHalves) + s;
+    for (int begin = 0; begin < kSlices; begin += kSlices / kHalves) {
+      receive(pieces, at, exists);
+#pragma unroll
+      for (int i = 0; i < kImages * kOfImage; ++i)
+        if (exists(i))
+          *reinterpret_cast<uint4*>(stage_at<kSlices>(i / kOfImage * kQueries + row) + begin * kSlice +
+                                    (i % kOfImage * kLanes + piece) * 8) = pieces[i];
+      if (begin == 0) wait_for_slots(count);
+      __syncthreads();
+      if (begin + kSlices / kHalves < kSlices) {
+        from += kOfRow * 8 / 2;
+        ask(pieces, at, exists);
+      }
+      if (first >= own) continue;
+#pragma unroll
+      for (int slice = begin + half; slice < begin + kSlices / kHalves; slice += kHalves) {
         uint2 const* slots[kTurns];
 #pragma unroll
         for (int j = 0; j < kTurns; ++j)
@@ -501,14 +504,13 @@ struct Encoder {
           }
         }
       }
+    }
+    auto& acc = chains[0];
+    if constexpr (kChains == 2) {
 #pragma unroll
-      for (int j = 0; j < kTurns; ++j)
+      for (int m = 0; m < 2 * kImages; ++m)
 #pragma unroll
-        for (int m = 0; m < 2 * kImages; ++m)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int chain = 0; chain < kChains; ++chain) acc[j][m][i] += chains[chain][j][m][i];
+        for (int i = 0; i < 4; ++i) acc[0][m][i] += chains[1][0][m][i];
     }
     if constexpr (kHalves == 2) share_halves(acc, first, half);
     float* to = part_at<kSplit>(share<kSplit>(), own, first);
@@ -518,7 +520,7 @@ struct Encoder {
 #pragma unroll
         for (int m = 0; m < 2 * kImages; ++m)
           if (kHalves == 1 || m % 2 == half) send_part<kSplit>(acc[j][m], m, to + j * kImages * kOwn<kSplit> * kTile);
-    parts_are_sent();
+    if (own > 0) parts_are_sent();
   }
 
   // Two warps have a half of two tiles' sums each: one adds up those of an image's first sixteen rows, one the others'.
@@ -614,14 +616,12 @@ struct Encoder {
       return norm;
     };
     expect_moments();
+    if (own > 0) expect_parts((kWide - 1) * kAll * own * kTile * int(sizeof(float)));
+    multiply<kSlices, kWide>(chunk, own, wide_slots(own));
     if (own == 0) {
-      stage_rows<kSlices, kWide>(chunk, 0);
       measure();
       return;
     }
-    expect_parts((kWide - 1) * kAll * own * kTile * int(sizeof(float)));
-    stage_rows<kSlices, kWide>(chunk, wide_slots(own));
-    multiply<kSlices, kWide>(own);
     Place places[kImages];
     float4 sums[kImages], bias[kImages];
 #pragma unroll
@@ -644,7 +644,7 @@ struct Encoder {
     }
   }
 
-  __device__ static int wide_slots(int own) { return 1 + own * (kHidden / kWide / kSlice); }
+  __device__ static int wide_slots(int own) { return own == 0 ? 0 : 1 + own * (kHidden / kWide / kSlice); }
 
   // A sub-layer up to what its residual is added to: attention of the rows to each other, or to the images as the
   // ``looking``-th does, or GELU(LayerNorm(rows) weight^T + bias). ``in_first``: the first layer's, of which cross-attention
@@ -712,8 +712,7 @@ struct Encoder {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk == 0) wait_for_readers();
       expect_parts((kNarrow - 1) * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
-      stage_rows<kSlices, kNarrow>(chunk, count);
-      multiply<kSlices, kNarrow>(own);
+      multiply<kSlices, kNarrow>(chunk, own, count);
       float4 bias = vector_at(slot_of(0), 0, place.column()), weight = vector_at(slot_of(0), 1, place.column());
       float4 norm_bias = vector_at(slot_of(0), 2, place.column());
       float4 residual = unpack<Element>(place.exists ? shared.residual[chunk][thread] : uint2{0, 0});
@@ -850,18 +849,21 @@ struct Encoder {
 
   // An image's keys and values from ``first`` on, on their way; filled up with zeros to what is attended to at once.
   __device__ void stage_tokens(int chunk, int looking, int first) {
-    constexpr int kOfRow = kHeadColumns / 8;
+    constexpr int kOfToken = 2 * kHeadColumns / 8, kStep = kThreads / kOfToken;
     int count = min(kTokens, end_token() - first), filled = (count + kTokensAtOnce - 1) / kTokensAtOnce * kTokensAtOnce;
-    for (int i = thread; i < kImages * 2 * filled * kOfRow; i += kThreads) {
-      int token = i / (2 * kOfRow) % filled, image = i / (2 * kOfRow) / filled, column = i % kOfRow * 8;
-      bool is_value = i / kOfRow % 2;
-      Element* to = (is_value ? values_of(image) : keys_of(image)) + token * kHeadStride + column;
-      int64_t row = int64_t(min(chunk * kImages + image, p.images - 1)) * p.tokens + first + token;
-      if (token < count)
-        copy_async(to, static_cast<Element const*>(p.keys_values) + row * p.width + (looking * 2 + is_value) * kHidden +
-                           cluster * kHeadColumns + column);
-      else
-        *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+    int column = thread % (kOfToken / 2) * 8, is_value = thread / (kOfToken / 2) % 2;
+#pragma unroll
+    for (int image = 0; image < kImages; ++image) {
+      Element* to = (is_value ? values_of(image) : keys_of(image)) + column;
+      int64_t row = int64_t(min(chunk * kImages + image, p.images - 1)) * p.tokens + first;
+      Element const* from = static_cast<Element const*>(p.keys_values) + row * p.width +
+                            (looking * 2 + is_value) * kHidden + cluster * kHeadColumns + column;
+#pragma unroll 1
+      for (int token = thread / kOfToken; token < filled; token += kStep)
+        if (token < count)
+          copy_async(to + token * kHeadStride, from + token * p.width);
+        else
+          *reinterpret_cast<uint4*>(to + token * kHeadStride) = uint4{0, 0, 0, 0};
     }
   }
 
@@ -971,8 +973,10 @@ struct Encoder {
       if (!exists) row = rows - 1 - blockIdx.x % kQueries;
       auto column_of = [&](int i) { return (i * 32 + lane) * 8; };
       uint4 found[kOfLane];
-      receive(
-          found, [&](int i) { return read + (row * kHidden + column_of(i)) / 2; }, [](int) { return true; });
+      auto at = [&](int i) { return read + (row * kHidden + column_of(i)) / 2; };
+      auto all = [](int) { return true; };
+      ask(found, at, all);
+      receive(found, at, all);
       float x[kOfLane][8], mean = 0.f, squares = 0.f;
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) {

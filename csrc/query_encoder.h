@@ -23,6 +23,7 @@ struct QueryEncoderArguments {
   void const* keys_values;  // (images, tokens, layers with cross-attention, 2, 768)
   int64_t width;            // of a token's keys and values
   void* workspace;          // query_encoder_workspace() bytes or more, aligned to 16, all ones before their first use
+  int64_t workspace_bytes;  // the same at every launch with it
   void* out;                // (images, 32, 768)
 };
 

@@ -37,11 +37,11 @@ extern "C" int64_t workspace(int images, int layers, int looking) { return works
 
 extern "C" void encode(bool half, int headdim, int clusters, int images, int tokens, int layers, int cross_layers, float eps,
                        void* weights, void* first_slots, void* norm, void* rows, void* queries, void* keys_values,
-                       void* workspace, void* out) {
+                       void* workspace, int64_t workspace_bytes, void* out) {
   int looking = __builtin_popcount(cross_layers);
   QueryEncoderArguments arguments{images, tokens, layers, uint32_t(cross_layers), eps, 0, weights,
                                   static_cast<int const*>(first_slots), static_cast<float const*>(norm), rows, queries,
-                                  keys_values, looking * 2 * kHidden, workspace, out};
+                                  keys_values, looking * 2 * kHidden, workspace, workspace_bytes, out};
   half ? with_images<cutlass::half_t>(arguments, headdim, clusters)
        : with_images<cutlass::bfloat16_t>(arguments, headdim, clusters);
 }

@@ -162,10 +162,11 @@ def test_source_on_the_cpu(emulated, images, tokens, layers, frequency, headdim,
 
     def run(images):
         out = torch.full((images, 32, 768), torch.nan, dtype=dtype)
-        tensors = one.weights, one.first_slots, one.norm, one.rows, one.queries, keys_values, workspace, out
+        tensors = one.weights, one.first_slots, one.norm, one.rows, one.queries, keys_values, workspace
         sizes = headdim, clusters, images, tokens, layers, one.cross_layers
         half, eps = ctypes.c_bool(dtype == torch.float16), ctypes.c_float(one.eps)
-        emulated.encode(half, *sizes, eps, *(ctypes.c_void_p(x.data_ptr()) for x in tensors))
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (*tensors, out)]
+        emulated.encode(half, *sizes, eps, *pointers[:-1], ctypes.c_int64(size), pointers[-1])
         return out
 
     found = run(images)
