@@ -22,6 +22,9 @@ __device__ __forceinline__ float reciprocal(float x) {
 
 __device__ __forceinline__ uint32_t shared_address(void const* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+// What all lanes of the warp have, known to the compiler.
+__device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // ---- copies to shared memory ----
 
 __device__ __forceinline__ void copy_async(void* to, void const* from) {
@@ -109,6 +112,17 @@ __device__ __forceinline__ void send(uint4* mine, uint64_t* barrier, Way way, ui
 __device__ __forceinline__ void send(float4* mine, uint64_t* barrier, Way way, float4 x) {
   send(reinterpret_cast<uint4*>(mine), barrier, way,
        {__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
+}
+
+// Or stores it at once where that is the block itself.
+__device__ __forceinline__ void send_or_store(float4* mine, uint64_t* barrier, Way way, float4 x) {
+  asm volatile(
+      "{\n.reg .pred here;\nsetp.eq.u32 here, %7, 0;\n@here st.shared.v4.b32 [%6], {%1, %2, %3, %4};\n"
+      "@!here st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n}" ::"r"(
+          shared_address(mine) + way),
+      "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)), "r"(__float_as_uint(x.w)),
+      "r"(shared_address(barrier) + way), "r"(shared_address(mine)), "r"(way)
+      : "memory");
 }
 
 __device__ __forceinline__ void send(float2* mine, uint64_t* barrier, Way way, float2 x) {

@@ -136,7 +136,7 @@ struct alignas(128) Shared {
     };
     float4 halves[kMostNarrow][kImages][2][32];  // of sums that two warps share
   };
-  float2 moments[2][kWide][kImages * kOwn<kWide>];                              // of a slice: mean, squared deviations
+  float2 moments[2][kCluster][kImages * kOwn<kWide>];                           // of a slice: mean, squared deviations
   float2 norms[kMaxImages / kImages][kImages * kOwn<kWide>];                    // of a row: mean and 1 / deviation
   float2 tops[2][kCluster][2][kImages * kOwn<kNarrow>];                         // of a head: highest score, sum of weights
   uint2 residual[kMaxImages / kImages][kMostNarrow * kOwn<kNarrow> * kImages * kTile / 4];
@@ -175,11 +175,11 @@ struct Encoder {
   uint32_t const* read = nullptr;   // what the phase before wrote
   uint32_t* written;                // and this phase writes
   uint32_t launches;                // that there have been, and kNothing
-  int words_before;                 // of the one before
+  int words_before, part_to_clear, cleared = 0;  // of the one before
   Way to_wide[2], to_narrow[2];     // to who finishes the lane's of sixteen rows, the first of an image and the others
 
   __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
-    thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    thread = threadIdx.x, warp = same_in_warp(thread / 32), lane = thread % 32;
     rank = blockIdx.x % kCluster, cluster = blockIdx.x / kCluster;
     int clusters = gridDim.x / kCluster;
     chunks = kMany ? (p.images + kImages - 1) / kImages : 1;
@@ -187,6 +187,8 @@ struct Encoder {
     attends = cluster < kHeadClusters;
     launches = load_word(header());
     words_before = launches == kNothing ? 0 : int(load_word(header() + 1));
+    int products = 2 * p.layers - 2 + looking_layers();
+    part_to_clear = (words_before / 4 + products - 1) / products * 4;
     written = half_of(launches);
     int first = p.first_slots[blockIdx.x], count = p.first_slots[blockIdx.x + 1] - first;
     next_page = static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes;
@@ -219,11 +221,10 @@ struct Encoder {
     // the first products' pages; the others do not hold up what the first attention reads
     issue(kLeastPages);
 #pragma unroll 1
-    for (int layer = 0, looking = 0, sub_layer = 0; layer < p.layers; ++layer) {
+    for (int layer = 0, looking = 0; layer < p.layers; ++layer) {
 #pragma unroll 1
       for (int kind = layer == 0 ? kCrossAttention : kSelfAttention; kind <= kFeedForward; ++kind) {
         if (kind == kCrossAttention && !(p.cross_layers >> layer & 1)) continue;
-        clear(sub_layer++);
         first_of_sub_layer(Kind(kind), looking, layer == 0);
         if (kind == kCrossAttention) ++looking;
         if (kind == kFeedForward)
@@ -315,7 +316,7 @@ struct Encoder {
     if (expects()) expect_bytes(&shared.arrived[buffer()], bytes);
   }
 
-  // The warp has no more parts, for others or the block's own.
+  // The warp has no more parts, for others or the block's own, and has read the stage.
   __device__ void parts_are_sent() {
     __syncwarp();
     if (lane == 0) arrive(&shared.arrived[buffer()]);
@@ -364,14 +365,14 @@ struct Encoder {
   __device__ uint32_t* header() { return static_cast<uint32_t*>(p.workspace); }
   __device__ uint32_t* half_of(uint32_t launch) { return header() + kHeaderWords + launch % 2 * ((p.workspace_bytes / 4 - kHeaderWords) / 8 * 4); }
 
-  // A sub-layer's part of leaving nothing of the launch before to the next one.
-  __device__ void clear(int sub_layer) {
-    int sub_layers = 2 * p.layers - 1 + looking_layers();
-    int part = (words_before / 4 + sub_layers - 1) / sub_layers, end = min(part * (sub_layer + 1), words_before / 4);
-    uint4* words = reinterpret_cast<uint4*>(half_of(launches + 1));
+  // Leaves nothing of the launch before to the next one, a part at each product behind LayerNorm.
+  __device__ void clear() {
+    int end = min(cleared + part_to_clear, words_before);
+    uint32_t* words = half_of(launches + 1);
 #pragma unroll 1
-    for (int i = part * sub_layer + blockIdx.x * kThreads + thread; i < end; i += gridDim.x * kThreads)
-      words[i] = {kNothing, kNothing, kNothing, kNothing};
+    for (int i = cleared + (blockIdx.x * kThreads + thread) * 4; i < end; i += gridDim.x * kThreads * 4)
+      *reinterpret_cast<uint4*>(words + i) = {kNothing, kNothing, kNothing, kNothing};
+    cleared += part_to_clear;
   }
 
   __device__ int looking_layers() { return int(p.width / (2 * kHidden)); }
@@ -393,37 +394,36 @@ struct Encoder {
     return reinterpret_cast<Element*>(shared.stage) + row * (kSlices * kSlice + 8);
   }
 
-  // Mean and squared deviations of each staged row to those who finish the row: a warp's, of the rows' products with ones
-  // and with each other.
+  // Mean and squared deviations of sixteen staged rows, the m-th of the chunk's, within a slice to those who finish the
+  // rows: of the rows' products with ones and with each other. The last warps have one of all rows' slices each.
   template <int kSlices>
   __device__ void send_moments() {
-    constexpr float kWidth = kSlices * kSlice;
+    constexpr int kTasks = 2 * kImages * kSlices;
+    static_assert(kTasks <= kWarps);
+    int task = warp - (kWarps - kTasks), m = task % (2 * kImages), slice = task / (2 * kImages);
+    if (task < 0) return;
     uint32_t ones = pack<Element>(1.f, 1.f);
-    float sums[2 * kImages][4] = {}, squares[2 * kImages][2][4] = {};
-    Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
+    float sums[4] = {}, squares[2][4] = {};
+    Element const* rows = stage_at<kSlices>(m * 16 + lane % 16) + slice * kSlice + lane / 16 * 8;
 #pragma unroll
-    for (int i = 0; i < kSlices * kSteps; ++i)
-#pragma unroll
-      for (int m = 0; m < 2 * kImages; ++m) {
-        uint32_t a[4];
-        ldmatrix(a, rows + m * 16 * (kSlices * kSlice + 8) + i * 16);
-        mma<Element>(sums[m], a, ones, ones);
-        mma<Element>(squares[m][0], a, a[0], a[2]);
-        mma<Element>(squares[m][1], a, a[1], a[3]);
-      }
+    for (int i = 0; i < kSteps; ++i) {
+      uint32_t a[4];
+      ldmatrix(a, rows + i * 16);
+      mma<Element>(sums, a, ones, ones);
+      mma<Element>(squares[0], a, a[0], a[2]);
+      mma<Element>(squares[1], a, a[1], a[3]);
+    }
     // which of the lane's two columns is its row's own
     bool odd = lane / 4 % 2;
     if (lane % 4 != lane / 8) return;
 #pragma unroll
-    for (int m = 0; m < 2 * kImages; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float mean = sums[m][2 * half] * (1.f / kWidth);
-        float square = odd ? squares[m][half][2 * half + 1] : squares[m][half][2 * half];
-        send(&shared.moments[measuring % 2][share<kWide>()][m / 2 * kOwn<kWide> + lane / 4], &shared.measured[measuring % 2],
-             way_to_rank(&shared, (m % 2 * 2 + half) * kGroups<kWide> + group()),
-             make_float2(mean, fmaxf(square - kWidth * mean * mean, 0.f)));
-      }
+    for (int half = 0; half < 2; ++half) {
+      float mean = sums[2 * half] * (1.f / kSlice);
+      float square = odd ? squares[half][2 * half + 1] : squares[half][2 * half];
+      send(&shared.moments[measuring % 2][share<kWide>() * kSlices + slice][m / 2 * kOwn<kWide> + lane / 4],
+           &shared.measured[measuring % 2], way_to_rank(&shared, (m % 2 * 2 + half) * kGroups<kWide> + group()),
+           make_float2(mean, fmaxf(square - kSlice * mean * mean, 0.f)));
+    }
   }
 
   // ---- products ----
@@ -437,11 +437,7 @@ struct Encoder {
     float y = __shfl_xor_sync(0xffffffffu, odd ? part[1] : part[3], 1);
     float4 four = odd ? float4{x, y, part[2], part[3]} : float4{part[0], part[1], x, y};
     Way way = kSplit == kWide ? (m % 2 ? to_wide[1] : to_wide[0]) : (m % 2 ? to_narrow[1] : to_narrow[0]);
-    float4* mine = reinterpret_cast<float4*>(to + m / 2 * kOwn<kSplit> * kTile);
-    if (way == 0)
-      *mine = four;
-    else
-      send(mine, &shared.arrived[buffer()], way, four);
+    send_or_store(reinterpret_cast<float4*>(to + m / 2 * kOwn<kSplit> * kTile), &shared.arrived[buffer()], way, four);
   }
 
   // Where the lane's part of a tile of an image goes, of ``tiles`` that ``source`` has parts of.
@@ -453,9 +449,10 @@ struct Encoder {
 
   // Parts of a chunk's rows' product with the block's ``own`` tiles, whose slots, ``count`` with the vectors', are next in
   // the ring, sent to who finishes them. The block's K of the rows goes through the stage, of four slices two at a time: the
-  // others come meanwhile. A warp has kTurns tiles; of each two slices of four it has one.
-  template <int kSlices, int kSplit>
-  __device__ void multiply(int chunk, int own, int count) {
+  // others come meanwhile. A warp has kTurns tiles; of each two slices of four it has one. ``meanwhile`` is done when the
+  // rows have been asked for.
+  template <int kSlices, int kSplit, class Meanwhile>
+  __device__ void multiply(int chunk, int own, int count, Meanwhile meanwhile) {
     constexpr int kHalves = kSlices == 4 ? 2 : 1, kChains = kSlices == 1 ? 2 : 1;
     constexpr int kTurns = kSlices == 1 ? 1 : kSlices == 2 && kImages == 1 ? 4 : 2;
     constexpr int kWidth = kSplit * kSlices * kSlice, kOfRow = kSlices / kHalves * kSlice / 8;
@@ -466,6 +463,7 @@ struct Encoder {
     auto exists = [&](int i) { return kOfRow % kLanes == 0 || i % kOfImage * kLanes + piece < kOfRow; };
     uint4 pieces[kImages * kOfImage];
     ask(pieces, at, exists);
+    meanwhile();
     int first = warp / kHalves * kTurns, half = warp % kHalves;
     float chains[kChains][kTurns][2 * kImages][4] = {};
     Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
@@ -520,7 +518,6 @@ struct Encoder {
 #pragma unroll
         for (int m = 0; m < 2 * kImages; ++m)
           if (kHalves == 1 || m % 2 == half) send_part<kSplit>(acc[j][m], m, to + j * kImages * kOwn<kSplit> * kTile);
-    if (own > 0) parts_are_sent();
   }
 
   // Two warps have a half of two tiles' sums each: one adds up those of an image's first sixteen rows, one the others'.
@@ -586,42 +583,47 @@ struct Encoder {
   // ---- sub-layers ----
 
   __device__ void expect_moments() {
-    if (expects()) expect_bytes(&shared.measured[measuring % 2], kWide * kImages * kOwn<kWide> * int(sizeof(float2)));
+    if (expects()) expect_bytes(&shared.measured[measuring % 2], kCluster * kImages * kOwn<kWide> * int(sizeof(float2)));
   }
 
   // Mean and 1 / deviation of one of the block's rows, when all moments of it are there.
   __device__ float2 norm_of(int own) {
-    static_assert(kWide == 4);
     wait_for_barrier(&shared.measured[measuring % 2], measuring / 2 % 2);
     float2 const* slices = &shared.moments[measuring++ % 2][0][own];
-    constexpr int kNext = kImages * kOwn<kWide>;
-    float2 a = slices[0], b = slices[kNext], c = slices[2 * kNext], d = slices[3 * kNext];
-    float mean = ((a.x + b.x) + (c.x + d.x)) * (1.f / kWide);
-    float squares = (a.y + b.y) + (c.y + d.y);
-    a.x -= mean, b.x -= mean, c.x -= mean, d.x -= mean;
-    float away = (a.x * a.x + b.x * b.x) + (c.x * c.x + d.x * d.x);
-    return {mean, rsqrtf((squares + kHidden / kWide * away) * (1.f / kHidden) + p.eps)};
+    float2 x[kCluster];
+    float mean = 0.f, squares = 0.f, away = 0.f;
+#pragma unroll
+    for (int i = 0; i < kCluster; ++i) x[i] = slices[i * kImages * kOwn<kWide>], mean += x[i].x, squares += x[i].y;
+    mean *= 1.f / kCluster;
+#pragma unroll
+    for (int i = 0; i < kCluster; ++i) away += (x[i].x - mean) * (x[i].x - mean);
+    return {mean, rsqrtf((squares + kSlice * away) * (1.f / kHidden) + p.eps)};
   }
 
   // finish(place, four columns) of LayerNorm(rows) weight^T + bias; without tiles the rows are measured alone.
-  template <class Finish>
-  __device__ void linear_of_norm(int chunk, int own, Finish finish) {
+  template <class Meanwhile, class Finish>
+  __device__ void linear_of_norm(int chunk, int own, Meanwhile meanwhile, Finish finish) {
     constexpr int kSlices = kHidden / kWide / kSlice, kAll = kImages * kOwn<kWide>;
     static_assert(kThreads / 2 % kAll == 0);  // so a thread's row is the same in all turns
     int row = thread / 2 % kAll;
-    auto measure = [&] {
-      if (warp == kWarps - 1) send_moments<kSlices>();
+    auto finish_norm = [&] {
       float2 norm = norm_of(row);
       if (thread == 2 * row) shared.norms[chunk][row] = norm;
       return norm;
     };
     expect_moments();
     if (own > 0) expect_parts((kWide - 1) * kAll * own * kTile * int(sizeof(float)));
-    multiply<kSlices, kWide>(chunk, own, wide_slots(own));
+    multiply<kSlices, kWide>(chunk, own, wide_slots(own), [&] {
+      if (chunk == 0) clear();
+      meanwhile();
+    });
+    send_moments<kSlices>();
     if (own == 0) {
-      measure();
+      finish_norm();
+      __syncthreads();  // all warps have read the stage
       return;
     }
+    parts_are_sent();
     Place places[kImages];
     float4 sums[kImages], bias[kImages];
 #pragma unroll
@@ -630,7 +632,7 @@ struct Encoder {
       sums[turn] = vector_at(slot_of(0), 0, place.column()), bias[turn] = vector_at(slot_of(0), 1, place.column());
     }
     if (chunk + 1 == chunks) slots_are_read();
-    float2 norm = measure();
+    float2 norm = finish_norm();
     int here = wait_for_parts();
     if (chunk + 1 == chunks) leave_slots(wide_slots(own));
 #pragma unroll
@@ -659,13 +661,14 @@ struct Encoder {
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk > 0) wait_for_readers();
-      bool staged = given && chunk == 0;
-      if (crosses && attends && !staged) stage_tokens(chunk, looking, first_token());
+      auto stage = [&] {
+        if (crosses && attends) stage_tokens(chunk, looking, first_token());
+      };
       if (given) {
-        if (attends && !staged) stage_given_queries();
+        if (attends && chunk > 0) stage(), stage_given_queries();
       } else {
         if (attends && !feeds) expect_gathered(crosses ? kRows : 2 * kRows + kImages * kOwn<kNarrow>);
-        linear_of_norm(chunk, tiles.count, [&](Place const& place, float4 x) {
+        linear_of_norm(chunk, tiles.count, stage, [&](Place const& place, float4 x) {
           if (!feeds)
             send_to_heads(tiles.first + place.tile, place, pack<Element>(x), crosses);
           else if (place.exists)
@@ -712,7 +715,8 @@ struct Encoder {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk == 0) wait_for_readers();
       expect_parts((kNarrow - 1) * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
-      multiply<kSlices, kNarrow>(chunk, own, count);
+      multiply<kSlices, kNarrow>(chunk, own, count, [] {});
+      parts_are_sent();
       float4 bias = vector_at(slot_of(0), 0, place.column()), weight = vector_at(slot_of(0), 1, place.column());
       float4 norm_bias = vector_at(slot_of(0), 2, place.column());
       float4 residual = unpack<Element>(place.exists ? shared.residual[chunk][thread] : uint2{0, 0});

@@ -219,6 +219,7 @@ inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 namespace qformer_fast {
 
+inline int same_in_warp(int x) { return x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 
@@ -276,6 +277,9 @@ void send(T* mine, uint64_t* barrier, Way way, T x) {
   if (reinterpret_cast<uintptr_t>(mine) % sizeof(T) != 0) std::abort();
   *reinterpret_cast<T*>(there(mine)) = x;
   change(reinterpret_cast<uint64_t*>(there(barrier)), -int(sizeof(T)), 0);
+}
+inline void send_or_store(float4* mine, uint64_t* barrier, Way way, float4 x) {
+  way == 0 ? void(*mine = x) : send(mine, barrier, way, x);
 }
 inline uint32_t load_word(uint32_t const* from) { return *from; }
 // Whoever finds nothing asks again after the others' turn.
