@@ -22,6 +22,14 @@ __device__ __forceinline__ float reciprocal(float x) {
 
 __device__ __forceinline__ uint32_t shared_address(void const* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+// Lets cycles pass.
+__device__ __forceinline__ void rest(uint32_t cycles) {
+  uint32_t start, now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(start)::"memory");
+  do asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
+  while (now - start < cycles);
+}
+
 // What all lanes of the warp have, known to the compiler.
 __device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
@@ -133,7 +141,7 @@ __device__ __forceinline__ void send(float2* mine, uint64_t* barrier, Way way, f
 }
 
 // Words that others write and read meanwhile.
-__device__ __forceinline__ uint32_t load_word(uint32_t const* from) {
+__device__ __forceinline__ uint32_t load_word(void const* from) {
   uint32_t x;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
   return x;

@@ -62,6 +62,10 @@ constexpr int images_of_chunk(int images) { return images == 1 ? 1 : 2; }
 constexpr int staged_tokens(int images) { return 96 / images; }
 constexpr int kTokensAtOnce = 48;
 
+// Cycles before the activation is asked for, which takes as long at least: all blocks ask for 24 KB an image of it, and in
+// vain that holds up those who still write it.
+constexpr int kRest = 1000;
+
 // ---- pairs of numbers ----
 
 template <class Element>
@@ -136,7 +140,7 @@ struct alignas(128) Shared {
     };
     float4 halves[kMostNarrow][kImages][2][32];  // of sums that two warps share
   };
-  float2 moments[2][kCluster][kImages * kOwn<kWide>];                           // of a slice: mean, squared deviations
+  float2 moments[2][kWide][kImages * kOwn<kWide>];                              // of a slice: mean, squared deviations
   float2 norms[kMaxImages / kImages][kImages * kOwn<kWide>];                    // of a row: mean and 1 / deviation
   float2 tops[2][kCluster][2][kImages * kOwn<kNarrow>];                         // of a head: highest score, sum of weights
   uint2 residual[kMaxImages / kImages][kMostNarrow * kOwn<kNarrow> * kImages * kTile / 4];
@@ -169,13 +173,12 @@ struct Encoder {
   bool attends;                     // to 64 columns of heads
   Tiles wide, narrow;               // of products to 3072 columns, and of those to 768 with a residual
   int first_slot = 0, parity = 0;   // of the phase, in the ring
-  char const* next_page;            // to ask for
-  int pages_left, next_place = 0;   // in the ring
+  int asked = 0, next_place = 0;    // pages that were asked for, and where in the ring the next one goes
   int exchange = 0, measuring = 0, gathering = 0, leaving = 0;  // how many there were
   uint32_t const* read = nullptr;   // what the phase before wrote
   uint32_t* written;                // and this phase writes
-  uint32_t launches;                // that there have been, and kNothing
-  int words_before, part_to_clear, cleared = 0;  // of the one before
+  uint32_t launches, words_before;  // launches that there have been after kNothing, and words of the last one
+  int first_of_block, end_of_block; // of its slots
   Way to_wide[2], to_narrow[2];     // to who finishes the lane's of sixteen rows, the first of an image and the others
 
   __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
@@ -185,14 +188,9 @@ struct Encoder {
     chunks = kMany ? (p.images + kImages - 1) / kImages : 1;
     slots = p.ring * kPage;
     attends = cluster < kHeadClusters;
-    launches = load_word(header());
-    words_before = launches == kNothing ? 0 : int(load_word(header() + 1));
-    int products = 2 * p.layers - 2 + looking_layers();
-    part_to_clear = (words_before / 4 + products - 1) / products * 4;
-    written = half_of(launches);
-    int first = p.first_slots[blockIdx.x], count = p.first_slots[blockIdx.x + 1] - first;
-    next_page = static_cast<char const*>(p.weights) + int64_t(first) * kSlotBytes;
-    pages_left = (count + kPage - 1) / kPage;
+    // asked for here, looked at later
+    launches = load_word(header()), words_before = load_word(header() + 1);
+    first_of_block = load_word(p.first_slots + blockIdx.x), end_of_block = load_word(p.first_slots + blockIdx.x + 1);
     auto tiles_of = [&](int tiles) {
       return Tiles{cluster * tiles / clusters, (cluster + 1) * tiles / clusters - cluster * tiles / clusters};
     };
@@ -215,16 +213,20 @@ struct Encoder {
       publish_barriers();
     }
     arrive_at_cluster();
+    Place place = place_of<kNarrow>(0, narrow.count);
+    uint2 words = given_words(place);
     if (attends) stage_tokens(0, 0, first_token()), stage_given_queries();
-    start_with_rows();
+    start_with_rows(place, words);
+    written = half_of(launches);
     wait_for_cluster();
     // the first products' pages; the others do not hold up what the first attention reads
     issue(kLeastPages);
 #pragma unroll 1
-    for (int layer = 0, looking = 0; layer < p.layers; ++layer) {
+    for (int layer = 0, looking = 0, sub_layer = 0; layer < p.layers; ++layer) {
 #pragma unroll 1
       for (int kind = layer == 0 ? kCrossAttention : kSelfAttention; kind <= kFeedForward; ++kind) {
         if (kind == kCrossAttention && !(p.cross_layers >> layer & 1)) continue;
+        clear(sub_layer++);
         first_of_sub_layer(Kind(kind), looking, layer == 0);
         if (kind == kCrossAttention) ++looking;
         if (kind == kFeedForward)
@@ -235,19 +237,20 @@ struct Encoder {
     }
     write();
     count_launch();
-    meet();
   }
 
   // ---- weights ----
 
   // Asks for the next pages, whose places nobody reads any more, one a lane of the last warp.
   __device__ void issue(int count) {
-    count = min(count, pages_left);
+    count = min(count, (end_of_block - first_of_block + kPage - 1) / kPage - asked);
     int place = next_place + lane;
     if (place >= p.ring) place -= p.ring;
     if (warp == kWarps - 1 && lane < count)
-      copy_bulk(shared.ring + place * kPageBytes, next_page + lane * kPageBytes, kPageBytes, &shared.full[place]);
-    pages_left -= count, next_page += count * kPageBytes, next_place += count;
+      copy_bulk(shared.ring + place * kPageBytes,
+                static_cast<char const*>(p.weights) + (int64_t(first_of_block) + (asked + lane) * kPage) * kSlotBytes,
+                kPageBytes, &shared.full[place]);
+    asked += count, next_place += count;
     if (next_place >= p.ring) next_place -= p.ring;
   }
 
@@ -293,11 +296,6 @@ struct Encoder {
   __device__ int share() { return rank / kGroups<kSplit>; }
   __device__ int group() { return rank % kGroups<kWide>; }
 
-  __device__ void meet() {
-    arrive_at_cluster();
-    wait_for_cluster();
-  }
-
   // An exchange is of all blocks with all of a cluster, or of a group, into one of two buffers: who has all of one knows
   // that they have read what came before it. Of the other group that is known where an exchange of all comes next to one of
   // groups, by the rows it begins with: all blocks had a part in them. With more than one chunk it is not, nor is anything
@@ -316,7 +314,7 @@ struct Encoder {
     if (expects()) expect_bytes(&shared.arrived[buffer()], bytes);
   }
 
-  // The warp has no more parts, for others or the block's own, and has read the stage.
+  // The warp has no more parts, for others or the block's own.
   __device__ void parts_are_sent() {
     __syncwarp();
     if (lane == 0) arrive(&shared.arrived[buffer()]);
@@ -365,14 +363,14 @@ struct Encoder {
   __device__ uint32_t* header() { return static_cast<uint32_t*>(p.workspace); }
   __device__ uint32_t* half_of(uint32_t launch) { return header() + kHeaderWords + launch % 2 * ((p.workspace_bytes / 4 - kHeaderWords) / 8 * 4); }
 
-  // Leaves nothing of the launch before to the next one, a part at each product behind LayerNorm.
-  __device__ void clear() {
-    int end = min(cleared + part_to_clear, words_before);
-    uint32_t* words = half_of(launches + 1);
+  // A sub-layer's part of leaving nothing of the launch before to the next one.
+  __device__ void clear(int sub_layer) {
+    int words = max(int(words_before), 0), sub_layers = 2 * p.layers - 1 + looking_layers();
+    int part = (words / 4 + sub_layers - 1) / sub_layers * 4, end = min(part * (sub_layer + 1), words);
+    uint32_t* half = half_of(launches + 1);
 #pragma unroll 1
-    for (int i = cleared + (blockIdx.x * kThreads + thread) * 4; i < end; i += gridDim.x * kThreads * 4)
-      *reinterpret_cast<uint4*>(words + i) = {kNothing, kNothing, kNothing, kNothing};
-    cleared += part_to_clear;
+    for (int i = part * sub_layer + (blockIdx.x * kThreads + thread) * 4; i < end; i += gridDim.x * kThreads * 4)
+      *reinterpret_cast<uint4*>(half + i) = {kNothing, kNothing, kNothing, kNothing};
   }
 
   __device__ int looking_layers() { return int(p.width / (2 * kHidden)); }
@@ -394,36 +392,37 @@ struct Encoder {
     return reinterpret_cast<Element*>(shared.stage) + row * (kSlices * kSlice + 8);
   }
 
-  // Mean and squared deviations of sixteen staged rows, the m-th of the chunk's, within a slice to those who finish the
-  // rows: of the rows' products with ones and with each other. The last warps have one of all rows' slices each.
+  // Mean and squared deviations of each staged row to those who finish the row: a warp's, of the rows' products with ones
+  // and with each other.
   template <int kSlices>
   __device__ void send_moments() {
-    constexpr int kTasks = 2 * kImages * kSlices;
-    static_assert(kTasks <= kWarps);
-    int task = warp - (kWarps - kTasks), m = task % (2 * kImages), slice = task / (2 * kImages);
-    if (task < 0) return;
+    constexpr float kWidth = kSlices * kSlice;
     uint32_t ones = pack<Element>(1.f, 1.f);
-    float sums[4] = {}, squares[2][4] = {};
-    Element const* rows = stage_at<kSlices>(m * 16 + lane % 16) + slice * kSlice + lane / 16 * 8;
+    float sums[2 * kImages][4] = {}, squares[2 * kImages][2][4] = {};
+    Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      uint32_t a[4];
-      ldmatrix(a, rows + i * 16);
-      mma<Element>(sums, a, ones, ones);
-      mma<Element>(squares[0], a, a[0], a[2]);
-      mma<Element>(squares[1], a, a[1], a[3]);
-    }
+    for (int i = 0; i < kSlices * kSteps; ++i)
+#pragma unroll
+      for (int m = 0; m < 2 * kImages; ++m) {
+        uint32_t a[4];
+        ldmatrix(a, rows + m * 16 * (kSlices * kSlice + 8) + i * 16);
+        mma<Element>(sums[m], a, ones, ones);
+        mma<Element>(squares[m][0], a, a[0], a[2]);
+        mma<Element>(squares[m][1], a, a[1], a[3]);
+      }
     // which of the lane's two columns is its row's own
     bool odd = lane / 4 % 2;
     if (lane % 4 != lane / 8) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float mean = sums[2 * half] * (1.f / kSlice);
-      float square = odd ? squares[half][2 * half + 1] : squares[half][2 * half];
-      send(&shared.moments[measuring % 2][share<kWide>() * kSlices + slice][m / 2 * kOwn<kWide> + lane / 4],
-           &shared.measured[measuring % 2], way_to_rank(&shared, (m % 2 * 2 + half) * kGroups<kWide> + group()),
-           make_float2(mean, fmaxf(square - kSlice * mean * mean, 0.f)));
-    }
+    for (int m = 0; m < 2 * kImages; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float mean = sums[m][2 * half] * (1.f / kWidth);
+        float square = odd ? squares[m][half][2 * half + 1] : squares[m][half][2 * half];
+        send(&shared.moments[measuring % 2][share<kWide>()][m / 2 * kOwn<kWide> + lane / 4], &shared.measured[measuring % 2],
+             way_to_rank(&shared, (m % 2 * 2 + half) * kGroups<kWide> + group()),
+             make_float2(mean, fmaxf(square - kWidth * mean * mean, 0.f)));
+      }
   }
 
   // ---- products ----
@@ -449,10 +448,9 @@ struct Encoder {
 
   // Parts of a chunk's rows' product with the block's ``own`` tiles, whose slots, ``count`` with the vectors', are next in
   // the ring, sent to who finishes them. The block's K of the rows goes through the stage, of four slices two at a time: the
-  // others come meanwhile. A warp has kTurns tiles; of each two slices of four it has one. ``meanwhile`` is done when the
-  // rows have been asked for.
-  template <int kSlices, int kSplit, class Meanwhile>
-  __device__ void multiply(int chunk, int own, int count, Meanwhile meanwhile) {
+  // others come meanwhile. A warp has kTurns tiles; of each two slices of four it has one.
+  template <int kSlices, int kSplit>
+  __device__ void multiply(int chunk, int own, int count) {
     constexpr int kHalves = kSlices == 4 ? 2 : 1, kChains = kSlices == 1 ? 2 : 1;
     constexpr int kTurns = kSlices == 1 ? 1 : kSlices == 2 && kImages == 1 ? 4 : 2;
     constexpr int kWidth = kSplit * kSlices * kSlice, kOfRow = kSlices / kHalves * kSlice / 8;
@@ -462,8 +460,8 @@ struct Encoder {
     auto at = [&](int i) { return from + (i / kOfImage * kQueries * kWidth + i % kOfImage * kLanes * 8) / 2; };
     auto exists = [&](int i) { return kOfRow % kLanes == 0 || i % kOfImage * kLanes + piece < kOfRow; };
     uint4 pieces[kImages * kOfImage];
+    if (kHalves == 2 && !kMany) rest(kRest);
     ask(pieces, at, exists);
-    meanwhile();
     int first = warp / kHalves * kTurns, half = warp % kHalves;
     float chains[kChains][kTurns][2 * kImages][4] = {};
     Element const* rows = stage_at<kSlices>(lane % 16) + lane / 16 * 8;
@@ -518,6 +516,7 @@ struct Encoder {
 #pragma unroll
         for (int m = 0; m < 2 * kImages; ++m)
           if (kHalves == 1 || m % 2 == half) send_part<kSplit>(acc[j][m], m, to + j * kImages * kOwn<kSplit> * kTile);
+    if (own > 0) parts_are_sent();
   }
 
   // Two warps have a half of two tiles' sums each: one adds up those of an image's first sixteen rows, one the others'.
@@ -583,47 +582,42 @@ struct Encoder {
   // ---- sub-layers ----
 
   __device__ void expect_moments() {
-    if (expects()) expect_bytes(&shared.measured[measuring % 2], kCluster * kImages * kOwn<kWide> * int(sizeof(float2)));
+    if (expects()) expect_bytes(&shared.measured[measuring % 2], kWide * kImages * kOwn<kWide> * int(sizeof(float2)));
   }
 
   // Mean and 1 / deviation of one of the block's rows, when all moments of it are there.
   __device__ float2 norm_of(int own) {
+    static_assert(kWide == 4);
     wait_for_barrier(&shared.measured[measuring % 2], measuring / 2 % 2);
     float2 const* slices = &shared.moments[measuring++ % 2][0][own];
-    float2 x[kCluster];
-    float mean = 0.f, squares = 0.f, away = 0.f;
-#pragma unroll
-    for (int i = 0; i < kCluster; ++i) x[i] = slices[i * kImages * kOwn<kWide>], mean += x[i].x, squares += x[i].y;
-    mean *= 1.f / kCluster;
-#pragma unroll
-    for (int i = 0; i < kCluster; ++i) away += (x[i].x - mean) * (x[i].x - mean);
-    return {mean, rsqrtf((squares + kSlice * away) * (1.f / kHidden) + p.eps)};
+    constexpr int kNext = kImages * kOwn<kWide>;
+    float2 a = slices[0], b = slices[kNext], c = slices[2 * kNext], d = slices[3 * kNext];
+    float mean = ((a.x + b.x) + (c.x + d.x)) * (1.f / kWide);
+    float squares = (a.y + b.y) + (c.y + d.y);
+    a.x -= mean, b.x -= mean, c.x -= mean, d.x -= mean;
+    float away = (a.x * a.x + b.x * b.x) + (c.x * c.x + d.x * d.x);
+    return {mean, rsqrtf((squares + kHidden / kWide * away) * (1.f / kHidden) + p.eps)};
   }
 
   // finish(place, four columns) of LayerNorm(rows) weight^T + bias; without tiles the rows are measured alone.
-  template <class Meanwhile, class Finish>
-  __device__ void linear_of_norm(int chunk, int own, Meanwhile meanwhile, Finish finish) {
+  template <class Finish>
+  __device__ void linear_of_norm(int chunk, int own, Finish finish) {
     constexpr int kSlices = kHidden / kWide / kSlice, kAll = kImages * kOwn<kWide>;
     static_assert(kThreads / 2 % kAll == 0);  // so a thread's row is the same in all turns
     int row = thread / 2 % kAll;
-    auto finish_norm = [&] {
+    auto measure = [&] {
+      if (warp == kWarps - 1) send_moments<kSlices>();
       float2 norm = norm_of(row);
       if (thread == 2 * row) shared.norms[chunk][row] = norm;
       return norm;
     };
     expect_moments();
     if (own > 0) expect_parts((kWide - 1) * kAll * own * kTile * int(sizeof(float)));
-    multiply<kSlices, kWide>(chunk, own, wide_slots(own), [&] {
-      if (chunk == 0) clear();
-      meanwhile();
-    });
-    send_moments<kSlices>();
+    multiply<kSlices, kWide>(chunk, own, wide_slots(own));
     if (own == 0) {
-      finish_norm();
-      __syncthreads();  // all warps have read the stage
+      measure();
       return;
     }
-    parts_are_sent();
     Place places[kImages];
     float4 sums[kImages], bias[kImages];
 #pragma unroll
@@ -632,7 +626,7 @@ struct Encoder {
       sums[turn] = vector_at(slot_of(0), 0, place.column()), bias[turn] = vector_at(slot_of(0), 1, place.column());
     }
     if (chunk + 1 == chunks) slots_are_read();
-    float2 norm = finish_norm();
+    float2 norm = measure();
     int here = wait_for_parts();
     if (chunk + 1 == chunks) leave_slots(wide_slots(own));
 #pragma unroll
@@ -661,14 +655,13 @@ struct Encoder {
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk > 0) wait_for_readers();
-      auto stage = [&] {
-        if (crosses && attends) stage_tokens(chunk, looking, first_token());
-      };
+      bool staged = given && chunk == 0;
+      if (crosses && attends && !staged) stage_tokens(chunk, looking, first_token());
       if (given) {
-        if (attends && chunk > 0) stage(), stage_given_queries();
+        if (attends && !staged) stage_given_queries();
       } else {
         if (attends && !feeds) expect_gathered(crosses ? kRows : 2 * kRows + kImages * kOwn<kNarrow>);
-        linear_of_norm(chunk, tiles.count, stage, [&](Place const& place, float4 x) {
+        linear_of_norm(chunk, tiles.count, [&](Place const& place, float4 x) {
           if (!feeds)
             send_to_heads(tiles.first + place.tile, place, pack<Element>(x), crosses);
           else if (place.exists)
@@ -691,12 +684,14 @@ struct Encoder {
     next_phase(feeds ? kIntermediate : kHidden);
   }
 
-  // The rows that layer 0 adds to: what their LayerNorm would be is given.
-  __device__ void start_with_rows() {
-    Place place = place_of<kNarrow>(0, narrow.count);
-    int column = narrow.first * kTile + place.column();
-    uint2 words = __ldg(reinterpret_cast<uint2 const*>(static_cast<uint32_t const*>(p.rows) +
-                                                       (row_of<kNarrow>(place) * kHidden + column) / 2));
+  // The rows that layer 0 adds to.
+  __device__ uint2 given_words(Place const& place) {
+    int at = row_of<kNarrow>(place) * kHidden + narrow.first * kTile + place.column();
+    return __ldg(reinterpret_cast<uint2 const*>(static_cast<uint32_t const*>(p.rows) + at / 2));
+  }
+
+  // What their LayerNorm would be is given.
+  __device__ void start_with_rows(Place const& place, uint2 words) {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (place.exists) shared.residual[chunk][thread] = words;
       if (thread < kImages * kOwn<kWide>) shared.norms[chunk][thread] = {0.f, 1.f};
@@ -715,8 +710,7 @@ struct Encoder {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk == 0) wait_for_readers();
       expect_parts((kNarrow - 1) * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
-      multiply<kSlices, kNarrow>(chunk, own, count, [] {});
-      parts_are_sent();
+      multiply<kSlices, kNarrow>(chunk, own, count);
       float4 bias = vector_at(slot_of(0), 0, place.column()), weight = vector_at(slot_of(0), 1, place.column());
       float4 norm_bias = vector_at(slot_of(0), 2, place.column());
       float4 residual = unpack<Element>(place.exists ? shared.residual[chunk][thread] : uint2{0, 0});
@@ -836,13 +830,13 @@ struct Encoder {
     }
   }
 
-  // Queries of layer 0 to every image's, which ask the same.
+  // Queries of layer 0 to every image's, which ask the same, on their way.
   __device__ void stage_given_queries() {
     constexpr int kOfRow = kHeadColumns / 8;
     for (int i = thread; i < kRows * kOfRow; i += kThreads) {
       int row = i / kOfRow, column = i % kOfRow * 8;
-      *reinterpret_cast<uint4*>(queries_of(0) + row * kHeadStride + column) = __ldg(reinterpret_cast<uint4 const*>(
-          static_cast<Element const*>(p.queries) + row % kQueries * kHidden + cluster * kHeadColumns + column));
+      copy_async(queries_of(0) + row * kHeadStride + column, static_cast<Element const*>(p.queries) +
+                                                                 row % kQueries * kHidden + cluster * kHeadColumns + column);
     }
   }
 
@@ -967,51 +961,51 @@ struct Encoder {
                 pack<Element>({sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse}));
   }
 
-  // LayerNorm of the last rows, a row a warp; whoever has none waits for one of the last image all the same.
+  // LayerNorm of the last rows, a row a warp.
   __device__ void write() {
     constexpr int kOfLane = kHidden / 8 / 32;
     int rows = p.images * kQueries;
-    for (int first = 0; first < rows; first += gridDim.x * kWarps) {
-      int row = first + blockIdx.x + gridDim.x * warp;
-      bool exists = row < rows;
-      if (!exists) row = rows - 1 - blockIdx.x % kQueries;
-      auto column_of = [&](int i) { return (i * 32 + lane) * 8; };
+    float2 weight[kOfLane][4], bias[kOfLane][4];
+    auto column_of = [&](int i) { return (i * 32 + lane) * 8; };
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        weight[i][j] = __ldg(reinterpret_cast<float2 const*>(p.norm + column_of(i)) + j);
+        bias[i][j] = __ldg(reinterpret_cast<float2 const*>(p.norm + kHidden + column_of(i)) + j);
+      }
+    for (int row = blockIdx.x + gridDim.x * warp; row < rows; row += gridDim.x * kWarps) {
       uint4 found[kOfLane];
       auto at = [&](int i) { return read + (row * kHidden + column_of(i)) / 2; };
       auto all = [](int) { return true; };
       ask(found, at, all);
       receive(found, at, all);
-      float x[kOfLane][8], mean = 0.f, squares = 0.f;
+      float2 x[kOfLane][4];
+      float mean = 0.f, squares = 0.f;
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) {
         uint32_t words[4] = {found[i].x, found[i].y, found[i].z, found[i].w};
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-          float2 pair = unpack<Element>(words[j / 2]);
-          x[i][j] = pair.x, x[i][j + 1] = pair.y;
-          mean += pair.x + pair.y;
-        }
+        for (int j = 0; j < 4; ++j) x[i][j] = unpack<Element>(words[j]), mean += x[i][j].x + x[i][j].y;
       }
       mean = sum_of_lanes<1, 32>(mean) * (1.f / kHidden);
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) squares += (x[i][j] - mean) * (x[i][j] - mean);
+        for (int j = 0; j < 4; ++j) {
+          x[i][j].x -= mean, x[i][j].y -= mean;
+          squares += x[i][j].x * x[i][j].x + x[i][j].y * x[i][j].y;
+        }
       float rstd = rsqrtf(sum_of_lanes<1, 32>(squares) * (1.f / kHidden) + p.eps);
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) {
-        float const* norm = p.norm + column_of(i);
         uint32_t words[4];
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-          float2 weight = __ldg(reinterpret_cast<float2 const*>(norm + j));
-          float2 bias = __ldg(reinterpret_cast<float2 const*>(norm + kHidden + j));
-          words[j / 2] = pack<Element>((x[i][j] - mean) * rstd * weight.x + bias.x,
-                                       (x[i][j + 1] - mean) * rstd * weight.y + bias.y);
-        }
-        if (exists)
-          *reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + int64_t(row) * kHidden + column_of(i)) =
-              uint4{words[0], words[1], words[2], words[3]};
+        for (int j = 0; j < 4; ++j)
+          words[j] = pack<Element>(x[i][j].x * rstd * weight[i][j].x + bias[i][j].x,
+                                   x[i][j].y * rstd * weight[i][j].y + bias[i][j].y);
+        *reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + int64_t(row) * kHidden + column_of(i)) =
+            uint4{words[0], words[1], words[2], words[3]};
       }
     }
   }

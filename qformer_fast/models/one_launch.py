@@ -12,9 +12,8 @@ from qformer_fast import extension
 from qformer_fast.config import QFormerConfig
 from qformer_fast.models.packing import EncoderWeights
 
-# The kernel takes up to eight images. More than two, which go through it in chunks, are left to CUDA graphs until what
-# chunks wait for has run on a GPU; bench/bench_one_launch.py says up to how many it is faster.
-MAX_IMAGES = 2
+# The kernel takes up to eight images; bench/bench_one_launch.py says up to how many it is faster than CUDA graphs.
+MAX_IMAGES = 4
 MAX_LAYERS = 32
 HIDDEN, INTERMEDIATE, QUERIES, HEADDIMS = 768, 3072, 32, (32, 64)
 # blocks of a cluster; columns and K of a slot, the piece of a weight that a warp reads at once; numbers of each of a

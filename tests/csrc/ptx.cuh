@@ -219,6 +219,7 @@ inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 namespace qformer_fast {
 
+inline void rest(uint32_t) { emulated::yield(); }
 inline int same_in_warp(int x) { return x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.f / x; }
@@ -281,7 +282,7 @@ void send(T* mine, uint64_t* barrier, Way way, T x) {
 inline void send_or_store(float4* mine, uint64_t* barrier, Way way, float4 x) {
   way == 0 ? void(*mine = x) : send(mine, barrier, way, x);
 }
-inline uint32_t load_word(uint32_t const* from) { return *from; }
+inline uint32_t load_word(void const* from) { return *static_cast<uint32_t const*>(from); }
 // Whoever finds nothing asks again after the others' turn.
 inline uint4 load_words(uint32_t const* from) {
   emulated::yield();
