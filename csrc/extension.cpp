@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <tuple>
 
 #include "products.h"
 #include "query_encoder.h"
@@ -155,6 +156,14 @@ int64_t encode_queries_workspace(Tensor, int64_t images, int64_t layers, int64_t
   return query_encoder_workspace(static_cast<int>(images), static_cast<int>(layers), static_cast<int>(looking));
 }
 
+// Of the runtime that is linked in, and the latest that the driver runs: 1000 * major + 10 * minor, 0 without a driver.
+std::tuple<int64_t, int64_t> cuda_versions() {
+  int runtime = 0, driver = 0;
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);
+  return {runtime, driver};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(qformer_fast_cuda, m) {
@@ -169,6 +178,7 @@ STABLE_TORCH_LIBRARY(qformer_fast_cuda, m) {
       "Tensor(b!) out) -> ()");
   m.def("encode_queries_clusters(Tensor rows, int headdim) -> int");
   m.def("encode_queries_workspace(Tensor rows, int images, int layers, int looking) -> int");
+  m.def("cuda_versions() -> (int runtime, int driver)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qformer_fast_cuda, CUDA, m) {
@@ -178,6 +188,10 @@ STABLE_TORCH_LIBRARY_IMPL(qformer_fast_cuda, CUDA, m) {
   m.impl("encode_queries", TORCH_BOX(&encode_queries));
   m.impl("encode_queries_clusters", TORCH_BOX(&encode_queries_clusters));
   m.impl("encode_queries_workspace", TORCH_BOX(&encode_queries_workspace));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qformer_fast_cuda, CompositeExplicitAutograd, m) {
+  m.impl("cuda_versions", TORCH_BOX(&cuda_versions));
 }
 
 }  // namespace qformer_fast

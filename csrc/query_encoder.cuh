@@ -314,7 +314,7 @@ struct Encoder {
     if (expects()) expect_bytes(&shared.arrived[buffer()], bytes);
   }
 
-  // The warp has no more parts, for others or the block's own.
+  // The warp has no more parts, for others or the block's own, and has read the stage.
   __device__ void parts_are_sent() {
     __syncwarp();
     if (lane == 0) arrive(&shared.arrived[buffer()]);
@@ -516,7 +516,6 @@ struct Encoder {
 #pragma unroll
         for (int m = 0; m < 2 * kImages; ++m)
           if (kHalves == 1 || m % 2 == half) send_part<kSplit>(acc[j][m], m, to + j * kImages * kOwn<kSplit> * kTile);
-    if (own > 0) parts_are_sent();
   }
 
   // Two warps have a half of two tiles' sums each: one adds up those of an image's first sixteen rows, one the others'.
@@ -585,8 +584,8 @@ struct Encoder {
     if (expects()) expect_bytes(&shared.measured[measuring % 2], kWide * kImages * kOwn<kWide> * int(sizeof(float2)));
   }
 
-  // Mean and 1 / deviation of one of the block's rows, when all moments of it are there.
-  __device__ float2 norm_of(int own) {
+  // Mean and 1 / deviation of the thread's row, when all moments of it are there; kept for what adds the row.
+  __device__ float2 finish_norm(int chunk, int own) {
     static_assert(kWide == 4);
     wait_for_barrier(&shared.measured[measuring % 2], measuring / 2 % 2);
     float2 const* slices = &shared.moments[measuring++ % 2][0][own];
@@ -596,7 +595,9 @@ struct Encoder {
     float squares = (a.y + b.y) + (c.y + d.y);
     a.x -= mean, b.x -= mean, c.x -= mean, d.x -= mean;
     float away = (a.x * a.x + b.x * b.x) + (c.x * c.x + d.x * d.x);
-    return {mean, rsqrtf((squares + kHidden / kWide * away) * (1.f / kHidden) + p.eps)};
+    float2 norm = {mean, rsqrtf((squares + kHidden / kWide * away) * (1.f / kHidden) + p.eps)};
+    if (thread == 2 * own) shared.norms[chunk][own] = norm;
+    return norm;
   }
 
   // finish(place, four columns) of LayerNorm(rows) weight^T + bias; without tiles the rows are measured alone.
@@ -605,19 +606,16 @@ struct Encoder {
     constexpr int kSlices = kHidden / kWide / kSlice, kAll = kImages * kOwn<kWide>;
     static_assert(kThreads / 2 % kAll == 0);  // so a thread's row is the same in all turns
     int row = thread / 2 % kAll;
-    auto measure = [&] {
-      if (warp == kWarps - 1) send_moments<kSlices>();
-      float2 norm = norm_of(row);
-      if (thread == 2 * row) shared.norms[chunk][row] = norm;
-      return norm;
-    };
     expect_moments();
     if (own > 0) expect_parts((kWide - 1) * kAll * own * kTile * int(sizeof(float)));
     multiply<kSlices, kWide>(chunk, own, wide_slots(own));
+    if (warp == kWarps - 1) send_moments<kSlices>();
     if (own == 0) {
-      measure();
+      finish_norm(chunk, row);
+      __syncthreads();  // all warps have read the stage
       return;
     }
+    parts_are_sent();
     Place places[kImages];
     float4 sums[kImages], bias[kImages];
 #pragma unroll
@@ -626,7 +624,7 @@ struct Encoder {
       sums[turn] = vector_at(slot_of(0), 0, place.column()), bias[turn] = vector_at(slot_of(0), 1, place.column());
     }
     if (chunk + 1 == chunks) slots_are_read();
-    float2 norm = measure();
+    float2 norm = finish_norm(chunk, row);
     int here = wait_for_parts();
     if (chunk + 1 == chunks) leave_slots(wide_slots(own));
 #pragma unroll
@@ -711,6 +709,7 @@ struct Encoder {
       if (chunk == 0) wait_for_readers();
       expect_parts((kNarrow - 1) * kImages * kOwn<kNarrow> * own * kTile * int(sizeof(float)));
       multiply<kSlices, kNarrow>(chunk, own, count);
+      parts_are_sent();
       float4 bias = vector_at(slot_of(0), 0, place.column()), weight = vector_at(slot_of(0), 1, place.column());
       float4 norm_bias = vector_at(slot_of(0), 2, place.column());
       float4 residual = unpack<Element>(place.exists ? shared.residual[chunk][thread] : uint2{0, 0});

@@ -66,7 +66,7 @@ def _op(name: str) -> dict[str, Any]:
     reasons = available()
     unavailable = {}
     for backend in BACKENDS:
-        reason = reasons[backend] or (None if backend in implementations else f"has no {name}")
+        reason = reasons[backend] if backend in implementations else f"has no {name}"
         if reason:
             unavailable[backend] = reason
     can_run = (backend for backend in PREFERRED if backend not in unavailable)

@@ -41,7 +41,13 @@ def _probe() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     found = torch.cuda.get_device_capability()
-    return None if found == CAPABILITY else f"it needs compute capability {CAPABILITY}, this device has {found}"
+    if found != CAPABILITY:
+        return f"it needs compute capability {CAPABILITY}, this device has {found}"
+    # torch may be of an older CUDA than the runtime in the extension, which needs a driver of its major version
+    runtime, driver = torch.ops.qformer_fast_cuda.cuda_versions()
+    if driver // 1000 < runtime // 1000:
+        return f"it needs a driver of CUDA {runtime // 1000}, this one is of {driver // 1000}.{driver % 1000 // 10}"
+    return None
 
 
 def _aligned(x: Tensor) -> Tensor:

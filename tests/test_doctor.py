@@ -15,6 +15,7 @@ def test_report_names_versions_devices_and_every_op():
     for op in found["ops"].values():
         assert op["uses"] not in op["unavailable"]
         assert "reference" not in op["unavailable"]
+    assert found["ops"]["bias_gelu"]["unavailable"]["cuda"] == "has no bias_gelu"
 
 
 def test_text_says_why_a_backend_can_not_run():

@@ -20,6 +20,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=l
 SHAPES = [(1, 8, 8), (127, 136, 264), (129, 48, 24), (300, 768, 3072)]
 
 
+needs_build = pytest.mark.skipif(BUILT is None, reason="the extension was not built")
+
+
 @pytest.fixture
 def on_gpu():
     if reason := extension.why_not():
@@ -42,42 +45,69 @@ def test_build_without_torch(tmp_path):
         assert setup_py(wish, tmp_path).returncode == 0
 
 
-@pytest.mark.skipif(BUILT is None, reason="the extension was not built")
+@needs_build
 def test_loads_without_a_device():
     reason = extension.why_not()
-    assert reason in (None, "there is no CUDA device") or "compute capability" in reason
+    assert reason in (None, "there is no CUDA device") or "compute capability" in reason or "driver" in reason
     assert "Tensor(a!) up" in str(torch.ops.qformer_fast_cuda.linear_gelu_fwd.default._schema)
     x = torch.zeros(8, 8, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="CPU"):
         torch.ops.qformer_fast_cuda.linear_gelu_fwd(x, x, x[:1], x, x)
 
 
-@pytest.mark.skipif(BUILT is None, reason="the extension was not built")
-def test_fakes():
+@needs_build
+def test_an_older_driver_is_a_reason(monkeypatch):
+    """What torch says of a Hopper device is not enough: its CUDA may be older than the extension's."""
+    extension.why_not()
+    runtime, driver = torch.ops.qformer_fast_cuda.cuda_versions()
+    assert runtime >= 12000 and (driver >= runtime // 1000 * 1000 or extension.why_not())
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: extension.CAPABILITY)
+    found = {}
+    for versions in ((13000, 12080), (13020, 13000), (12080, 13000)):
+        monkeypatch.setattr(torch.ops.qformer_fast_cuda, "cuda_versions", lambda versions=versions: versions)
+        found[versions] = extension._probe.__wrapped__()
+    assert found.pop((13000, 12080)) == "it needs a driver of CUDA 13, this one is of 12.8"
+    assert set(found.values()) == {None}
+
+
+def given(name, device):
+    """Arguments of an operator; encode_queries' have the right shapes and no more, on a device it must not run."""
+
+    def rand(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, device=device).to(dtype)
+
+    def encoder():
+        tables = rand(100, 768), rand(1, 97, dtype=torch.int32), rand(2, 768, dtype=torch.float32)
+        sizes = 1, 12, 0b010101010101, 64, 1e-12
+        return *tables, *rand(2, 32, 768), rand(257, 6 * 2 * 768), *sizes, rand(1, 4096).byte(), rand(32, 768)
+
+    x, weight, bias, up, out = (rand(*shape) for shape in [(130, 32), (64, 32), (1, 64), (130, 64), (130, 64)])
+    sums = rand(2, 64, dtype=torch.float32)
+    return {
+        "linear": lambda: (x, weight, bias, True, out),
+        "linear_gelu_fwd": lambda: (x, weight, bias, up, out),
+        "linear_gelu_bwd": lambda: (x, rand(32, 64), up, bias, out, torch.empty_like(up), sums),
+        "encode_queries": encoder,
+    }[name]()
+
+
+@needs_build
+@pytest.mark.parametrize("name", extension.OPERATORS)
+def test_fakes(name):
     """As tracing sees the operators, without a device: nothing returned, what is written to keeps its shape."""
     extension.why_not()
-    operators = torch.ops.qformer_fast_cuda
+    operator = getattr(torch.ops.qformer_fast_cuda, name)
     with FakeTensorMode():
-        x, weight, bias, up, out = (
-            torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
-            for shape in [(16, 32), (64, 32), (1, 64), (16, 64), (16, 64)]
-        )
-        assert operators.linear(x, weight, bias, True, out) is None
-        assert operators.linear_gelu_fwd(x, weight, bias, up, out) is None
-        sums = torch.empty(1, 64, device="cuda")
-        assert operators.linear_gelu_bwd(x, weight.t(), up, bias, out, up, sums) is None
+        assert operator(*given(name, "cuda")) is None
+    torch.library.opcheck(operator.default, given(name, "meta"))
 
 
 @pytest.mark.cuda
-def test_opcheck(on_gpu):
-    x, weight, bias = draw(130, 32, 64, torch.bfloat16)
-    up, out = (x.new_empty(130, 64) for _ in range(2))
-    operators = torch.ops.qformer_fast_cuda
-    torch.library.opcheck(operators.linear.default, (x, weight, bias[None], True, out))
-    torch.library.opcheck(operators.linear_gelu_fwd.default, (x, weight, bias[None], up, out))
-    sums = x.new_empty(2, 64, dtype=torch.float32)
-    given = (x, weight.t().contiguous(), up, bias[None], out, torch.empty_like(up), sums)
-    torch.library.opcheck(operators.linear_gelu_bwd.default, given)
+@pytest.mark.parametrize("name", [name for name in extension.OPERATORS if name != "encode_queries"])
+def test_opcheck(name, on_gpu):
+    torch.library.opcheck(getattr(torch.ops.qformer_fast_cuda, name).default, given(name, "cuda"))
 
 
 def test_asked_for_by_name_it_says_why_not():
