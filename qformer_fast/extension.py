@@ -46,7 +46,7 @@ def _probe() -> str | None:
     # torch may be of an older CUDA than the runtime in the extension, which needs a driver of its major version
     runtime, driver = torch.ops.qformer_fast_cuda.cuda_versions()
     if driver // 1000 < runtime // 1000:
-        return f"it needs a driver of CUDA {runtime // 1000}, this one is of {driver // 1000}.{driver % 1000 // 10}"
+        return f"it needs a driver for CUDA {runtime // 1000}, this one is for {driver // 1000}.{driver % 1000 // 10}"
     return None
 
 

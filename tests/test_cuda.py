@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qformer_fast import Blip2QFormer, Mask, QFormerConfig, SequenceLayout, ops
+from qformer_fast.models.inference import Kept
 from qformer_fast.reference.stage1 import original_order_stage1
 
 pytestmark = pytest.mark.cuda
@@ -126,3 +127,13 @@ def test_negatives_are_drawn_on_the_device(inputs):
     (images, ids, mask), _ = inputs
     out = build().cuda()(images.cuda(), ids, mask)
     assert all(index.is_cuda and (index != torch.arange(7, device="cuda")).all() for index in out.negatives)
+
+
+def test_nothing_made_during_a_capture_is_kept():
+    kept, x, graph = Kept(), torch.ones(3, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = kept.get([x], None, lambda: x * 2)
+    assert kept.last(None) is None
+    assert torch.equal(kept.get([x], None, lambda: x * 2), 2 * x)
+    graph.replay()
+    assert torch.equal(made, 2 * x)

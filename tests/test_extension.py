@@ -15,12 +15,10 @@ from qformer_fast.backend import use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = next(Path(extension.__file__).parent.glob("_C*.so"), None)
+needs_build = pytest.mark.skipif(BUILT is None, reason="the extension was not built")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
 # rows, inputs, outputs
 SHAPES = [(1, 8, 8), (127, 136, 264), (129, 48, 24), (300, 768, 3072)]
-
-
-needs_build = pytest.mark.skipif(BUILT is None, reason="the extension was not built")
 
 
 @pytest.fixture
@@ -49,6 +47,8 @@ def test_build_without_torch(tmp_path):
 def test_loads_without_a_device():
     reason = extension.why_not()
     assert reason in (None, "there is no CUDA device") or "compute capability" in reason or "driver" in reason
+    runtime, driver = torch.ops.qformer_fast_cuda.cuda_versions()
+    assert runtime >= 12000 and (driver or reason)
     assert "Tensor(a!) up" in str(torch.ops.qformer_fast_cuda.linear_gelu_fwd.default._schema)
     x = torch.zeros(8, 8, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="CPU"):
@@ -56,41 +56,43 @@ def test_loads_without_a_device():
 
 
 @needs_build
-def test_an_older_driver_is_a_reason(monkeypatch):
-    """What torch says of a Hopper device is not enough: its CUDA may be older than the extension's."""
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        ((13000, 12080), "it needs a driver for CUDA 13, this one is for 12.8"),
+        ((13020, 13000), None),
+        ((12080, 13000), None),
+    ],
+    ids=["older", "older-minor", "newer"],
+)
+def test_driver(versions, expected, monkeypatch):
+    """On a Hopper device that torch can use, versions of the extension's CUDA and of the driver."""
     extension.why_not()
-    runtime, driver = torch.ops.qformer_fast_cuda.cuda_versions()
-    assert runtime >= 12000 and (driver >= runtime // 1000 * 1000 or extension.why_not())
     monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: extension.CAPABILITY)
-    found = {}
-    for versions in ((13000, 12080), (13020, 13000), (12080, 13000)):
-        monkeypatch.setattr(torch.ops.qformer_fast_cuda, "cuda_versions", lambda versions=versions: versions)
-        found[versions] = extension._probe.__wrapped__()
-    assert found.pop((13000, 12080)) == "it needs a driver of CUDA 13, this one is of 12.8"
-    assert set(found.values()) == {None}
+    monkeypatch.setattr(torch.ops.qformer_fast_cuda, "cuda_versions", lambda: versions)
+    assert extension._probe.__wrapped__() == expected
 
 
-def given(name, device):
-    """Arguments of an operator; encode_queries' have the right shapes and no more, on a device it must not run."""
+def given(device):
+    """Arguments of each operator; encode_queries must not run on its own, which have the right shapes and no more."""
 
     def rand(*shape, dtype=torch.bfloat16):
         return torch.randn(shape, device=device).to(dtype)
 
-    def encoder():
-        tables = rand(100, 768), rand(1, 97, dtype=torch.int32), rand(2, 768, dtype=torch.float32)
-        sizes = 1, 12, 0b010101010101, 64, 1e-12
-        return *tables, *rand(2, 32, 768), rand(257, 6 * 2 * 768), *sizes, rand(1, 4096).byte(), rand(32, 768)
-
     x, weight, bias, up, out = (rand(*shape) for shape in [(130, 32), (64, 32), (1, 64), (130, 64), (130, 64)])
-    sums = rand(2, 64, dtype=torch.float32)
+    sums, norm = rand(2, 64, dtype=torch.float32), rand(2, 768, dtype=torch.float32)
+    packed = rand(100, 768), rand(1, 97, dtype=torch.int32), norm
+    rows, queries, keys_values = rand(32, 768), rand(32, 768), rand(257, 6 * 2 * 768)
+    workspace, encoded = rand(1, 4096, dtype=torch.uint8), rand(32, 768)
+    sizes = 1, 12, 0b010101010101, 64, 1e-12
     return {
-        "linear": lambda: (x, weight, bias, True, out),
-        "linear_gelu_fwd": lambda: (x, weight, bias, up, out),
-        "linear_gelu_bwd": lambda: (x, rand(32, 64), up, bias, out, torch.empty_like(up), sums),
-        "encode_queries": encoder,
-    }[name]()
+        "linear": (x, weight, bias, True, out),
+        "linear_gelu_fwd": (x, weight, bias, up, out),
+        "linear_gelu_bwd": (x, rand(32, 64), up, bias, out, rand(130, 64), sums),
+        "encode_queries": (*packed, rows, queries, keys_values, *sizes, workspace, encoded),
+    }
 
 
 @needs_build
@@ -100,14 +102,14 @@ def test_fakes(name):
     extension.why_not()
     operator = getattr(torch.ops.qformer_fast_cuda, name)
     with FakeTensorMode():
-        assert operator(*given(name, "cuda")) is None
-    torch.library.opcheck(operator.default, given(name, "meta"))
+        assert operator(*given("cuda")[name]) is None
+    torch.library.opcheck(operator.default, given("meta")[name])
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", [name for name in extension.OPERATORS if name != "encode_queries"])
 def test_opcheck(name, on_gpu):
-    torch.library.opcheck(getattr(torch.ops.qformer_fast_cuda, name).default, given(name, "cuda"))
+    torch.library.opcheck(getattr(torch.ops.qformer_fast_cuda, name).default, given("cuda")[name])
 
 
 def test_asked_for_by_name_it_says_why_not():

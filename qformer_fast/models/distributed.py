@@ -153,9 +153,9 @@ class DistributedStage1(nn.Module):
 
     def _gather_sizes(self, text: PackedText, has_ids: bool, labels: Tensor) -> list[list[int]]:
         """Of every rank: pairs, text rows, longest caption, whether there are image ids, tokens to predict."""
-        own = labels.new_tensor([len(text), text.num_rows, text.max_length, has_ids])
+        known = labels.new_tensor([len(text), text.num_rows, text.max_length, has_ids])
         predicted = (labels != self.model.config.pad_token_id).sum()
-        own = torch.cat([own, predicted[None]])
+        own = torch.cat([known, predicted[None]])
         found = self._gather("sizes", own[None], [1] * self.world_size).T.tolist()
         if len(set(found[3])) > 1:
             raise ValueError(f"image_ids must be given on all ranks or on none, rank {self.rank} got {has_ids}")

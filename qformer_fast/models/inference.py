@@ -39,7 +39,8 @@ class Kept:
     """The last result of a computation from tensors, made again when one of them or ``key`` has changed.
 
     A change is another tensor, another memory or another version. The memory is held, so that nothing else can come to
-    lie there. Tensors made in inference mode count no versions: nothing is kept of them.
+    lie there. Tensors made in inference mode count no versions: nothing is kept of them. Nor is what a CUDA graph is
+    being captured with, which is there once the graph is replayed.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,8 @@ class Kept:
 
     def get(self, tensors: list[Tensor], key: Any, make: Callable[[], Any]) -> Any:
         if self._value is None or key != self._key or not self._same(tensors):
-            if any(x.is_inference() for x in tensors):
+            capturing = any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
+            if capturing or any(x.is_inference() for x in tensors):
                 return make()
             # the old value first, so that both are never held
             self._value = None
