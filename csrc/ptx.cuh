@@ -97,7 +97,10 @@ __device__ __forceinline__ void arrive_after_reading() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // What added to an address of the block's own leads to where block ``rank`` of the cluster has the same.
 using Way = uint32_t;

@@ -935,6 +935,7 @@ struct Encoder {
                way_to_rank(&shared, row / kOwn<kNarrow>), make_float2(highest[half], sum));
       }
     }
+    wait_for_copies();  // of queries, where the block has no token
     parts_are_sent();
   }
 
