@@ -144,7 +144,8 @@ struct alignas(128) Shared {
   float2 norms[kMaxImages / kImages][kImages * kOwn<kWide>];                    // of a row: mean and 1 / deviation
   float2 tops[2][kCluster][2][kImages * kOwn<kNarrow>];                         // of a head: highest score, sum of weights
   uint2 residual[kMaxImages / kImages][kMostNarrow * kOwn<kNarrow> * kImages * kTile / 4];
-  uint64_t full[kMaxPages], read, arrived[2], measured[2], gathered;
+  // Barriers: pages that have come, a phase's slots that all warps have read; parts, moments, and heads' rows that have come.
+  uint64_t full[kMaxPages], emptied, arrived[2], measured[2], gathered;
   alignas(128) char ring[];
 
   static_assert(kTokens >= kQueries && kTokens % kTokensAtOnce == 0);
@@ -167,6 +168,7 @@ template <class Element, int kImages, bool kMany, int kHeaddim>
 struct Encoder {
   static constexpr int kRows = kImages * kQueries;  // of a chunk
   static constexpr int kTokens = Shared<kImages>::kTokens;
+
   QueryEncoderArguments const& p;
   Shared<kImages>& shared;
   int thread, warp, lane, rank, cluster, chunks, slots;
@@ -178,7 +180,7 @@ struct Encoder {
   uint32_t const* read = nullptr;   // what the phase before wrote
   uint32_t* written;                // and this phase writes
   uint32_t launches, words_before;  // launches that there have been after kNothing, and words of the last one
-  int first_of_block, end_of_block; // of its slots
+  int first_of_block, end_of_block;  // of its slots
   Way to_wide[2], to_narrow[2];     // to who finishes the lane's of sixteen rows, the first of an image and the others
 
   __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
@@ -209,7 +211,7 @@ struct Encoder {
     if (expects()) {
       for (int i = 0; i < p.ring; ++i) start_barrier(&shared.full[i], 1);
       for (int i = 0; i < 2; ++i) start_barrier(&shared.arrived[i], 1 + kWarps), start_barrier(&shared.measured[i], 1);
-      start_barrier(&shared.gathered, 1), start_barrier(&shared.read, kWarps);
+      start_barrier(&shared.gathered, 1), start_barrier(&shared.emptied, kWarps);
       publish_barriers();
     }
     arrive_at_cluster();
@@ -272,12 +274,12 @@ struct Encoder {
   // The warp has read all it needs of the phase's slots.
   __device__ void slots_are_read() {
     __syncwarp();
-    if (lane == 0) arrive(&shared.read);
+    if (lane == 0) arrive(&shared.emptied);
   }
 
   // Asks for others in the place of the phase's ``count`` slots, when all warps have read them.
   __device__ void leave_slots(int count) {
-    if (warp == kWarps - 1) wait_for_barrier(&shared.read, leaving % 2);
+    if (warp == kWarps - 1) wait_for_barrier(&shared.emptied, leaving % 2);
     ++leaving;
     issue((first_slot + count) / kPage - first_slot / kPage);
     first_slot += count;
