@@ -966,7 +966,8 @@ struct Encoder {
   // LayerNorm of the last rows, a row a warp.
   __device__ void write() {
     constexpr int kOfLane = kHidden / 8 / 32;
-    int rows = p.images * kQueries;
+    int rows = p.images * kQueries, row = blockIdx.x + gridDim.x * warp;
+    if (row >= rows) return;
     float2 weight[kOfLane][4], bias[kOfLane][4];
     auto column_of = [&](int i) { return (i * 32 + lane) * 8; };
 #pragma unroll
@@ -976,7 +977,7 @@ struct Encoder {
         weight[i][j] = __ldg(reinterpret_cast<float2 const*>(p.norm + column_of(i)) + j);
         bias[i][j] = __ldg(reinterpret_cast<float2 const*>(p.norm + kHidden + column_of(i)) + j);
       }
-    for (int row = blockIdx.x + gridDim.x * warp; row < rows; row += gridDim.x * kWarps) {
+    for (; row < rows; row += gridDim.x * kWarps) {
       uint4 found[kOfLane];
       auto at = [&](int i) { return read + (row * kHidden + column_of(i)) / 2; };
       auto all = [](int) { return true; };

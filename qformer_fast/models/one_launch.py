@@ -178,6 +178,7 @@ class OneLaunch:
         self.weights, self.first_slots = pack(products, clusters)
         self.norm = torch.stack([x.float() for x in norm])
         self._workspaces: dict[int, Tensor] = {}
+        self._bytes: dict[int, int] = {}  # of a workspace, by images
 
     def run(self, keys_values: Tensor, images: int) -> Tensor:
         """(images * tokens, layers * 2 * 768), of at most eight images -> (images, 32, 768)."""
@@ -201,8 +202,10 @@ class OneLaunch:
 
     def _workspace(self, images: int) -> Tensor:
         """Memory of the current stream, whose launches follow each other."""
-        looking = self.cross_layers.bit_count()
-        size = extension.encode_queries_workspace(self.rows, images, self.layers, looking)
+        if images not in self._bytes:
+            looking = self.cross_layers.bit_count()
+            self._bytes[images] = extension.encode_queries_workspace(self.rows, images, self.layers, looking)
+        size = self._bytes[images]
         with torch.cuda.device(self.rows.device):
             stream = None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
         found = self._workspaces.get(stream)
