@@ -42,6 +42,21 @@ __device__ __forceinline__ void copy_async(void* to, void const* from) {
 // Until none of the thread's is on its way.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// ---- the block ----
+
+// The two halves of a barrier of all the block's ``kThreads`` threads: warps that arrive go on, those that wait do not.
+template <int kThreads>
+__device__ __forceinline__ void arrive_at_block() {
+  __syncwarp();
+  asm volatile("bar.arrive 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+template <int kThreads>
+__device__ __forceinline__ void wait_for_block() {
+  __syncwarp();
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 // ---- barriers that count bytes ----
 
 // A barrier of the block's: a turn of it ends when ``count`` have arrived and the bytes that one of them expects.

@@ -144,8 +144,7 @@ struct alignas(128) Shared {
   float2 norms[kMaxImages / kImages][kImages * kOwn<kWide>];                    // of a row: mean and 1 / deviation
   float2 tops[2][kCluster][2][kImages * kOwn<kNarrow>];                         // of a head: highest score, sum of weights
   uint2 residual[kMaxImages / kImages][kMostNarrow * kOwn<kNarrow> * kImages * kTile / 4];
-  // Barriers: pages that have come, a phase's slots that all warps have read; parts, moments, and heads' rows that have come.
-  uint64_t full[kMaxPages], emptied, arrived[2], measured[2], gathered;
+  uint64_t full[kMaxPages], arrived[2], measured[2], gathered;  // barriers: pages, parts, moments, and heads' rows have come
   alignas(128) char ring[];
 
   static_assert(kTokens >= kQueries && kTokens % kTokensAtOnce == 0);
@@ -176,7 +175,7 @@ struct Encoder {
   Tiles wide, narrow;               // of products to 3072 columns, and of those to 768 with a residual
   int first_slot = 0, parity = 0;   // of the phase, in the ring
   int asked = 0, next_place = 0;    // pages that were asked for, and where in the ring the next one goes
-  int exchange = 0, measuring = 0, gathering = 0, leaving = 0;  // how many there were
+  int exchange = 0, measuring = 0, gathering = 0;  // how many there were
   uint32_t const* read = nullptr;   // what the phase before wrote
   uint32_t* written;                // and this phase writes
   uint32_t launches, words_before;  // launches that there have been after kNothing, and words of the last one
@@ -210,8 +209,8 @@ struct Encoder {
   __device__ void run() {
     if (expects()) {
       for (int i = 0; i < p.ring; ++i) start_barrier(&shared.full[i], 1);
-      for (int i = 0; i < 2; ++i) start_barrier(&shared.arrived[i], 1 + kWarps), start_barrier(&shared.measured[i], 1);
-      start_barrier(&shared.gathered, 1), start_barrier(&shared.emptied, kWarps);
+      for (int i = 0; i < 2; ++i) start_barrier(&shared.arrived[i], 1 + kThreads), start_barrier(&shared.measured[i], 1);
+      start_barrier(&shared.gathered, 1);
       publish_barriers();
     }
     arrive_at_cluster();
@@ -273,14 +272,12 @@ struct Encoder {
 
   // The warp has read all it needs of the phase's slots.
   __device__ void slots_are_read() {
-    __syncwarp();
-    if (lane == 0) arrive(&shared.emptied);
+    if (warp < kWarps - 1) arrive_at_block<kThreads>();
   }
 
   // Asks for others in the place of the phase's ``count`` slots, when all warps have read them.
   __device__ void leave_slots(int count) {
-    if (warp == kWarps - 1) wait_for_barrier(&shared.emptied, leaving % 2);
-    ++leaving;
+    if (warp == kWarps - 1) wait_for_block<kThreads>();
     issue((first_slot + count) / kPage - first_slot / kPage);
     first_slot += count;
     if (first_slot >= slots) first_slot -= slots, parity ^= 1;
@@ -316,11 +313,9 @@ struct Encoder {
     if (expects()) expect_bytes(&shared.arrived[buffer()], bytes);
   }
 
-  // The warp has no more parts, for others or the block's own, and has read the stage.
-  __device__ void parts_are_sent() {
-    __syncwarp();
-    if (lane == 0) arrive(&shared.arrived[buffer()]);
-  }
+  // The thread has no more parts, for others or the block's own, and has read the stage. All arrive: compute-sanitizer's
+  // racecheck does not follow what a warp did to one lane that arrives for it.
+  __device__ void parts_are_sent() { arrive(&shared.arrived[buffer()]); }
 
   // Until all parts are there; so all that the block has of a product have been sent. Returns their buffer.
   __device__ int wait_for_parts() {

@@ -34,7 +34,7 @@ struct Warp {
 };
 
 struct Block {
-  Barrier barrier;
+  Barrier barrier, halves;
   Barrier* cluster_barrier;
   char* shared;
   std::vector<Warp> warps;
@@ -225,33 +225,40 @@ inline int same_in_warp(int x) { return x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 
+template <int kThreads>
+void arrive_at_block() {
+  emulated::arrive_at(emulated::self->of->halves, kThreads);
+}
+template <int kThreads>
+void wait_for_block() {
+  emulated::wait_at(emulated::self->of->halves, kThreads);
+}
+
 inline void copy_async(void* to, void const* from) { emulated::self->copies.push_back({to, from}); }
 inline void wait_for_copies() {
   for (auto copy : emulated::self->copies) std::memcpy(copy.to, copy.from, 16);
   emulated::self->copies.clear();
 }
 
-// A barrier: the bytes that are still to come, of how many have still to arrive, and how many turns have ended.
+// A barrier: the bytes that are still to come, of how many have still to arrive, and whether an odd number of turns has ended.
 struct ByteBarrier {
-  int32_t bytes;
-  int8_t count, missing;
-  uint16_t turns;
+  int64_t bytes : 32, count : 12, missing : 12, odd_turn : 8;
 };
 inline void change(uint64_t* barrier, int bytes, int arrivals) {
   auto& found = reinterpret_cast<ByteBarrier&>(*barrier);
   found.bytes += bytes, found.missing -= arrivals;
   if (found.missing < 0) std::abort();
-  if (found.missing == 0 && found.bytes == 0) found.missing = found.count, ++found.turns;
+  if (found.missing == 0 && found.bytes == 0) found.missing = found.count, found.odd_turn ^= 1;
   emulated::progress = true;
 }
 inline void start_barrier(uint64_t* barrier, int count) {
-  reinterpret_cast<ByteBarrier&>(*barrier) = {0, int8_t(count), int8_t(count), 0};
+  reinterpret_cast<ByteBarrier&>(*barrier) = {0, count, count, 0};
 }
 inline void publish_barriers() {}
 inline void arrive(uint64_t* barrier) { change(barrier, 0, 1); }
 inline void expect_bytes(uint64_t* barrier, int bytes) { change(barrier, bytes, 1); }
 inline void wait_for_barrier(uint64_t* barrier, int parity) {
-  emulated::wait_until([&] { return reinterpret_cast<ByteBarrier&>(*barrier).turns % 2 != parity; });
+  emulated::wait_until([&] { return reinterpret_cast<ByteBarrier&>(*barrier).odd_turn != parity; });
 }
 inline void copy_bulk(void* to, void const* from, int bytes, uint64_t* barrier) {
   expect_bytes(barrier, bytes);
