@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -91,16 +92,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the result, written anew after every environment")
     options = parser.parse_args()
     result = {"bench": "check_wheel", "wheel": options.wheel.name, "found": []}
-    given = (
-        [check_here]
-        if options.here
-        else [
-            functools.partial(check, python=python, torch_version=version)
-            for python in options.python
-            for version in options.torch
-        ]
-    )
-    for check_one in given:
+    checks = [check_here]
+    if not options.here:
+        environments = itertools.product(options.python, options.torch)
+        checks = [functools.partial(check, python=python, torch_version=version) for python, version in environments]
+    for check_one in checks:
         with tempfile.TemporaryDirectory() as folder:
             found = check_one(options.wheel.resolve(), Path(folder) / "environment")
         result["found"].append(found)

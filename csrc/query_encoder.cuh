@@ -358,7 +358,9 @@ struct Encoder {
   }
 
   __device__ uint32_t* header() { return static_cast<uint32_t*>(p.workspace); }
-  __device__ uint32_t* half_of(uint32_t launch) { return header() + kHeaderWords + launch % 2 * ((p.workspace_bytes / 4 - kHeaderWords) / 8 * 4); }
+  __device__ uint32_t* half_of(uint32_t launch) {
+    return header() + kHeaderWords + launch % 2 * ((p.workspace_bytes / 4 - kHeaderWords) / 8 * 4);
+  }
 
   // A sub-layer's part of leaving nothing of the launch before to the next one.
   __device__ void clear(int sub_layer) {

@@ -240,7 +240,7 @@ inline void wait_for_copies() {
   emulated::self->copies.clear();
 }
 
-// A barrier: the bytes that are still to come, of how many have still to arrive, and whether an odd number of turns has ended.
+// A barrier: the bytes that are still to come, of how many have still to arrive, and whether an odd number of turns ended.
 struct ByteBarrier {
   int64_t bytes : 32, count : 12, missing : 12, odd_turn : 8;
 };
