@@ -131,6 +131,7 @@ void encode_queries(Tensor weights, Tensor first_slots, Tensor norm, Tensor rows
   arguments.cross_layers = static_cast<uint32_t>(cross_layers);
   arguments.eps = static_cast<float>(eps);
   arguments.weights = weights.const_data_ptr();
+  arguments.slots = weights.size(0);
   arguments.first_slots = static_cast<int const*>(first_slots.const_data_ptr());
   arguments.norm = static_cast<float const*>(norm.const_data_ptr());
   arguments.rows = rows.const_data_ptr();

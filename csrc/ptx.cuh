@@ -1,6 +1,7 @@
 // Instructions that CUDA C++ has no functions for.
 #pragma once
 
+#include <cuda.h>
 #include <cutlass/numeric_types.h>
 
 #include <cstdint>
@@ -87,15 +88,23 @@ __device__ __forceinline__ void wait_for_barrier(uint64_t* barrier, int parity) 
         : "memory");
 }
 
-// Bytes that nobody reads again soon.
-__device__ __forceinline__ void copy_bulk(void* to, void const* from, int bytes, uint64_t* barrier) {
+// A matrix, of which as many rows are copied at once as its boxes have.
+using Boxes = CUtensorMap;
+
+__device__ __forceinline__ void prefetch(Boxes const& boxes) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&boxes) : "memory");
+}
+
+// The box that begins at ``row``, of ``bytes`` that nobody reads again soon. compute-sanitizer's racecheck follows it, and
+// not a copy without a tensor map.
+__device__ __forceinline__ void copy_box(void* to, Boxes const& boxes, int row, int bytes, uint64_t* barrier) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   expect_bytes(barrier, bytes);
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(&boxes), "r"(0), "r"(row), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
 

@@ -1,17 +1,19 @@
 #include "query_encoder.cuh"
 
+#include <cutlass/cuda_host_adapter.hpp>
+
 namespace qformer_fast {
 namespace {
 
 template <class Element, int kImages, bool kMany, int kHeaddim>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
-    encode_queries(__grid_constant__ QueryEncoderArguments const arguments) {
+    encode_queries(__grid_constant__ QueryEncoderArguments const arguments, __grid_constant__ Boxes const pages) {
   extern __shared__ __align__(128) char dynamic[];
-  Encoder<Element, kImages, kMany, kHeaddim>(arguments, *reinterpret_cast<Shared<kImages>*>(dynamic)).run();
+  Encoder<Element, kImages, kMany, kHeaddim>(arguments, pages, *reinterpret_cast<Shared<kImages>*>(dynamic)).run();
 }
 
 struct Launch {
-  void (*kernel)(QueryEncoderArguments) = nullptr;
+  void (*kernel)(QueryEncoderArguments, Boxes) = nullptr;
   int ring = 0, bytes = 0;
 
   template <class Element, int kImages, bool kMany>
@@ -69,6 +71,16 @@ struct Launch {
   }
 };
 
+// Pages of the slots, which may begin at any; whether the driver makes them.
+bool pages_of(Boxes& pages, QueryEncoderArguments const& arguments) {
+  cuuint64_t sizes[] = {kRowBytes / 2, cuuint64_t(arguments.slots) * kSlotRows}, strides[] = {kRowBytes};
+  cuuint32_t box[] = {kRowBytes / 2, kPage * kSlotRows}, steps[] = {1, 1};
+  return CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
+             &pages, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(arguments.weights), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 }  // namespace
 
 int64_t query_encoder_workspace(int images, int layers, int looking) { return workspace_bytes(images, layers, looking); }
@@ -88,10 +100,12 @@ char const* query_encoder(Dtype dtype, int headdim, int clusters, QueryEncoderAr
   if (launch.kernel == nullptr) return "head dimensions are 32 and 64";
   if (clusters < kLeastClusters || launch.ring < kLeastPages) return "too few clusters, or too little shared memory";
   arguments.ring = launch.ring;
+  Boxes pages;
+  if (!pages_of(pages, arguments)) return "the driver refuses a tensor map of the weights";
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2];
   launch.configure(config, attributes, clusters * kCluster, stream);
-  cudaError_t error = cudaLaunchKernelEx(&config, launch.kernel, arguments);
+  cudaError_t error = cudaLaunchKernelEx(&config, launch.kernel, arguments, pages);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -31,6 +31,8 @@ constexpr int kSteps = kSlice / 16;         // of an mma
 constexpr int kSlotBytes = kTile * kSlice * 2;
 constexpr int kVector = kSlotBytes / 3 / 4;  // numbers of each of a phase's vectors, which have a slot together
 constexpr int kPage = 4, kPageBytes = kPage * kSlotBytes;  // slots copied at once
+constexpr int kRowBytes = 512, kSlotRows = kSlotBytes / kRowBytes;  // of the slots as one matrix
+static_assert(kSlotRows * kRowBytes == kSlotBytes);
 constexpr int kMaxPages = 24;
 constexpr int kTiles = kHidden / kTile;                    // of the hidden size
 constexpr int kStride = kIntermediate / kCluster + 8;      // of staged rows: eight of them in different banks
@@ -169,6 +171,7 @@ struct Encoder {
   static constexpr int kTokens = Shared<kImages>::kTokens;
 
   QueryEncoderArguments const& p;
+  Boxes const& pages;
   Shared<kImages>& shared;
   int thread, warp, lane, rank, cluster, chunks, slots;
   bool attends;                     // to 64 columns of heads
@@ -182,7 +185,8 @@ struct Encoder {
   int first_of_block, end_of_block;  // of its slots
   Way to_wide[2], to_narrow[2];     // to who finishes the lane's of sixteen rows, the first of an image and the others
 
-  __device__ Encoder(QueryEncoderArguments const& arguments, Shared<kImages>& shared_) : p(arguments), shared(shared_) {
+  __device__ Encoder(QueryEncoderArguments const& arguments, Boxes const& pages_, Shared<kImages>& shared_)
+      : p(arguments), pages(pages_), shared(shared_) {
     thread = threadIdx.x, warp = same_in_warp(thread / 32), lane = thread % 32;
     rank = blockIdx.x % kCluster, cluster = blockIdx.x / kCluster;
     int clusters = gridDim.x / kCluster;
@@ -208,6 +212,7 @@ struct Encoder {
 
   __device__ void run() {
     if (expects()) {
+      prefetch(pages);
       for (int i = 0; i < p.ring; ++i) start_barrier(&shared.full[i], 1);
       for (int i = 0; i < 2; ++i) start_barrier(&shared.arrived[i], 1 + kThreads), start_barrier(&shared.measured[i], 1);
       start_barrier(&shared.gathered, 1);
@@ -248,9 +253,8 @@ struct Encoder {
     int place = next_place + lane;
     if (place >= p.ring) place -= p.ring;
     if (warp == kWarps - 1 && lane < count)
-      copy_bulk(shared.ring + place * kPageBytes,
-                static_cast<char const*>(p.weights) + (int64_t(first_of_block) + (asked + lane) * kPage) * kSlotBytes,
-                kPageBytes, &shared.full[place]);
+      copy_box(shared.ring + place * kPageBytes, pages, (first_of_block + (asked + lane) * kPage) * kSlotRows, kPageBytes,
+               &shared.full[place]);
     asked += count, next_place += count;
     if (next_place >= p.ring) next_place -= p.ring;
   }

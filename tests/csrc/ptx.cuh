@@ -260,9 +260,14 @@ inline void expect_bytes(uint64_t* barrier, int bytes) { change(barrier, bytes, 
 inline void wait_for_barrier(uint64_t* barrier, int parity) {
   emulated::wait_until([&] { return reinterpret_cast<ByteBarrier&>(*barrier).odd_turn != parity; });
 }
-inline void copy_bulk(void* to, void const* from, int bytes, uint64_t* barrier) {
+struct Boxes {
+  char const* rows;
+  int row_bytes;
+};
+inline void prefetch(Boxes const&) {}
+inline void copy_box(void* to, Boxes const& boxes, int row, int bytes, uint64_t* barrier) {
   expect_bytes(barrier, bytes);
-  std::memcpy(to, from, bytes);
+  std::memcpy(to, boxes.rows + int64_t(row) * boxes.row_bytes, bytes);
   change(barrier, -bytes, 0);
 }
 

@@ -9,9 +9,10 @@ template <class Element, int kImages, bool kMany, int kHeaddim>
 void run(QueryEncoderArguments arguments, int clusters) {
   constexpr size_t kBytes = 232448;  // of a multiprocessor, as on Hopper
   arguments.ring = std::min(int(kBytes - sizeof(Shared<kImages>)) / kPageBytes, kMaxPages);
+  Boxes pages{static_cast<char const*>(arguments.weights), kRowBytes};
   emulated::run(clusters * kCluster, kThreads, kCluster, kBytes, [&] {
     auto& shared = *reinterpret_cast<Shared<kImages>*>(emulated::self->of->shared);
-    Encoder<Element, kImages, kMany, kHeaddim>(arguments, shared).run();
+    Encoder<Element, kImages, kMany, kHeaddim>(arguments, pages, shared).run();
   });
 }
 
@@ -39,7 +40,7 @@ extern "C" void encode(bool half, int headdim, int clusters, int images, int tok
                        void* weights, void* first_slots, void* norm, void* rows, void* queries, void* keys_values,
                        void* workspace, int64_t workspace_bytes, void* out) {
   int looking = __builtin_popcount(cross_layers);
-  QueryEncoderArguments arguments{images, tokens, layers, uint32_t(cross_layers), eps, 0, weights,
+  QueryEncoderArguments arguments{images, tokens, layers, uint32_t(cross_layers), eps, 0, weights, 0,
                                   static_cast<int const*>(first_slots), static_cast<float const*>(norm), rows, queries,
                                   keys_values, looking * 2 * kHidden, workspace, workspace_bytes, out};
   half ? with_images<cutlass::half_t>(arguments, headdim, clusters)
