@@ -125,7 +125,7 @@ def train(
     to_device = _Copy(device)
     profile = Profile(device) if run.profile else NoProfile()
     if run.profile and not ranks.alone:
-        profile.watch(stage.trained)
+        stage.watch(profile)
     with (
         contextlib.closing(
             _Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log) if ranks.first else _NoLog()
