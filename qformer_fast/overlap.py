@@ -32,11 +32,12 @@ class Streams:
         device (torch.device): a CUDA device.
         held_bytes (int): how large the inputs of work left aside may grow before the current stream waits for it, since
             their memory is not free before. Default: 256 MiB.
+        priority (int): of the streams, lower before higher. Default: 0.
     """
 
-    def __init__(self, device: torch.device, held_bytes: int = HELD_BYTES):
+    def __init__(self, device: torch.device, held_bytes: int = HELD_BYTES, *, priority: int = 0):
         self.held_bytes = held_bytes
-        self._aside, self._branch = (torch.cuda.Stream(device) for _ in range(2))
+        self._aside, self._branch = (torch.cuda.Stream(device, priority) for _ in range(2))
         self._held: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
 
     def begin(self) -> None:

@@ -109,6 +109,7 @@ def process_group(timeout: float) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if (local_rank := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # or a reduction waits behind the kernels that hide it
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     ranks = Ranks.current()
     try:

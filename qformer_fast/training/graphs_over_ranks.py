@@ -20,16 +20,21 @@ from torch import Tensor
 
 from qformer_fast import overlap
 from qformer_fast.layout import PackedText, room_for, round_up
-from qformer_fast.models.blip2_qformer import Blip2QFormer
-from qformer_fast.models.distributed import DistributedStage1, MatchInputs, MatchRoom, Pairs, RanksOutput, match
+from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast
+from qformer_fast.models.distributed import (
+    DistributedStage1,
+    Matching,
+    MatchInputs,
+    MatchRoom,
+    Pairs,
+    RanksOutput,
+    match,
+)
 from qformer_fast.models.graphed import no_garbage_collection
 from qformer_fast.models.packing import GradientBuffers
 from qformer_fast.ops._seeds import seeds_ahead
 from qformer_fast.training.captures import Capture, GraphedSteps, Shape, Where, expandable_segments
 from qformer_fast.training.sweeps import SweepInputs, Totals, seeds_of_sweep, sweep, written_groups
-
-Features = tuple[tuple[Tensor, Tensor], Tensor]
-"""ITC's features of a rank's pairs, and ITG's mean over its tokens."""
 
 
 class Sweeps(Protocol):
@@ -41,8 +46,11 @@ class Sweeps(Protocol):
 
     matched: tuple[Tensor, Tensor]
 
-    def first(self) -> Features:
-        """Sweep 1."""
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Sweep 1, and ITC's features of the rank's pairs."""
+
+    def captions(self) -> Tensor:
+        """ITG's mean over the rank's tokens."""
 
     def first_backward(self) -> None:
         """From the gradients in its :class:`SweepInputs`."""
@@ -91,15 +99,15 @@ class SweepsAsTheyCome:
     def __init__(self, model: Blip2QFormer, inputs: SweepInputs, gradients: GradientBuffers, *, add: bool = True):
         self.model, self.inputs, self.gradients, self.add = model, inputs, gradients, add
 
-    def first(self) -> Features:
-        model, inputs = self.model, self.inputs
-        self._made, self._kv_weights, self._swept = sweep(model, inputs, self.gradients, add=self.add)
-        swept = self._swept
-        self._loss_itg, self._features = overlap.side_by_side(
-            lambda: model.caption_loss(swept.itg_rows, inputs.labels, self.gradients), lambda: model.features(swept)
-        )
+    def first(self) -> tuple[Tensor, Tensor]:
+        self._made, self._kv_weights, swept = sweep(self.model, self.inputs, self.gradients, add=self.add)
+        self._swept, self._features = swept, self.model.features(swept)
         self._totals = Totals(self.gradients, swept.image_kv, swept.weights, self._kv_weights, add=self.add)
-        return tuple(x.detach() for x in self._features), self._loss_itg.detach()
+        return tuple(x.detach() for x in self._features)
+
+    def captions(self) -> Tensor:
+        self._loss_itg = self.model.caption_loss(self._swept.itg_rows, self.inputs.labels, self.gradients)
+        return self._loss_itg.detach()
 
     def first_backward(self) -> None:
         self._totals.backward(
@@ -157,17 +165,22 @@ def step_over_ranks(
         negatives (tuple, Optional): as of :meth:`DistributedStage1.forward`.
         done (Callable, Optional): is called with each number of :func:`segments` when its gradients are done.
     """
-    model = ranks.model
-    features, loss_itg = sweeps.first()
-    features = tuple(x.detach().requires_grad_() for x in features)
-    contrast = ranks.contrast(features, pairs)
-    matching = ranks.matching(contrast, pairs, negatives)
-    sizes = _to_host(matching.sizes)
-    temp = [model.temp] if model.temp.requires_grad else []
-    found = torch.autograd.grad(contrast.loss_itc * scale, [*features, *temp])
-    torch._foreach_copy_(list(inputs.feature_gradients), list(found[:2]))
-    if temp:
-        gradients[(model.temp,)].add_(found[2])
+    temp = ranks.model.temp
+    features = tuple(x.detach().requires_grad_() for x in sweeps.first())
+
+    def exchange() -> tuple[Contrast, Matching, Callable[[], list[int]]]:
+        contrast = ranks.contrast(features, pairs)
+        matching = ranks.matching(contrast, pairs, negatives)
+        sizes = _to_host(matching.sizes)
+        wanted = [*features, temp] if temp.requires_grad else features
+        found = torch.autograd.grad(contrast.loss_itc * scale, wanted)
+        torch._foreach_copy_(list(inputs.feature_gradients), list(found[:2]))
+        for x in found[2:]:
+            gradients[(temp,)].add_(x)
+        return contrast, matching, sizes
+
+    # many small kernels, and waiting for other ranks, beside few large ones
+    loss_itg, (contrast, matching, sizes) = overlap.side_by_side(sweeps.captions, exchange)
     inputs.itg_gradient.fill_(pairs.itg_share).mul_(scale)
     inputs.itm_gradient.fill_(pairs.itm_share).mul_(scale)
     sweeps.first_backward()
@@ -207,7 +220,7 @@ class GraphedRanks(GraphedSteps):
     own; no wrapper such as DDP. The parameters become those of the group's first rank.
 
     How many pairs a rank matches, and how many rows their captions have, differs from step to step: sweep 2 has graphs
-    for every eighth of a batch of pairs more, and for the rows that steps needed. While a rank records some, the others
+    for every sixteenth of a batch of pairs more, and for the rows that steps needed. While a rank records some, others
     wait. A shape of captions keeps its images' keys and values and their gradient (at BLIP-2's sizes 9.5 MB an image).
 
     Args:
@@ -224,6 +237,8 @@ class GraphedRanks(GraphedSteps):
         gradients, self._wholes = GradientBuffers.flat(model.groups, segments(model))
         super().__init__(model, gradients, dtype=dtype, bucket=bucket)
         self.ranks = ranks
+        # before the captions' loss, whose kernels take all multiprocessors
+        self._exchanges = overlap.Streams(model.temp.device, priority=-2)
         with torch.no_grad():
             for x in (*model.parameters(), *model.buffers()):
                 dist.broadcast(x, group_src=0, group=ranks.group)
@@ -263,7 +278,7 @@ class GraphedRanks(GraphedSteps):
                 for whole in self._wholes[segment]:
                     under_way.append(dist.all_reduce(whole, dist.ReduceOp.AVG, group=ranks.group, async_op=True))
 
-        with capture.autocast():
+        with capture.autocast(), overlap.overlapping(self._exchanges):
             out = step_over_ranks(ranks, capture, capture.inputs, self._gradients, pairs, scale, negatives, done)
         with self.waiting():
             for work in under_way:
@@ -309,27 +324,32 @@ class _RanksCapture(Capture):
         self._where = where
         self._sweeps = self._sweeps_to(self.gradients)
 
-        def parts(sweeps: SweepsAsTheyCome) -> Iterator[Features | None]:
+        def parts(sweeps: SweepsAsTheyCome) -> Iterator[tuple[Tensor, Tensor] | Tensor | None]:
             yield sweeps.first()
+            yield sweeps.captions()
             yield sweeps.first_backward()
             yield sweeps.images_backward()
 
-        self.graphs, (self._first, *_) = self._record(
+        self.graphs, (self._features, self._loss_itg, *_) = self._record(
             where, lambda scratch: parts(self._sweeps_to(scratch)), parts(self._sweeps)
         )
 
     def _sweeps_to(self, gradients: GradientBuffers) -> SweepsAsTheyCome:
         return SweepsAsTheyCome(self.model, self.inputs, gradients, add=self.shape.adds)
 
-    def first(self) -> Features:
+    def first(self) -> tuple[Tensor, Tensor]:
         self.graphs[0].replay()
-        return self._first
+        return self._features
+
+    def captions(self) -> Tensor:
+        self.graphs[1].replay()
+        return self._loss_itg
 
     def first_backward(self) -> None:
-        self.graphs[1].replay()
+        self.graphs[2].replay()
 
     def room(self, pairs: int, text_rows: int, max_length: int) -> MatchRoom:
-        pairs = round_up(pairs, max(4, self.shape.image_shape[0] // 8))
+        pairs = round_up(pairs, max(4, self.shape.image_shape[0] // 16))
         bucket = 2 * self.shape.filler_rows
         known = {room.text_rows for room in self._second if (room.pairs, room.max_length) == (pairs, max_length)}
         return MatchRoom(pairs, room_for(text_rows, bucket, known), 2 * bucket, max_length)
@@ -345,7 +365,7 @@ class _RanksCapture(Capture):
             yield segment
 
     def images_backward(self) -> None:
-        self.graphs[2].replay()
+        self.graphs[3].replay()
 
     def _record_second(self, given: MatchInputs) -> _Second:
         captures = self._owner()._captures
@@ -371,6 +391,7 @@ class _RanksCapture(Capture):
         def once(scratch: GradientBuffers) -> Iterator[int]:
             sweeps = self._sweeps_to(scratch)
             sweeps.first()
+            sweeps.captions()
             sweeps.first_backward()
             yield from sweeps.second(inputs)
 
