@@ -65,7 +65,7 @@ def train(
         optimizer_config (OptimizerConfig, Optional): Default: `None`, the paper's.
         encoder (nn.Module, Optional): pixels to image tokens; needed when the dataset gives pixels. Moved to the
             device, and to the dtype of ``run.precision``.
-        num_workers (int): processes that read data. Default: 0.
+        num_workers (int): threads that read a cache, or processes that read pictures. Default: 0.
         on_log (Callable, Optional): called with each entry as it is logged.
 
     Returns:
@@ -145,7 +145,7 @@ def train(
             for number in range(run.accumulation):
                 with profile.part("data"):
                     batch = next(loader)
-                    images = to_device(batch.images)
+                    images = dataset.unpack(to_device(batch.images))
                 with profile.part("encoder"):
                     images = _image_tokens(encoder, images, run.precision)
                 with profile.part("qformer"):
