@@ -74,7 +74,7 @@ def step_of(
         "gradient_bytes": 2 * (gpus - 1) / gpus * gradients,
         "original_bytes": 2 * (gpus - 1) * sizes.batch * sizes.tokens * sizes.width * 2,
         "features": gather_seconds(own, gpus) - gather_seconds(own, 2),
-        "itc": itc_seconds(itc, gpus * sizes.batch) - itc_seconds(itc, 2 * sizes.batch),
+        "itc": max(itc_seconds(itc, gpus * sizes.batch) - itc_seconds(itc, 2 * sizes.batch), 0.0),
         "gradients": max(reduce_seconds(gradients, gpus) - max(reduce_seconds(gradients, 2), BESIDE * one), 0.0),
         "imbalance": SWEEP_2 * one * (most_pairs(sizes.batch, gpus) - most_pairs(sizes.batch, 2)) / (3 * sizes.batch),
     }
@@ -104,6 +104,7 @@ def write(ranks: dict[str, Any], pixels: dict[str, Any], number_bytes: int) -> s
         pictures = HOST * sizes.batch / slower
         cells = [f"{bf16:.1f}", f"{int8:.1f}", f"{1e3 * slower:.1f}", f"{pictures * PICTURE / 1e9:.2f}"]
         data.append(f"| {gpus} | {' | '.join(cells)} | {pictures * DECODE:.0f} |")
+    itc = ", ".join(f"{int(count):,} candidates {ms:.1f} ms" for count, ms in one["itc_ms"].items())
     gpu, encoders_gpu = ranks["machine"]["gpu"], pixels["machine"]["gpu"]
     shares = {name: f"{100 * x:.0f}%" for name, x in (("used", USED), ("beside", BESIDE), ("sweep", SWEEP_2))}
     speeds = {name: f"{x / 1e9:.0f} GB/s" for name, x in (("nvlink", NVLINK), ("nic", NIC), ("disk", DISK))}
@@ -112,7 +113,7 @@ def write(ranks: dict[str, Any], pixels: dict[str, Any], number_bytes: int) -> s
     return f"""# Stage 1 on more GPUs than were measured
 
 Written by `bench/scaling.py`. Measured on {gpu}: a step of {sizes.batch} pairs a GPU
-takes {1e3 * t1:.1f} ms on one and {1e3 * t2:.1f} ms on two, ITC by its candidates {one["itc_ms"]} ms;
+takes {1e3 * t1:.1f} ms on one and {1e3 * t2:.1f} ms on two, ITC with {itc};
 on {encoders_gpu}: ViT-L/14 {1e3 * encoder:.1f} ms a batch.
 
 Assumed: hosts of {HOST} GPUs, {speeds["nvlink"]} a GPU within and {speeds["nic"]} between them, of which NCCL

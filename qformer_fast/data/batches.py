@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
 import zlib
-from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,11 +131,11 @@ class ImageTextDataset(Dataset):
         batch = self.read(indices)
         return replace(batch, images=self.unpack(batch.images))
 
-    @abstractmethod
     def read(self, indices: list[int], *, pin_memory: bool = False) -> Batch | LanguageBatch:
         """The batch, but of a cache the images' tokens as they are stored: (len(indices), bytes) uint8. ``pin_memory``:
         these are read into pinned memory.
         """
+        raise NotImplementedError
 
     def unpack(self, images: Tensor) -> Tensor:
         """Image tokens (batch, tokens, width), or pixels, of the images that :meth:`read` gave, on their device."""
@@ -322,9 +322,9 @@ class ShuffledBatches(Sampler[list[int]]):
 
 def batch_loader(
     dataset: ImageTextDataset, order: ShuffledBatches, *, num_workers: int, pin_memory: bool
-) -> Iterable[Batch | LanguageBatch]:
+) -> Generator[Batch | LanguageBatch, None, None]:
     """What :meth:`ImageTextDataset.read` gives in ``order``, the same whatever ``num_workers``; the global random state
-    stays as it is.
+    stays as it is. Closing it ends its workers.
 
     A cache's tokens are read by threads, to where a GPU takes them from: processes would copy each batch twice, and
     reading keeps no thread from another. Pictures are decoded by processes. These leave SIGINT and SIGTERM, which often
@@ -332,7 +332,7 @@ def batch_loader(
     """
     if dataset.cache is not None:
         return _read_ahead(dataset, order, num_workers, pin_memory=pin_memory)
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         sampler=order,
         batch_size=None,
@@ -341,12 +341,13 @@ def batch_loader(
         generator=torch.Generator(),
         worker_init_fn=_ignore_stop_signals,
     )
+    return (batch for batch in loader)
 
 
 def _read_ahead(
     dataset: ImageTextDataset, order: ShuffledBatches, num_threads: int, *, pin_memory: bool
-) -> Iterator[Batch | LanguageBatch]:
-    """At most two batches a thread ahead."""
+) -> Generator[Batch | LanguageBatch, None, None]:
+    """A batch a thread ahead: pinned memory comes in powers of two."""
 
     def read(numbers: list[int]) -> Batch | LanguageBatch:
         batch = dataset.read(numbers, pin_memory=pin_memory)
@@ -355,12 +356,16 @@ def _read_ahead(
     if num_threads == 0:
         yield from map(read, order)
         return
-    pool, ahead = ThreadPoolExecutor(num_threads), deque()
+    # a new thread has the first device, on which pinned memory may make a context
+    begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+    pool, ahead = ThreadPoolExecutor(num_threads, initializer=begin), deque()
     try:
         for numbers in order:
             ahead.append(pool.submit(read, numbers))
-            if len(ahead) > 2 * num_threads:
+            if len(ahead) > num_threads:
                 yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -135,16 +135,20 @@ class FeatureCache:
         Raises:
             KeyError: a key that is not there. ValueError: a file that was cut since the cache was opened.
         """
+        size = self.tokens * token_bytes(self.stored, self.width)
+        raw = torch.empty(len(keys), size, dtype=torch.uint8, pin_memory=pin_memory)
+        self.read_into(raw.numpy(), keys)
+        return raw
+
+    def read_into(self, rows: Iterable[np.ndarray], keys: Sequence[str]) -> None:
+        """As :meth:`read`, each image into a row of bytes."""
         missing = [key for key in keys if key not in self._numbers]
         if missing:
             raise KeyError(f"feature_cache: {self.folder} has no features of {missing[:5]}")
-        size = self.tokens * token_bytes(self.stored, self.width)
-        raw = torch.empty(len(keys), size, dtype=torch.uint8, pin_memory=pin_memory)
-        for out, key in zip(raw.numpy(), keys, strict=True):
+        for out, key in zip(rows, keys, strict=True):
             number = self._numbers[key]
             shard = bisect.bisect_right(self._starts, number) - 1
             _read_at(self._files[shard], out, (number - self._starts[shard]) * len(out))
-        return raw
 
     def __getitem__(self, key: str) -> Tensor:
         return self.rows([key])[0]

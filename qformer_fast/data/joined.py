@@ -74,7 +74,9 @@ class JoinedCaches:
         for number, (_, cache) in enumerate(self._parts):
             rows = [row for row, (part, _) in enumerate(found) if part == number]
             if rows:
-                stored = cache.read([found[row][1] for row in rows])
-                same = cache.stored == self.stored
-                out[rows] = stored if same else cache.unpack(stored).flatten(1).view(torch.uint8)
+                keys = [found[row][1] for row in rows]
+                if cache.stored == self.stored:
+                    cache.read_into([out[row].numpy() for row in rows], keys)
+                else:
+                    out[rows] = cache.rows(keys).flatten(1).view(torch.uint8)
         return out

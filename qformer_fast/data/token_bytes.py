@@ -56,11 +56,11 @@ def unpack(raw: Tensor, dtype: str, tokens: int, width: int) -> Tensor:
     if dtype != "int8":
         return raw.view(FLOATS[dtype]).view(len(raw), tokens, width)
     raw = raw.view(len(raw), tokens, width + SCALE_BYTES)
-    scales = raw[..., width:].contiguous().view(torch.float32)
+    scales = raw[..., width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     levels = raw[..., :width].view(torch.int8)
-    if raw.is_cuda:
-        return (levels * scales).to(read_dtype(dtype))
-    out = torch.empty(len(raw), tokens, width, dtype=read_dtype(dtype))
+    out = torch.empty(len(raw), tokens, width, dtype=read_dtype(dtype), device=raw.device)
+    if raw.device.type != "cpu":
+        return torch.mul(levels, scales, out=out)
     # image by image, whose fp32 values stay in the processor's cache: a third of the time
     values = torch.empty(tokens, width)
     for image, of_image, scale in zip(out, levels, scales, strict=True):

@@ -320,17 +320,17 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         self,
         features: tuple[Tensor, Tensor],
         same_image: Tensor,
-        gather: Callable[[Tensor], Tensor] | None = None,
+        gather: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] | None = None,
     ) -> Contrast:
         """ITC of the batch.
 
         Args:
             features (tuple): the batch's :meth:`features`.
             same_image (Tensor): (batch, candidates) bool, True where two pairs show one image.
-            gather (Callable, Optional): of the batch's features, images' or texts', those of all candidates. Default:
-                `None`, the batch itself.
+            gather (Callable, Optional): of the batch's features those of all candidates. Default: `None`, the batch
+                itself.
         """
-        similarities = self._similarities(*features, None if gather is None else tuple(map(gather, features)))
+        similarities = self._similarities(*features, None if gather is None else gather(features))
         return Contrast(self._contrastive_loss(*similarities, same_image), *similarities)
 
     def caption_loss(self, itg_rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None) -> Tensor:

@@ -210,7 +210,7 @@ class DistributedStage1(nn.Module):
 
     def contrast(self, features: tuple[Tensor, Tensor], pairs: Pairs) -> Contrast:
         """With the candidates of all ranks; its loss is the rank's share."""
-        found = self.model.contrast(features, pairs.same_image, lambda x: self._gather_features(x, pairs.batches))
+        found = self.model.contrast(features, pairs.same_image, lambda x: self._gather_features(*x, pairs.batches))
         return found._replace(loss_itc=found.loss_itc * (len(pairs.same_image) * pairs.share))
 
     def matching(self, contrast: Contrast, pairs: Pairs, negatives: tuple[Tensor, Tensor] | None = None) -> Matching:
@@ -265,12 +265,15 @@ class DistributedStage1(nn.Module):
             same_image=pairs.same_image,
         )
 
-    def _gather_features(self, features: Tensor, batches: list[int]) -> Tensor:
+    def _gather_features(self, images: Tensor, texts: Tensor, batches: list[int]) -> tuple[Tensor, Tensor]:
         """Of all ranks; gradients come back to the ranks that the features are of."""
-        narrow = features.to(self.feature_dtype)
+        own = torch.cat([images, texts[:, None]], dim=1).to(self.feature_dtype)
         if self.model.local_gradients or not torch.is_grad_enabled():
-            return self._gather("features", narrow.detach(), batches).to(features.dtype)
-        return _Gather.apply(narrow, self, batches).to(features.dtype)
+            found = self._gather("features", own.detach(), batches)
+        else:
+            found = _Gather.apply(own, self, batches)
+        found = found.to(images.dtype)
+        return found[:, :-1], found[:, -1]
 
     def _gather_sizes(self, text: PackedText, has_ids: bool, labels: Tensor) -> list[list[int]]:
         """Of every rank: pairs, text rows, longest caption, whether there are image ids, tokens to predict."""

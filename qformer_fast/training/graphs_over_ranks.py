@@ -20,10 +20,9 @@ from torch import Tensor
 
 from qformer_fast import overlap
 from qformer_fast.layout import PackedText, room_for, round_up
-from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast
+from qformer_fast.models.blip2_qformer import Blip2QFormer
 from qformer_fast.models.distributed import (
     DistributedStage1,
-    Matching,
     MatchInputs,
     MatchRoom,
     Pairs,
@@ -155,6 +154,7 @@ def step_over_ranks(
     scale: Tensor | float,
     negatives: tuple[Tensor, Tensor] | None = None,
     done: Callable[[int], None] = lambda segment: None,
+    branch: overlap.Branch | None = None,
 ) -> RanksOutput:
     """The rank's share of a step's losses, detached. Its gradients, ``scale`` times, go where those of ``sweeps`` go.
 
@@ -164,31 +164,31 @@ def step_over_ranks(
         gradients (GradientBuffers): of the parameters of the model of ``ranks``.
         negatives (tuple, Optional): as of :meth:`DistributedStage1.forward`.
         done (Callable, Optional): is called with each number of :func:`segments` when its gradients are done.
+        branch (Branch, Optional): on which what ranks exchange runs, beside the sweeps. Default: `None`, beside none.
     """
-    temp = ranks.model.temp
+    temp, branch = ranks.model.temp, branch or overlap.Branch()
     features = tuple(x.detach().requires_grad_() for x in sweeps.first())
-
-    def exchange() -> tuple[Contrast, Matching, Callable[[], list[int]]]:
+    # many small kernels, and waiting for other ranks, beside few large ones
+    branch.begin()
+    with branch.here():
         contrast = ranks.contrast(features, pairs)
-        matching = ranks.matching(contrast, pairs, negatives)
-        sizes = _to_host(matching.sizes)
         wanted = [*features, temp] if temp.requires_grad else features
         found = torch.autograd.grad(contrast.loss_itc * scale, wanted)
         torch._foreach_copy_(list(inputs.feature_gradients), list(found[:2]))
         for x in found[2:]:
             gradients[(temp,)].add_(x)
-        return contrast, matching, sizes
-
-    # many small kernels, and waiting for other ranks, beside few large ones
-    loss_itg, (contrast, matching, sizes) = overlap.side_by_side(sweeps.captions, exchange)
-    inputs.itg_gradient.fill_(pairs.itg_share).mul_(scale)
-    inputs.itm_gradient.fill_(pairs.itm_share).mul_(scale)
+        inputs.itg_gradient.fill_(pairs.itg_share * scale)
+        inputs.itm_gradient.fill_(pairs.itm_share * scale)
+    loss_itg = sweeps.captions()
+    branch.join()
     sweeps.first_backward()
-    count, *rows = counted = sizes()
-    number = 2 * len(pairs.same_image) + count
-    given = ranks.pair_up(
-        matching, counted, pairs, sweeps.room(number, pairs.own_rows + sum(rows), pairs.captions.max_length)
-    )
+    with branch.here():
+        matching = ranks.matching(contrast, pairs, negatives)
+        count, *rows = sizes = _to_host(matching.sizes)
+        number = 2 * len(pairs.same_image) + count
+        room = sweeps.room(number, pairs.own_rows + sum(rows), pairs.captions.max_length)
+        given = ranks.pair_up(matching, sizes, pairs, room)
+    branch.join()
     for segment in sweeps.second(given):
         done(segment)
     total, logits = sweeps.matched
@@ -200,19 +200,14 @@ def step_over_ranks(
     return dataclasses.replace(out, **losses)
 
 
-def _to_host(x: Tensor) -> Callable[[], list[int]]:
-    """What waits for the numbers of ``x`` and gives them, while the device may go on."""
+def _to_host(x: Tensor) -> list[int]:
+    """What the current stream has in ``x``; other streams' work goes on."""
     if not x.is_cuda:
-        return x.tolist
+        return x.tolist()
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)
-    there = torch.cuda.current_stream().record_event()
-
-    def wait() -> list[int]:
-        there.synchronize()
-        return host.tolist()
-
-    return wait
+    torch.cuda.current_stream().record_event().synchronize()
+    return host.tolist()
 
 
 class GraphedRanks(GraphedSteps):
@@ -237,8 +232,7 @@ class GraphedRanks(GraphedSteps):
         gradients, self._wholes = GradientBuffers.flat(model.groups, segments(model))
         super().__init__(model, gradients, dtype=dtype, bucket=bucket)
         self.ranks = ranks
-        # before the captions' loss, whose kernels take all multiprocessors
-        self._exchanges = overlap.Streams(model.temp.device, priority=-2)
+        self._branch = overlap.Branch(model.temp.device)
         with torch.no_grad():
             for x in (*model.parameters(), *model.buffers()):
                 dist.broadcast(x, group_src=0, group=ranks.group)
@@ -278,8 +272,10 @@ class GraphedRanks(GraphedSteps):
                 for whole in self._wholes[segment]:
                     under_way.append(dist.all_reduce(whole, dist.ReduceOp.AVG, group=ranks.group, async_op=True))
 
-        with capture.autocast(), overlap.overlapping(self._exchanges):
-            out = step_over_ranks(ranks, capture, capture.inputs, self._gradients, pairs, scale, negatives, done)
+        with capture.autocast():
+            out = step_over_ranks(
+                ranks, capture, capture.inputs, self._gradients, pairs, scale, negatives, done, self._branch
+            )
         with self.waiting():
             for work in under_way:
                 work.wait()

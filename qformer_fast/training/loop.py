@@ -112,7 +112,7 @@ def train(
         step = state["step"]
     order.start = step * run.accumulation
     output_dir.mkdir(parents=True, exist_ok=True)
-    loader = iter(batch_loader(dataset, order, num_workers=num_workers, pin_memory=device.type == "cuda"))
+    pin_memory = device.type == "cuda"
 
     def save(step: int) -> None:
         state = {"step": step, "identity": identity, "scaler": scaler.state_dict(), "run": dataclasses.asdict(run)}
@@ -130,6 +130,7 @@ def train(
         contextlib.closing(
             _Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log) if ranks.first else _NoLog()
         ) as log,
+        contextlib.closing(batch_loader(dataset, order, num_workers=num_workers, pin_memory=pin_memory)) as loader,
         _stop_signals() as stopped,
         tqdm(total=run.steps, initial=step, unit="step", disable=None if ranks.first else True) as progress,
     ):
@@ -145,9 +146,9 @@ def train(
             for number in range(run.accumulation):
                 with profile.part("data"):
                     batch = next(loader)
-                    images = dataset.unpack(to_device(batch.images))
+                    images = to_device(batch.images)
                 with profile.part("encoder"):
-                    images = _image_tokens(encoder, images, run.precision)
+                    images = _image_tokens(encoder, dataset.unpack(images), run.precision)
                 with profile.part("qformer"):
                     found = stage.step(images, batch, share, last=number == run.accumulation - 1)
                 metrics += found / run.accumulation
