@@ -298,7 +298,7 @@ def sampler(arm: Callable, mode: str, capturable: bool, setup: Setup) -> tuple[s
     if setup.device == "cpu":
         return "wall", lambda: _per_call(arm(), _wall)
     if not capturable:
-        return "events", lambda: _per_call(arm(), _between_events)
+        return "events", lambda: _per_call(arm(), between_events)
     calls, sample = _capture(arm, mode, 1)
     sample()
     rounds = round(SAMPLE_US / (sample() * calls))
@@ -314,7 +314,7 @@ def _capture(arm: Callable, mode: str, rounds: int) -> tuple[int, Callable[[], f
         with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in calls]
         del kept
-        return len(calls), lambda: _between_events(graph.replay) / len(calls)
+        return len(calls), lambda: between_events(graph.replay) / len(calls)
     # the forwards are a graph of their own, replayed before each sample and not timed
     with torch.cuda.graph(forward, stream=stream):
         calls = [call for _ in range(rounds) for call in arm()]
@@ -324,7 +324,7 @@ def _capture(arm: Callable, mode: str, rounds: int) -> tuple[int, Callable[[], f
 
     def sample() -> float:
         forward.replay()
-        return _between_events(graph.replay) / len(calls)
+        return between_events(graph.replay) / len(calls)
 
     return len(calls), sample
 
@@ -339,10 +339,10 @@ def _wall(work: Callable) -> float:
     return (time.perf_counter() - begin) * 1e6
 
 
-def _between_events(work: Callable) -> float:
+def between_events(work: Callable, sleep_cycles: int = SLEEP_CYCLES) -> float:
     """Microseconds on the device; it sleeps first, so that it never waits for the launch."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(SLEEP_CYCLES)
+    torch.cuda._sleep(sleep_cycles)
     begin.record()
     work()
     end.record()

@@ -12,19 +12,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _harness import between_events, seconds_in_a_row
 from _machine import write_result
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from qformer_fast import Blip2QFormer, QFormerConfig
+from qformer_fast.models.blip2_qformer import Stage1Output
 from qformer_fast.models.distributed import DistributedStage1
 from qformer_fast.ranks import Ranks, process_group
+from qformer_fast.training.graphs import GraphedStage1
+from qformer_fast.training.graphs_over_ranks import GraphedRanks
 
+SLEEP_CYCLES = 20_000_000  # in which the host launches ITC
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 TINY = dict(hidden_size=64, num_attention_heads=2, intermediate_size=96, encoder_hidden_size=48, num_query_tokens=4)
 Pairs = tuple[Tensor, Tensor, Tensor]
@@ -62,8 +68,15 @@ def losses_and_gradients(
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         out = model(images if bf16 else images.float(), ids, mask, negatives=negatives)
     out.loss.backward()
-    gradients = torch.cat([p.grad.flatten().float() for p in model.parameters()])
-    return torch.stack([getattr(out, name).detach().float() for name in LOSSES]), gradients
+    return losses_of(out), gradients_of(model)
+
+
+def losses_of(out: Stage1Output) -> Tensor:
+    return torch.stack([getattr(out, name).detach().float() for name in LOSSES])
+
+
+def gradients_of(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten().float() for p in model.parameters()])
 
 
 def compare(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[str, Any]:
@@ -77,8 +90,13 @@ def compare(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
     negatives = (number + 1) % count, (number + 3) % count
     own = slice(ranks.rank * options.batch, (ranks.rank + 1) * options.batch)
     bf16 = device.type == "cuda"
-    over_ranks = DistributedDataParallel(DistributedStage1(model))
-    share, found = losses_and_gradients(over_ranks, every[ranks.rank], tuple(x[own] for x in negatives), bf16=bf16)
+    stage1, given = DistributedStage1(model), tuple(x[own] for x in negatives)
+    if options.graphs:
+        model.zero_grad(set_to_none=True)
+        out = GraphedRanks(stage1, dtype=torch.bfloat16)(*every[ranks.rank], negatives=given)
+        share, found = losses_of(out), gradients_of(model)
+    else:
+        share, found = losses_and_gradients(DistributedDataParallel(stage1), every[ranks.rank], given, bf16=bf16)
     losses = ranks.mean(share)
     whole = tuple(torch.cat(parts) for parts in zip(*every, strict=True))
     one, expected = losses_and_gradients(model, whole, negatives, bf16=bf16)
@@ -99,35 +117,34 @@ def time_steps(options: argparse.Namespace, ranks: Ranks, device: torch.device) 
     torch.manual_seed(ranks.rank)
     pairs = make_pairs(options, ranks.rank, model.config.encoder_hidden_size, device)
     stage1 = model if ranks.alone else DistributedStage1(model)
-    trained = stage1 if ranks.alone else DistributedDataParallel(stage1)
+    if options.graphs:
+        graphs = GraphedStage1 if ranks.alone else GraphedRanks
+        forward_and_backward = graphs(stage1, dtype=torch.bfloat16)
+    else:
+        trained = stage1 if ranks.alone else DistributedDataParallel(stage1)
+
+        def forward_and_backward(*pairs: Tensor) -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = trained(*pairs).loss
+            loss.backward()
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = trained(*pairs).loss
-        loss.backward()
+        forward_and_backward(*pairs)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        ranks.wait()
 
     for _ in range(options.warm_up):
         step()
     seconds = []
     for _ in range(options.repeats):
-        wait()
-        begin = time.perf_counter()
-        for _ in range(options.in_a_row):
-            step()
-        wait()
-        seconds.append((time.perf_counter() - begin) / options.in_a_row)
+        ranks.wait()
+        seconds.append(seconds_in_a_row(step, options.in_a_row, device.type))
     found: dict[str, Any] = {"ms": [round(1000 * x, 3) for x in seconds]}
     found["median_ms"] = round(1000 * statistics.median(seconds), 3)
     if device.type == "cuda":
-        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     if not ranks.alone:
         others, width = ranks.world_size - 1, model.config.encoder_hidden_size
         parameters = sum(p.numel() for p in model.parameters())
@@ -138,6 +155,37 @@ def time_steps(options: argparse.Namespace, ranks: Ranks, device: torch.device) 
     return found
 
 
+def itc_ms(options: argparse.Namespace, device: torch.device) -> dict[int, float]:
+    """ITC, its backward and the draw of negatives, of a rank's pairs with the features of so many."""
+    model = build_model(options, device, dropout=0.0)
+    queries, width = model.query_tokens.shape[1], model.vision_proj.out_features
+
+    def features(count: int) -> tuple[Tensor, Tensor]:
+        shapes = (count, queries, width), (count, width)
+        return tuple(F.normalize(torch.randn(shape, device=device), dim=-1) for shape in shapes)
+
+    def time_once(step: Callable[[], None]) -> float:
+        if device.type == "cuda":  # beside a step's graphs the host is ahead of it
+            return between_events(step, SLEEP_CYCLES)
+        return 1e6 * seconds_in_a_row(step, 1, device.type)
+
+    found = {}
+    for count in options.candidates:
+        own = tuple(x.requires_grad_() for x in features(options.batch))
+        same_image = torch.eye(options.batch, count, dtype=torch.bool, device=device)
+
+        everyone = features(count)
+
+        def step(own=own, everyone=everyone, same_image=same_image) -> None:
+            contrast = model.contrast(own, same_image, lambda _: everyone)
+            model.draw_negatives(contrast, same_image)
+            torch.autograd.grad(contrast.loss_itc, own)
+
+        step()
+        found[count] = round(statistics.median(time_once(step) for _ in range(9)) / 1e3, 3)
+    return found
+
+
 def work(options: argparse.Namespace) -> None:
     """One process of those that torchrun started; rank 0 writes."""
     with process_group(300.0) as ranks:
@@ -145,7 +193,9 @@ def work(options: argparse.Namespace) -> None:
             torch.device("cuda", int(os.environ["LOCAL_RANK"])) if options.device == "cuda" else torch.device("cpu")
         )
         found = time_steps(options, ranks, device)
-        if not ranks.alone:
+        if ranks.alone:
+            found["itc_ms"] = itc_ms(options, device)
+        else:
             found["agreement"] = compare(options, ranks, device)
         if ranks.first:
             options.work.write_text(json.dumps(found))
@@ -157,14 +207,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="pairs of each process")
     parser.add_argument("--tokens", type=int, default=257)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--in-a-row", type=int, default=5)
+    parser.add_argument("--candidates", type=int, nargs="*", default=[], help="pairs of all ranks to time ITC with")
+    parser.add_argument("--warm-up", type=int, default=150, help="steps, in which most graphs are recorded")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--in-a-row", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="narrow layers, for tests")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="by default on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.graphs is None:
+        options.graphs = options.device == "cuda"
     if options.work:
         work(options)
         return

@@ -22,7 +22,7 @@ from qformer_fast.models.inference import _Runner
 from qformer_fast.models.one_launch import OneLaunch
 from qformer_fast.models.packing import GradientBuffers
 from qformer_fast.models.qformer import QFormer
-from qformer_fast.training.graphs import StepInputs, step_in_parts
+from qformer_fast.training.sweeps import StepInputs, step_in_parts
 
 SHORT = Sizes(3, "cuda", vocab=523, layers=2)
 LONG = Sizes(2, "cuda", vocab=523, layers=2, shortest=40, longest=70, tokens=50)

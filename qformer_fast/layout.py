@@ -138,9 +138,18 @@ class PackedText:
     def num_rows(self) -> int:
         return self.input_ids.shape[0]
 
+    def with_empty(self) -> PackedText:
+        """One caption more, without tokens, which only sequences with queries may have."""
+        offsets = torch.cat([self.offsets, self.offsets[-1:]])
+        return PackedText(self.input_ids, self.position_ids, offsets, self.max_length)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.input_ids, self.position_ids, self.offsets
+
     def to(self, device: torch.device | str) -> PackedText:
         """The same captions on ``device``; from page-locked memory the copy does not wait."""
-        moved = [x.to(device, non_blocking=True) for x in (self.input_ids, self.position_ids, self.offsets)]
+        moved = [x.to(device, non_blocking=True) for x in self.tensors]
         return PackedText(*moved, self.max_length)
 
     def __len__(self) -> int:

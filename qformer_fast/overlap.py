@@ -74,6 +74,35 @@ class Streams:
             self._held.clear()
 
 
+class Branch:
+    """A stream beside the current one, whose kernels go before those of streams and graphs of priority 0 and -1.
+
+    Tensors that are made there may be used by whoever comes after :meth:`join`, and given up if :meth:`begin` comes
+    before its next work.
+
+    Args:
+        device (torch.device, Optional): a CUDA device. Default: `None`, work comes in the order in which it is asked
+            for.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self._stream = None if device is None else torch.cuda.Stream(device, priority=-2)
+
+    def begin(self) -> None:
+        """What runs on it from now on comes after what the current stream has."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def here(self) -> contextlib.AbstractContextManager:
+        """What is asked for inside runs on it."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def join(self) -> None:
+        """What the current stream has from now on comes after what runs on the branch."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
 def _current() -> Streams | None:
     return getattr(_of_call, "streams", None) or _streams
 

@@ -93,8 +93,9 @@ class Ranks:
 
 @contextlib.contextmanager
 def process_group(timeout: float) -> Iterator[Ranks]:
-    """torchrun's process group while the block runs: NCCL, each process with the GPU of its LOCAL_RANK, or without GPUs
-    gloo. Nothing is made where torchrun did not start this process, or started it alone.
+    """torchrun's process group while the block runs: NCCL, each process with the GPU of its LOCAL_RANK, and for tensors
+    of the host gloo. Nothing is made where torchrun did not start this process, or started it alone. After an error the
+    group stays: its end would wait for what is under way.
 
     Args:
         timeout (float): seconds after which a rank that waits for others in vain ends with an error.
@@ -105,9 +106,10 @@ def process_group(timeout: float) -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if (local_rank := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # or a reduction waits behind the kernels that hide it
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     ranks = Ranks.current()
     try:
@@ -119,7 +121,7 @@ def process_group(timeout: float) -> Iterator[Ranks]:
             f"rank {ranks.rank} of {ranks.world_size}: another rank ended or was too slow (run.timeout {timeout} s), "
             f"see what it said: {error}"
         ) from error
-    finally:
+    else:
         dist.destroy_process_group()
 
 

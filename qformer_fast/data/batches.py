@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,8 @@ class Batch:
     """What a training step of stage 1 takes.
 
     Args:
-        images (Tensor): image tokens (batch, tokens, width) from a cache, or pixels (batch, 3, height, width).
+        images (Tensor): image tokens (batch, tokens, width) from a cache, or pixels (batch, 3, height, width); of
+            :func:`batch_loader` what :meth:`ImageTextDataset.read` says.
         input_ids, attention_mask (Tensor): (batch, length) int64.
         image_ids (Tensor): (batch,) int64, equal where pairs show one image.
     """
@@ -123,11 +127,25 @@ class ImageTextDataset(Dataset):
         """A checksum of which images there are and which are the same."""
         return zlib.crc32("\n".join(self._images).encode(), zlib.crc32(self.image_ids.numpy()))
 
-    def images(self, indices: list[int]) -> Tensor:
-        """Image tokens (len(indices), tokens, width) of the cache, or pixels (len(indices), 3, height, width)."""
+    def __getitem__(self, indices: list[int]) -> Batch | LanguageBatch:
+        batch = self.read(indices)
+        return replace(batch, images=self.unpack(batch.images))
+
+    def read(self, indices: list[int], *, pin_memory: bool = False) -> Batch | LanguageBatch:
+        """The batch, but of a cache the images' tokens as they are stored: (len(indices), bytes) uint8. ``pin_memory``:
+        these are read into pinned memory.
+        """
+        raise NotImplementedError
+
+    def unpack(self, images: Tensor) -> Tensor:
+        """Image tokens (batch, tokens, width), or pixels, of the images that :meth:`read` gave, on their device."""
+        return images if self.cache is None else self.cache.unpack(images)
+
+    def images(self, indices: list[int], *, pin_memory: bool = False) -> Tensor:
+        """As :meth:`read` has them."""
         names = [self._images[i] for i in indices]
         if self.cache is not None:
-            return self.cache.rows(names)
+            return self.cache.read(names, pin_memory=pin_memory)
         members = [self._members[i] for i in indices]
         read = [read_pixels(self.image_root / x, self.transform, at) for x, at in zip(names, members, strict=True)]
         return torch.stack(read)
@@ -164,8 +182,9 @@ class PairDataset(ImageTextDataset):
         self.pairs = list(pairs)
         self._captions = _Rows(encode(tokenizer, [pair.caption for pair in pairs], max_length=max_length))
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        return Batch(self.images(indices), *pad(self._captions[indices]), self.image_ids[indices])
+    def read(self, indices: list[int], *, pin_memory: bool = False) -> Batch:
+        images = self.images(indices, pin_memory=pin_memory)
+        return Batch(images, *pad(self._captions[indices]), self.image_ids[indices])
 
 
 class LanguageDataset(ImageTextDataset):
@@ -241,11 +260,12 @@ class LanguageDataset(ImageTextDataset):
         """Whether batches hold the texts in BERT's tokens."""
         return self._captions is not None
 
-    def __getitem__(self, indices: list[int]) -> LanguageBatch:
+    def read(self, indices: list[int], *, pin_memory: bool = False) -> LanguageBatch:
         text = self.language.pad(self._input_ids[indices], self._labels[indices])
         prompts = (None, None) if self._prompts is None else pad(self._prompts[indices])
         captions = (None, None) if self._captions is None else pad(self._captions[indices])
-        return LanguageBatch(self.images(indices), *vars(text).values(), *prompts, *captions, self.image_ids[indices])
+        images = self.images(indices, pin_memory=pin_memory)
+        return LanguageBatch(images, *vars(text).values(), *prompts, *captions, self.image_ids[indices])
 
 
 class _Rows:
@@ -302,13 +322,17 @@ class ShuffledBatches(Sampler[list[int]]):
 
 def batch_loader(
     dataset: ImageTextDataset, order: ShuffledBatches, *, num_workers: int, pin_memory: bool
-) -> DataLoader:
-    """Batches in ``order``; the same ones whatever ``num_workers``, and without touching the global random state.
+) -> Generator[Batch | LanguageBatch, None, None]:
+    """What :meth:`ImageTextDataset.read` gives in ``order``, the same whatever ``num_workers``; the global random state
+    stays as it is. Closing it ends its workers.
 
-    Workers leave SIGINT and SIGTERM, which often go to all processes of a run, to the main process, whose last
-    step they would otherwise take down.
+    A cache's tokens are read by threads, to where a GPU takes them from: processes would copy each batch twice, and
+    reading keeps no thread from another. Pictures are decoded by processes. These leave SIGINT and SIGTERM, which often
+    go to all processes of a run, to the main process, whose last step they would otherwise take down.
     """
-    return DataLoader(
+    if dataset.cache is not None:
+        return _read_ahead(dataset, order, num_workers, pin_memory=pin_memory)
+    loader = DataLoader(
         dataset,
         sampler=order,
         batch_size=None,
@@ -317,6 +341,33 @@ def batch_loader(
         generator=torch.Generator(),
         worker_init_fn=_ignore_stop_signals,
     )
+    return (batch for batch in loader)
+
+
+def _read_ahead(
+    dataset: ImageTextDataset, order: ShuffledBatches, num_threads: int, *, pin_memory: bool
+) -> Generator[Batch | LanguageBatch, None, None]:
+    """A batch a thread ahead: pinned memory comes in powers of two."""
+
+    def read(numbers: list[int]) -> Batch | LanguageBatch:
+        batch = dataset.read(numbers, pin_memory=pin_memory)
+        return batch.pin_memory() if pin_memory else batch
+
+    if num_threads == 0:
+        yield from map(read, order)
+        return
+    # a new thread has the first device, on which pinned memory may make a context
+    begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+    pool, ahead = ThreadPoolExecutor(num_threads, initializer=begin), deque()
+    try:
+        for numbers in order:
+            ahead.append(pool.submit(read, numbers))
+            if len(ahead) > num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ignore_stop_signals(_worker: int) -> None:

@@ -121,17 +121,34 @@ class FeatureCache:
         """Tokens of these images: (len(keys), tokens, width) in the cache's ``dtype``.
 
         Raises:
+            KeyError, ValueError: as of :meth:`read`.
+        """
+        return self.unpack(self.read(keys))
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """Tokens (images, tokens, width) in the cache's ``dtype``, of what :meth:`read` gave, on its device."""
+        return unpack(stored, self.stored, self.tokens, self.width)
+
+    def read(self, keys: Sequence[str], *, pin_memory: bool = False) -> Tensor:
+        """Tokens of these images as they are stored: (len(keys), bytes) uint8.
+
+        Raises:
             KeyError: a key that is not there. ValueError: a file that was cut since the cache was opened.
         """
+        size = self.tokens * token_bytes(self.stored, self.width)
+        raw = torch.empty(len(keys), size, dtype=torch.uint8, pin_memory=pin_memory)
+        self.read_into(raw.numpy(), keys)
+        return raw
+
+    def read_into(self, rows: Iterable[np.ndarray], keys: Sequence[str]) -> None:
+        """As :meth:`read`, each image into a row of bytes."""
         missing = [key for key in keys if key not in self._numbers]
         if missing:
             raise KeyError(f"feature_cache: {self.folder} has no features of {missing[:5]}")
-        raw = torch.empty(len(keys), self.tokens * token_bytes(self.stored, self.width), dtype=torch.uint8)
-        for out, key in zip(raw.numpy(), keys, strict=True):
+        for out, key in zip(rows, keys, strict=True):
             number = self._numbers[key]
             shard = bisect.bisect_right(self._starts, number) - 1
             _read_at(self._files[shard], out, (number - self._starts[shard]) * len(out))
-        return unpack(raw, self.stored, self.tokens, self.width)
 
     def __getitem__(self, key: str) -> Tensor:
         return self.rows([key])[0]

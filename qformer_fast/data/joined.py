@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qformer_fast.data.features import FeatureCache
+from qformer_fast.data.token_bytes import name_of, token_bytes, unpack
 
 
 class JoinedCaches:
@@ -34,6 +35,7 @@ class JoinedCaches:
                         f"feature_cache: {cache.folder} must have {name} {expected!r} as {first.folder}, got {found!r}"
                     )
         self.tokens, self.width, self.dtype = first.tokens, first.width, first.dtype
+        self.stored = first.stored if len({cache.stored for cache in caches}) == 1 else name_of(first.dtype)
 
     def _find(self, name: str) -> tuple[int, str] | None:
         """Which cache has an image, and under which key."""
@@ -46,18 +48,35 @@ class JoinedCaches:
         return self._find(name) is not None
 
     def rows(self, names: Sequence[str]) -> Tensor:
-        """Tokens of these images: (len(names), tokens, width) in the caches' dtype.
+        """As :meth:`FeatureCache.rows`.
 
         Raises:
-            KeyError: a name that no cache has.
+            KeyError: a name that no cache has. ValueError: as of :meth:`FeatureCache.read`.
+        """
+        return self.unpack(self.read(names))
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """As :meth:`FeatureCache.unpack`."""
+        return unpack(stored, self.stored, self.tokens, self.width)
+
+    def read(self, names: Sequence[str], *, pin_memory: bool = False) -> Tensor:
+        """As :meth:`FeatureCache.read`; tokens that caches store in several ways come in :attr:`dtype`.
+
+        Raises:
+            KeyError, ValueError: as of :meth:`rows`.
         """
         found = [self._find(name) for name in names]
         if None in found:
             missing = [name for name, place in zip(names, found, strict=True) if place is None]
             raise KeyError(f"feature_cache: none has features of {missing[:5]}")
-        out = torch.empty(len(names), self.tokens, self.width, dtype=self.dtype)
+        size = self.tokens * token_bytes(self.stored, self.width)
+        out = torch.empty(len(names), size, dtype=torch.uint8, pin_memory=pin_memory)
         for number, (_, cache) in enumerate(self._parts):
             rows = [row for row, (part, _) in enumerate(found) if part == number]
             if rows:
-                out[rows] = cache.rows([found[row][1] for row in rows])
+                keys = [found[row][1] for row in rows]
+                if cache.stored == self.stored:
+                    cache.read_into([out[row].numpy() for row in rows], keys)
+                else:
+                    out[rows] = cache.rows(keys).flatten(1).view(torch.uint8)
         return out

@@ -17,6 +17,11 @@ def read_dtype(dtype: str) -> torch.dtype:
     return FLOATS.get(dtype, torch.float16)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Of a cache that stores floats."""
+    return next(name for name, value in FLOATS.items() if value == dtype)
+
+
 def token_bytes(dtype: str, width: int) -> int:
     """Bytes of one token: of "int8" one a value, and behind them the token's fp32 scale."""
     return width + SCALE_BYTES if dtype == "int8" else width * FLOATS[dtype].itemsize
@@ -45,14 +50,19 @@ def pack(tokens: Tensor, dtype: str) -> np.ndarray:
 
 
 def unpack(raw: Tensor, dtype: str, tokens: int, width: int) -> Tensor:
-    """Image tokens (images, tokens, width) in ``read_dtype(dtype)``, of (images, bytes) uint8 as :func:`pack` gives."""
+    """Image tokens (images, tokens, width) in ``read_dtype(dtype)``, of (images, bytes) uint8 as :func:`pack` gives, on
+    their device.
+    """
     if dtype != "int8":
         return raw.view(FLOATS[dtype]).view(len(raw), tokens, width)
     raw = raw.view(len(raw), tokens, width + SCALE_BYTES)
-    scales = raw[..., width:].contiguous().view(torch.float32)
-    out = torch.empty(len(raw), tokens, width, dtype=read_dtype(dtype))
+    scales = raw[..., width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    levels = raw[..., :width].view(torch.int8)
+    out = torch.empty(len(raw), tokens, width, dtype=read_dtype(dtype), device=raw.device)
+    if raw.device.type != "cpu":
+        return torch.mul(levels, scales, out=out)
     # image by image, whose fp32 values stay in the processor's cache: a third of the time
     values = torch.empty(tokens, width)
-    for image, levels, scale in zip(out, raw[..., :width].view(torch.int8), scales, strict=True):
-        image.copy_(values.copy_(levels).mul_(scale))
+    for image, of_image, scale in zip(out, levels, scales, strict=True):
+        image.copy_(values.copy_(of_image).mul_(scale))
     return out

@@ -39,7 +39,7 @@ class VQAConfig:
         batch_size (int): questions a step.
         lr (float): peak of the learning rate.
         answer_batch_size (int): questions that are answered at once.
-        num_workers (int): processes that read the training data.
+        num_workers (int): threads that read a cache, processes that read pictures.
         language (PretrainConfig): of the language model.
     """
 

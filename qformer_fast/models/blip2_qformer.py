@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,6 +75,11 @@ class FirstSweep:
     query_rows: Tensor
     first_rows: Tensor
     itg_rows: Tensor
+
+    def again(self) -> FirstSweep:
+        """For sweep 2, whose kernels add to the gradients that sweep 1's backward wrote."""
+        image_kv = dataclasses.replace(self.image_kv, accumulate=True)
+        return dataclasses.replace(self, image_kv=image_kv, weights=self.weights.adding())
 
 
 class Contrast(NamedTuple):
@@ -237,7 +243,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         weights = self.qformer.encoder_weights(self.query_tokens)
         label_rows, labels = text.next_tokens()
         first = self.first_sweep(self.image_kv(image_embeds), text, label_rows, weights)
-        contrast = self.contrast(first, same_image)
+        contrast = self.contrast(self.features(first), same_image)
         if negatives is None:
             negatives = self.draw_negatives(contrast, same_image)
         image_index, text_index = self._check_negatives(negatives, batch, device)
@@ -306,19 +312,25 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         query_rows, itg_rows, first_rows = rows.split([layout.num_query_rows, len(label_rows), batch])
         return FirstSweep(image_kv, weights, query_rows, first_rows, itg_rows)
 
+    def features(self, first: FirstSweep) -> tuple[Tensor, Tensor]:
+        """ITC's of the batch: images' (batch, queries, embed_dim) and texts' (batch, embed_dim)."""
+        return self._image_features(first.query_rows), self._text_features(first.first_rows)
+
     def contrast(
-        self, first: FirstSweep, same_image: Tensor, gather: Callable[[Tensor], Tensor] | None = None
+        self,
+        features: tuple[Tensor, Tensor],
+        same_image: Tensor,
+        gather: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] | None = None,
     ) -> Contrast:
-        """ITC of the batch's rows.
+        """ITC of the batch.
 
         Args:
-            first (FirstSweep): of the batch.
+            features (tuple): the batch's :meth:`features`.
             same_image (Tensor): (batch, candidates) bool, True where two pairs show one image.
-            gather (Callable, Optional): of the batch's features, images' or texts', those of all candidates. Default:
-                `None`, the batch itself.
+            gather (Callable, Optional): of the batch's features those of all candidates. Default: `None`, the batch
+                itself.
         """
-        own = self._image_features(first.query_rows), self._text_features(first.first_rows)
-        similarities = self._similarities(*own, None if gather is None else tuple(map(gather, own)))
+        similarities = self._similarities(*features, None if gather is None else gather(features))
         return Contrast(self._contrastive_loss(*similarities, same_image), *similarities)
 
     def caption_loss(self, itg_rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None) -> Tensor:
@@ -505,15 +517,21 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         return layout, text, image_kv
 
     def match_packed(
-        self, image_kv: ImageKV, text: PackedText, image_index: Tensor, weights: EncoderWeights | None = None
+        self,
+        image_kv: ImageKV,
+        text: PackedText,
+        image_index: Tensor,
+        weights: EncoderWeights | None = None,
+        at_layer: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """:meth:`match` of packed captions on the model's device, without a check and without waiting for the device.
 
         Args:
             image_kv (ImageKV): images.
-            text (PackedText): a caption each pair.
+            text (PackedText): a caption each pair; more than these are encoded alone.
             image_index (Tensor): (pairs,) int64 in [0, images).
             weights (EncoderWeights, Optional): of ``self.qformer``. Default: `None`, made here.
+            at_layer (Callable, Optional): as of :meth:`QFormer.encode`.
         """
         layout = SequenceLayout(
             num_queries=self.query_tokens.shape[1],
@@ -523,10 +541,15 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             num_text_rows=text.num_rows,
             max_text_length=text.max_length,
         )
-        return self._match(layout, text, image_kv, weights)
+        return self._match(layout, text, image_kv, weights, at_layer)
 
     def _match(
-        self, layout: SequenceLayout, text: PackedText, image_kv: ImageKV, weights: EncoderWeights | None = None
+        self,
+        layout: SequenceLayout,
+        text: PackedText,
+        image_kv: ImageKV,
+        weights: EncoderWeights | None = None,
+        at_layer: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         rows = self.qformer.encode(
             layout,
@@ -535,6 +558,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             image_kv=image_kv,
             weights=weights,
             text_index=text.offsets.new_empty(0),
+            at_layer=at_layer,
         )
         # averaged in fp32: scores to be ranked would tie in bf16
         return _at_least_fp32(self.itm_head(rows)).unflatten(0, (-1, self.query_tokens.shape[1])).mean(1)

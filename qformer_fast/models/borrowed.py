@@ -171,8 +171,14 @@ class BorrowedQFormer(QFormer):
             parts.append(padded.gather_rows(rows[:, num_queries:].flatten(0, 1), places))
         packed = torch.cat(parts) if len(parts) > 1 else parts[0]
         weights = self.encoder_weights(packed)
-        layer_inputs = [] if with_keys_values else None
-        out = self.encode_rows(packed, layout, image_kv=image_kv, weights=weights, layer_inputs=layer_inputs)
+        layer_inputs = []
+
+        def keep(layer: int, rows: Tensor) -> Tensor:
+            layer_inputs.append(rows)
+            return rows
+
+        at_layer = keep if with_keys_values else None
+        out = self.encode_rows(packed, layout, image_kv=image_kv, weights=weights, at_layer=at_layer)
 
         def pad(rows: Tensor) -> Tensor:
             """(rows, width) -> (batch, num_queries + text, width)"""

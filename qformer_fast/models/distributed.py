@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qformer_fast.layout import PackedText
-from qformer_fast.models.blip2_qformer import Blip2QFormer, Stage1Output
+from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output
+from qformer_fast.models.image_kv import ImageKV
+from qformer_fast.models.packing import EncoderWeights
 
 # the names that torch 2.14 gave them, or the older ones
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,6 +32,78 @@ class RanksOutput(Stage1Output):
     """
 
     same_image: Tensor
+
+
+class Pairs(NamedTuple):
+    """The pairs of all ranks, as one of them knows them.
+
+    Args:
+        captions (PackedText): in the ranks' order.
+        own_rows (int): text rows of the rank's own.
+        same_image (Tensor): (batch, pairs of all ranks) bool.
+        batches (list): pairs of each rank.
+        first (int): the rank's first pair.
+        share (float): of a pair in ITC's and ITM's means, times the number of ranks.
+        itg_share (float): of the rank's mean over its tokens in that over all, times the number of ranks.
+    """
+
+    captions: PackedText
+    own_rows: int
+    same_image: Tensor
+    batches: list[int]
+    first: int
+    share: float
+    itg_share: float
+
+    @property
+    def itm_share(self) -> float:
+        """Of a pair in :func:`match`'s sum, of which each caption has three."""
+        return self.share / 3
+
+
+class Matching(NamedTuple):
+    """The pairs that a rank matches.
+
+    Args:
+        negatives (tuple): of its texts and of its images.
+        images (Tensor): (pairs of all ranks,), the negative image of each text.
+        here (Tensor): (pairs of all ranks,) bool, whether it is one of the rank's.
+        sizes (Tensor): (3,), how many are, their captions' rows, and those of the negative texts.
+    """
+
+    negatives: tuple[Tensor, Tensor]
+    images: Tensor
+    here: Tensor
+    sizes: Tensor
+
+
+class MatchRoom(NamedTuple):
+    """What :class:`MatchInputs` has room for: pairs, their captions' rows, at most ``filler_rows`` of these taken by no
+    caption, and a caption's tokens.
+    """
+
+    pairs: int
+    text_rows: int
+    filler_rows: int
+    max_length: int
+
+
+class MatchInputs(NamedTuple):
+    """What ITM of a rank's pairs reads.
+
+    Args:
+        text (PackedText): a caption each pair; more than these are encoded alone.
+        image_index (Tensor): (pairs,) int64, of the rank's images.
+        labels (Tensor): (pairs,) int64, 1 for those that belong together.
+        counts (Tensor): (pairs,) bool, False for what only takes room.
+        room (MatchRoom, Optional): what all this is filled up to; `None`, nothing is.
+    """
+
+    text: PackedText
+    image_index: Tensor
+    labels: Tensor
+    counts: Tensor
+    room: MatchRoom | None
 
 
 class DistributedStage1(nn.Module):
@@ -92,64 +166,114 @@ class DistributedStage1(nn.Module):
         Raises:
             ValueError: what :meth:`Blip2QFormer.forward` refuses, image_ids on some ranks alone.
         """
-        self.received = Counter()
         model, device = self.model, image_embeds.device
         batch = len(image_embeds)
-        text = model.pack_captions(input_ids, attention_mask, batch).to(device)
+        text = model.pack_captions(input_ids, attention_mask, batch)
         label_rows, labels = text.next_tokens()
-        sizes = self._gather_sizes(text, image_ids is not None, labels)
-        batches, *_, all_predicted = sizes
-        pairs, first_pair = sum(batches), sum(batches[: self.rank])
-        own = torch.arange(batch, device=device)
-        everyone, ids = self._gather_captions(text, _numbers(image_ids, first_pair, batch), sizes)
-        same_image = ids[first_pair : first_pair + batch, None] == ids[None, :]
-
+        pairs = self.gather_pairs(text, image_ids, labels, device)
+        text, label_rows, labels = text.to(device), label_rows.to(device), labels.to(device)
         weights = model.qformer.encoder_weights(model.query_tokens)
         first = model.first_sweep(model.image_kv(image_embeds), text, label_rows, weights)
-        contrast = model.contrast(first, same_image, lambda features: self._gather_features(features, batches))
-        if negatives is None:
-            negatives = model.draw_negatives(contrast, same_image)
-        image_index, text_index = (index.to(device) for index in negatives)
-        all_image_index = self._gather("negatives", image_index, batches)
-        here = (all_image_index >= first_pair) & (all_image_index < first_pair + batch)
-        # the step's host sync
-        count, rows, negative_rows = torch.stack(
-            [here.sum(), (here * everyone.lengths).sum(), everyone.lengths[text_index].sum()]
-        ).tolist()
-        texts = here.nonzero_static(size=count).squeeze(1)
-        captions = torch.cat([first_pair + own, texts, text_index])
-        logits = model.match_packed(
-            first.image_kv,
-            everyone.select(captions, text.num_rows + rows + negative_rows),
-            torch.cat([own, all_image_index[texts] - first_pair, own]),
-            weights,
+        contrast = self.contrast(model.features(first), pairs)
+        matching = self.matching(contrast, pairs, negatives)
+        given = self.pair_up(matching, matching.sizes.tolist(), pairs)  # the step's host sync
+        matched = match(model, first.image_kv, weights, given)
+        out = self.output(contrast, matched, model.caption_loss(first.itg_rows, labels), matching, pairs)
+        return replace(out, query_output=first.query_rows.unflatten(0, (batch, -1)))
+
+    def gather_pairs(
+        self,
+        text: PackedText,
+        image_ids: Sequence[str | int] | Tensor | None,
+        labels: Tensor,
+        device: torch.device,
+    ) -> Pairs:
+        """The captions and images' names of all ranks, on ``device``; a step's first exchange, on the host where the
+        group has a backend for it, so that it does not wait for the device.
+        """
+        self.received.clear()
+        meet = torch.device("cpu") if "cpu:" in dist.get_backend_config(self.group) else device
+        text, labels = PackedText(*(_to(x, meet) for x in text.tensors), text.max_length), _to(labels, meet)
+        sizes = self._gather_sizes(text, image_ids is not None, labels)
+        batches, *_, all_predicted = sizes
+        batch, first = len(text), sum(batches[: self.rank])
+        captions, ids = self._gather_captions(text, _numbers(image_ids, first, batch), sizes)
+        return Pairs(
+            captions=PackedText(*(_to(x, device) for x in captions.tensors), captions.max_length),
+            own_rows=text.num_rows,
+            same_image=_to(ids[first : first + batch, None] == ids[None, :], device),
+            batches=batches,
+            first=first,
+            share=self.world_size / sum(batches),
+            itg_share=all_predicted[self.rank] * self.world_size / sum(all_predicted),
         )
-        itm_labels = (torch.arange(len(logits), device=device) < batch).long()
-        share = self.world_size / pairs
-        loss_itm = F.cross_entropy(logits, itm_labels, reduction="sum") * (share / 3)
-        itg_share = all_predicted[self.rank] * self.world_size / sum(all_predicted)
-        loss_itg = model.caption_loss(first.itg_rows, labels) * itg_share
-        loss_itc = contrast.loss_itc * (batch * share)
+
+    def contrast(self, features: tuple[Tensor, Tensor], pairs: Pairs) -> Contrast:
+        """With the candidates of all ranks; its loss is the rank's share."""
+        found = self.model.contrast(features, pairs.same_image, lambda x: self._gather_features(*x, pairs.batches))
+        return found._replace(loss_itc=found.loss_itc * (len(pairs.same_image) * pairs.share))
+
+    def matching(self, contrast: Contrast, pairs: Pairs, negatives: tuple[Tensor, Tensor] | None = None) -> Matching:
+        """Which pairs this rank matches, of ``negatives`` or of those drawn here."""
+        if negatives is None:
+            negatives = self.model.draw_negatives(contrast, pairs.same_image)
+        image_index, text_index = (index.to(pairs.same_image.device) for index in negatives)
+        images = self._gather("negatives", image_index, pairs.batches)
+        here = (images >= pairs.first) & (images < pairs.first + len(image_index))
+        lengths = pairs.captions.lengths
+        sizes = torch.stack([here.sum(), (here * lengths).sum(), lengths[text_index].sum()])
+        return Matching((image_index, text_index), images, here, sizes)
+
+    def pair_up(self, matching: Matching, sizes: list[int], pairs: Pairs, room: MatchRoom | None = None) -> MatchInputs:
+        """The pairs that this rank matches, filled up to ``room``; ``sizes`` are ``matching.sizes`` on the host."""
+        count, *rows = sizes
+        batch, device = len(pairs.same_image), pairs.same_image.device
+        own = torch.arange(batch, device=device)
+        texts = matching.here.nonzero_static(size=count).squeeze(1)
+        captions = torch.cat([pairs.first + own, texts, matching.negatives[1]])
+        images = torch.cat([own, matching.images[texts] - pairs.first, own])
+        if room is None:
+            missing, text = 0, pairs.captions.select(captions, pairs.own_rows + sum(rows))
+        else:
+            missing = room.pairs - len(captions)
+            index = F.pad(captions, (0, missing), value=len(pairs.captions))
+            text = pairs.captions.with_empty().select(index, room.text_rows, fill=room.filler_rows)
+        number = torch.arange(len(captions) + missing, device=device)
+        return MatchInputs(text, F.pad(images, (0, missing)), (number < batch).long(), number < len(captions), room)
+
+    def output(
+        self,
+        contrast: Contrast,
+        matched: tuple[Tensor, Tensor],
+        loss_itg: Tensor,
+        matching: Matching,
+        pairs: Pairs,
+    ) -> RanksOutput:
+        """Of :meth:`contrast`, :func:`match`, and ITG's mean over the rank's tokens."""
+        total, logits = matched
+        loss_itm, loss_itg = total * pairs.itm_share, loss_itg * pairs.itg_share
         return RanksOutput(
-            loss=loss_itc + loss_itm + loss_itg,
-            loss_itc=loss_itc,
+            loss=contrast.loss_itc + loss_itm + loss_itg,
+            loss_itc=contrast.loss_itc,
             loss_itm=loss_itm,
             loss_itg=loss_itg,
             sim_i2t=contrast.sim_i2t.detach(),
             sim_t2i=contrast.sim_t2i.detach(),
             itm_logits=logits.detach(),
-            itm_labels=itm_labels,
-            negatives=(image_index, text_index),
-            query_output=first.query_rows.unflatten(0, (batch, -1)),
-            same_image=same_image,
+            itm_labels=(torch.arange(len(logits), device=logits.device) < len(pairs.same_image)).long(),
+            negatives=matching.negatives,
+            same_image=pairs.same_image,
         )
 
-    def _gather_features(self, features: Tensor, batches: list[int]) -> Tensor:
+    def _gather_features(self, images: Tensor, texts: Tensor, batches: list[int]) -> tuple[Tensor, Tensor]:
         """Of all ranks; gradients come back to the ranks that the features are of."""
-        narrow = features.to(self.feature_dtype)
+        own = torch.cat([images, texts[:, None]], dim=1).to(self.feature_dtype)
         if self.model.local_gradients or not torch.is_grad_enabled():
-            return self._gather("features", narrow.detach(), batches).to(features.dtype)
-        return _Gather.apply(narrow, self, batches).to(features.dtype)
+            found = self._gather("features", own.detach(), batches)
+        else:
+            found = _Gather.apply(own, self, batches)
+        found = found.to(images.dtype)
+        return found[:, :-1], found[:, -1]
 
     def _gather_sizes(self, text: PackedText, has_ids: bool, labels: Tensor) -> list[list[int]]:
         """Of every rank: pairs, text rows, longest caption, whether there are image ids, tokens to predict."""
@@ -167,7 +291,7 @@ class DistributedStage1(nn.Module):
         narrow = torch.int16 if self.model.config.vocab_size <= 2**15 else torch.int32
         tokens = torch.stack([text.input_ids, text.position_ids], dim=1).to(narrow)
         all_tokens = self._gather("captions", tokens, rows).long()
-        lengths_and_ids = torch.stack([text.lengths, ids.to(text.lengths.device, non_blocking=True)], dim=1)
+        lengths_and_ids = torch.stack([text.lengths, ids.to(text.lengths.device)], dim=1)
         all_lengths, all_ids = self._gather("captions", lengths_and_ids, batches).unbind(1)
         offsets = F.pad(all_lengths.cumsum(0), (1, 0))
         return PackedText(*all_tokens.unbind(1), offsets, max(longest)), all_ids
@@ -194,6 +318,23 @@ class DistributedStage1(nn.Module):
                         f"model must be the same on all ranks: {name} is {value} on rank 0 and {theirs.get(name)} on "
                         f"rank {rank}"
                     )
+
+
+def _to(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` there; the host does not wait for what a device has to do before it takes it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+def match(
+    model: Blip2QFormer,
+    image_kv: ImageKV,
+    weights: EncoderWeights,
+    given: MatchInputs,
+    at_layer: Callable[[int, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the pairs' ITM losses, and the logits (pairs, 2); ``at_layer`` as of :meth:`QFormer.encode`."""
+    logits = model.match_packed(image_kv, given.text, given.image_index, weights, at_layer)
+    return (F.cross_entropy(logits, given.labels, reduction="none") * given.counts).sum(), logits
 
 
 def shard_parameters(stage1: DistributedStage1, **options: Any) -> DistributedStage1:

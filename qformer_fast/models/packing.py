@@ -31,6 +31,26 @@ class GradientBuffers:
         self.buffers = buffers
         self._places = {id(group[0]): buffer for group, buffer in zip(groups, buffers, strict=True)}
 
+    @classmethod
+    def flat(cls, groups: list[Group], parts: list[int]) -> tuple[GradientBuffers, list[list[Tensor]]]:
+        """Zeros, each aligned to 256 bytes, and for each part all its buffers of a dtype as one tensor; ``parts`` has a
+        part's number for every group.
+        """
+        buffers: list[Tensor | None] = [None] * len(groups)
+        wholes: list[list[Tensor]] = [[] for _ in range(max(parts) + 1)]
+        kinds = [(part, group[0].dtype) for part, group in zip(parts, groups, strict=True)]
+        for part, dtype in dict.fromkeys(kinds):
+            places = [i for i, kind in enumerate(kinds) if kind == (part, dtype)]
+            sizes = [sum(p.numel() for p in groups[i]) for i in places]
+            room = [-(-size * dtype.itemsize // 256) * 256 // dtype.itemsize for size in sizes]
+            whole = torch.zeros(sum(room), dtype=dtype, device=groups[places[0]][0].device)
+            for i, size, place in zip(places, sizes, whole.split(room), strict=True):
+                first = groups[i][0]
+                shape = (sum(map(len, groups[i])), *first.shape[1:]) if first.ndim else ()
+                buffers[i] = place[:size].view(shape)
+            wholes[part].append(whole)
+        return cls(groups, buffers), wholes
+
     def __getitem__(self, group: Group) -> Tensor:
         """(sum of rows, ...): the gradients of a whole group."""
         return self._places[id(group[0])]

@@ -452,6 +452,7 @@ class QFormer(CheckpointMixin, nn.Module):
         image_kv: ImageKV | None = None,
         weights: EncoderWeights | None = None,
         text_index: Tensor | None = None,
+        at_layer: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Runs the packed rows through all layers.
 
@@ -463,6 +464,7 @@ class QFormer(CheckpointMixin, nn.Module):
             weights (EncoderWeights, Optional): of :meth:`encoder_weights`, to be shared. Default: `None`, made here.
             text_index (Tensor, Optional): (n,) int64, which text rows are wanted, in which order: the last feed-forward
                 takes no others. Default: `None`, all.
+            at_layer (Callable, Optional): is given a layer's number and its rows, and gives those that it takes.
 
         Returns:
             Tensor: (rows, hidden), query rows first.
@@ -474,7 +476,9 @@ class QFormer(CheckpointMixin, nn.Module):
             dtype = None if text is None else parts[0].dtype
             parts.insert(0, self.embed_queries(query_embeds, layout.num_query_sequences, dtype))
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return self.encode_rows(rows, layout, image_kv=image_kv, weights=weights, text_index=text_index)
+        return self.encode_rows(
+            rows, layout, image_kv=image_kv, weights=weights, text_index=text_index, at_layer=at_layer
+        )
 
     def encode_rows(
         self,
@@ -484,15 +488,15 @@ class QFormer(CheckpointMixin, nn.Module):
         image_kv: ImageKV | None = None,
         weights: EncoderWeights | None = None,
         text_index: Tensor | None = None,
-        layer_inputs: list[Tensor] | None = None,
+        at_layer: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """:meth:`encode` of rows (rows, hidden) that are embedded already; ``layer_inputs`` is given each layer's."""
+        """:meth:`encode` of rows (rows, hidden) that are embedded already."""
         if weights is None:
             weights = self.encoder_weights(rows)
         last = self.encoder.layer[-1]
-        for layer, layer_kv, layer_weights in self.layers_with(image_kv, weights):
-            if layer_inputs is not None:
-                layer_inputs.append(rows)
+        for i, (layer, layer_kv, layer_weights) in enumerate(self.layers_with(image_kv, weights)):
+            if at_layer is not None:
+                rows = at_layer(i, rows)
             level = self.gradient_checkpointing if self.training else "none"
             wanted = text_index if layer is last else None
             inputs = (rows, layout, layer_kv, layer_weights, level == "feed_forward", wanted)

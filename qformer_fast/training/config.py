@@ -84,7 +84,8 @@ class DataConfig:
         tokenizer (str, Optional): see :func:`qformer_fast.data.tokenizer.load_tokenizer`.
         max_length (int): of captions, and of prompts for the Q-Former, in BERT's tokens; longer captions lose their
             end, longer prompts their beginning.
-        num_workers (int): processes that read data.
+        num_workers (int): threads that read a feature cache; processes that read pictures, and tars when they are
+            indexed.
     """
 
     pairs: list[str] | str

@@ -65,7 +65,7 @@ def train(
         optimizer_config (OptimizerConfig, Optional): Default: `None`, the paper's.
         encoder (nn.Module, Optional): pixels to image tokens; needed when the dataset gives pixels. Moved to the
             device, and to the dtype of ``run.precision``.
-        num_workers (int): processes that read data. Default: 0.
+        num_workers (int): threads that read a cache, or processes that read pictures. Default: 0.
         on_log (Callable, Optional): called with each entry as it is logged.
 
     Returns:
@@ -112,7 +112,7 @@ def train(
         step = state["step"]
     order.start = step * run.accumulation
     output_dir.mkdir(parents=True, exist_ok=True)
-    loader = iter(batch_loader(dataset, order, num_workers=num_workers, pin_memory=device.type == "cuda"))
+    pin_memory = device.type == "cuda"
 
     def save(step: int) -> None:
         state = {"step": step, "identity": identity, "scaler": scaler.state_dict(), "run": dataclasses.asdict(run)}
@@ -125,11 +125,12 @@ def train(
     to_device = _Copy(device)
     profile = Profile(device) if run.profile else NoProfile()
     if run.profile and not ranks.alone:
-        profile.watch(stage.trained)
+        stage.watch(profile)
     with (
         contextlib.closing(
             _Log(output_dir, after=step, tensorboard=run.tensorboard, on_log=on_log) if ranks.first else _NoLog()
         ) as log,
+        contextlib.closing(batch_loader(dataset, order, num_workers=num_workers, pin_memory=pin_memory)) as loader,
         _stop_signals() as stopped,
         tqdm(total=run.steps, initial=step, unit="step", disable=None if ranks.first else True) as progress,
     ):
@@ -147,7 +148,7 @@ def train(
                     batch = next(loader)
                     images = to_device(batch.images)
                 with profile.part("encoder"):
-                    images = _image_tokens(encoder, images, run.precision)
+                    images = _image_tokens(encoder, dataset.unpack(images), run.precision)
                 with profile.part("qformer"):
                     found = stage.step(images, batch, share, last=number == run.accumulation - 1)
                 metrics += found / run.accumulation

@@ -32,7 +32,8 @@ class Interval:
 
         Returns:
             dict: "share_data", "share_encoder", "share_qformer" and "share_other", which add up to 1; and of several
-            ranks "share_communication", in which gradients are on their way, beside the Q-Former's backward.
+            ranks "share_communication", in which gradients are on their way, beside the Q-Former's backward, or of
+            CUDA graphs the part of "share_qformer" in which the device waits for them.
         """
         whole = _seconds(self.begin, self.end)
         spans = [(part, _seconds(self.begin, a) / whole, _seconds(self.begin, b) / whole) for part, a, b in self.spans]

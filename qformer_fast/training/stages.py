@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -20,6 +21,8 @@ from qformer_fast.models.distributed import DistributedStage1, RanksOutput
 from qformer_fast.ranks import Ranks
 from qformer_fast.training.config import RunConfig
 from qformer_fast.training.graphs import GraphedStage1
+from qformer_fast.training.graphs_over_ranks import GraphedRanks
+from qformer_fast.training.profile import Profile
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RETRIEVAL = ("r1_i2t", "r1_t2i", "itm_accuracy")
@@ -33,15 +36,16 @@ class Stage(ABC):
     """How the loop trains one kind of model.
 
     Args:
-        model (nn.Module): on its device. Where several ranks train, it is wrapped in ``DistributedDataParallel``.
+        model (nn.Module): on its device. Where several ranks train, it is wrapped in ``DistributedDataParallel``, or
+            their CUDA graphs average its gradients.
         dataset (ImageTextDataset): what its batches come from.
         run (RunConfig): precision and graphs.
 
     ``scales_loss`` says whether gradients pass through fp16, where small ones would be lost.
 
     Raises:
-        ValueError: a data set for another kind of model, CUDA graphs where there are none, a kind of model or graphs
-            that one process alone trains.
+        ValueError: a data set for another kind of model, CUDA graphs where there are none, a kind of model that one
+            process alone trains.
     """
 
     dataset_class: ClassVar[type[ImageTextDataset]]
@@ -66,15 +70,19 @@ class Stage(ABC):
         self.ranks = Ranks.current()
         self.trained: nn.Module = model
         if not self.ranks.alone:
-            if run.cuda_graphs or not self.has_ranks:
-                what = "run.cuda_graphs" if run.cuda_graphs else f"a {name}"
-                raise ValueError(f"{what} needs a run of one process, got {self.ranks.world_size} of them")
-            self.trained = DistributedDataParallel(self.over_ranks(model))
+            if not self.has_ranks:
+                raise ValueError(f"a {name} needs a run of one process, got {self.ranks.world_size} of them")
+            if not run.cuda_graphs:
+                self.trained = DistributedDataParallel(self.over_ranks(model))
         self.scales_loss = run.precision == "fp16"
 
     def over_ranks(self, model: nn.Module) -> nn.Module:
         """What the ranks run of ``model``, whose loss has the mean over them that is wanted."""
         return model
+
+    def watch(self, profile: Profile) -> None:
+        """Has the ranks' communication counted."""
+        profile.watch(self.trained)
 
     def step(self, images: Tensor, batch: Any, scale: Tensor, *, last: bool = True) -> Tensor:
         """Forward, and backward of ``scale`` times the loss; the ranks' gradients are averaged in the ``last`` one.
@@ -112,15 +120,31 @@ class Stage1(Stage):
 
     def __init__(self, model: Blip2QFormer, dataset: ImageTextDataset, run: RunConfig):
         super().__init__(model, dataset, run)
-        self.graphed = GraphedStage1(model, dtype=AUTOCAST.get(run.precision)) if run.cuda_graphs else None
+        self.graphed: GraphedStage1 | GraphedRanks | None = None
+        if run.cuda_graphs:
+            dtype = AUTOCAST.get(run.precision)
+            if self.ranks.alone:
+                self.graphed = GraphedStage1(model, dtype=dtype)
+            else:
+                self.graphed = GraphedRanks(self.over_ranks(model), dtype=dtype)
 
     def over_ranks(self, model: nn.Module) -> nn.Module:
         return DistributedStage1(model)
 
+    def watch(self, profile: Profile) -> None:
+        if self.graphed is None:
+            super().watch(profile)
+        else:
+            self.graphed.waiting = functools.partial(profile.part, "communication")
+
     def step(self, images: Tensor, batch: Batch, scale: Tensor, *, last: bool = True) -> Tensor:
         if self.graphed is None:
             return super().step(images, batch, scale, last=last)
-        out = self.graphed(images, batch.input_ids, batch.attention_mask, batch.image_ids, scale=scale)
+        inputs = images, batch.input_ids, batch.attention_mask, batch.image_ids
+        if isinstance(self.graphed, GraphedRanks):
+            out = self.graphed(*inputs, scale=scale, average=last)
+        else:
+            out = self.graphed(*inputs, scale=scale)
         return self.measure(out, batch)
 
     def forward(self, images: Tensor, batch: Batch) -> Stage1Output:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = [
     "--device", "cpu", "--tiny", "--layers", "2", "--batch", "4", "--tokens", "9",
-    "--warm-up", "1", "--repeats", "1", "--in-a-row", "1",
+    "--warm-up", "1", "--repeats", "1", "--in-a-row", "1", "--candidates", "8", "12",
 ]  # fmt: skip
 
 
@@ -27,6 +27,7 @@ def test_two_processes_agree_with_one(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     one, two = result["ranks"]["1"], result["ranks"]["2"]
     assert result["efficiency"] == pytest.approx(one["median_ms"] / two["median_ms"], abs=1e-4)
+    assert set(one["itc_ms"]) == {"8", "12"} and min(one["itc_ms"].values()) > 0
     agreement = two["agreement"]
     assert agreement["losses"] == pytest.approx(agreement["losses_of_one"], rel=1e-5)
     assert agreement["gradient_difference"] < 1e-5

@@ -1,6 +1,7 @@
 """Captions, tokens and batches."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -182,9 +183,22 @@ def test_batches_are_the_same_with_workers(cache, tokenizer):
     batch, indices = seen[0][0], next(iter(ShuffledBatches(6, 4, seed=1)))
     ids, mask = tokenize(tokenizer, [pairs[i].caption for i in indices])
     assert torch.equal(batch.input_ids, ids) and torch.equal(batch.attention_mask, mask)
-    assert torch.equal(batch.images, cache.rows([pairs[i].image for i in indices]))
+    assert torch.equal(dataset.unpack(batch.images), cache.rows([pairs[i].image for i in indices]))
     assert batch.image_ids.tolist() == [i // 2 for i in indices]
     assert batch.attention_mask.sum(1).tolist() == [i + 4 for i in indices]
+
+
+def test_threads_end_with_their_loader_and_say_what_they_found(cache, tokenizer):
+    dataset = PairDataset([Pair(f"image{i}", "dog", f"id{i}") for i in range(6)], tokenizer, cache=cache)
+    before = threading.active_count()
+    loader = iter(batch_loader(dataset, ShuffledBatches(6, 2, seed=1), num_workers=2, pin_memory=False))
+    next(loader)
+    assert threading.active_count() == before + 2
+    loader.close()
+    assert threading.active_count() == before
+    (cache.folder / "shard-00000" / "features.bin").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="features.bin must have .* bytes, it was cut since the cache was opened"):
+        next(iter(batch_loader(dataset, ShuffledBatches(6, 2, seed=1), num_workers=2, pin_memory=False)))
 
 
 def test_pixels_come_through_the_transform(tmp_path, tokenizer):

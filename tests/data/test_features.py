@@ -47,6 +47,13 @@ def test_int8_is_the_nearest_of_255_levels_of_each_token(tmp_path, given):
             assert (np.abs(found - token) <= 0.5 * step * 1.01 + np.abs(token) * 2**-10 + 2**-24).all()
 
 
+@pytest.mark.cuda
+def test_a_gpu_makes_the_same_tokens_of_int8(tmp_path):
+    cache = create(tmp_path / "cache", torch.randn(3, 4, 5) * 100, dtype="int8")
+    stored = cache.read(KEYS, pin_memory=True)
+    assert stored.is_pinned() and torch.equal(cache.unpack(stored.cuda()).cpu(), cache.rows(KEYS))
+
+
 def test_int8_keeps_a_token_beside_an_outlier(tmp_path):
     """A scale is a token's own: one that is 1000 times as large does not cost the others their digits."""
     tokens = torch.ones(3, 4, 5)

@@ -203,6 +203,12 @@ def test_caches_of_two_sources_are_read_as_one(tmp_path):
     found = joined.rows(["genome/2.png", "coco/1.png", "genome/1.png", "genome/2.png"])
     assert torch.equal(found, torch.stack([second[1], first[0], second[0], second[1]]))
     assert (joined.tokens, joined.width, joined.dtype) == (2, 3, torch.float32)
+    small = FeatureCache.create(tmp_path / "small", ["3.png"], [torch.ones(1, 2, 3)], metadata={}, dtype="int8")
+    half = FeatureCache.create(tmp_path / "half", ["1.png"], [first[:1]], metadata={}, dtype="float16")
+    mixed = JoinedCaches([small, half], ["a/", "b/"])
+    assert torch.equal(mixed.rows(["b/1.png", "a/3.png"]), torch.stack([first[0], torch.ones(2, 3)]).half())
+    names = ["b/3.png", "a/3.png"]
+    assert torch.equal(JoinedCaches([small, small], ["a/", "b/"]).rows(names), small.rows(["3.png"]).repeat(2, 1, 1))
     with pytest.raises(KeyError, match=r"none has features of \['coco/9.png'\]"):
         joined.rows(["coco/1.png", "coco/9.png"])
     changes = {

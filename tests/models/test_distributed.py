@@ -16,7 +16,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from qformer_fast import Blip2QFormer, QFormerConfig, use_backend
-from qformer_fast.models.distributed import DistributedStage1, shard_parameters
+from qformer_fast.models.distributed import DistributedStage1, MatchRoom, shard_parameters
+from qformer_fast.models.packing import GradientBuffers
+from qformer_fast.training.graphs_over_ranks import SweepsAsTheyCome, segments, step_over_ranks
+from qformer_fast.training.sweeps import SweepInputs, written_groups
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
 SIZES = dict(
@@ -106,6 +109,8 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
     with use_backend("reference"):
         out = wrapped(images, ids, mask, image_ids, negatives)
         out.loss.backward()
+    if case.wrap == "ddp":
+        in_parts(stage1, (images, ids, mask), image_ids, negatives)
     names = {name: p.grad for name, p in model.named_parameters()}
     gradients = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in names.items()}
     losses = torch.stack([getattr(out, name).detach() for name in LOSSES])
@@ -117,6 +122,50 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
         "sim_i2t": out.sim_i2t,
         "received": dict(stage1.received),
     }
+
+
+class SweepsIntoRoom(SweepsAsTheyCome):
+    """With more room than the pairs need, as the graphs have it."""
+
+    def room(self, pairs, text_rows, max_length):
+        return MatchRoom(pairs + 3, text_rows + 17, 24, max_length)
+
+
+def in_parts(stage1, data, image_ids, negatives) -> None:
+    """What the CUDA graphs over ranks run, without them, against the gradients that DDP has averaged: once on new
+    gradients, then adding to them. Behind each segment its gradients are done.
+    """
+    model, (images, ids, mask) = stage1.model, data
+    text = model.pack_captions(ids, mask, len(images))
+    label_rows, labels = text.next_tokens()
+    filled = text.filled(text.num_rows + 9, 24)
+    features = images.new_zeros(len(images), 3, 16), images.new_zeros(len(images), 16)
+    inputs = SweepInputs(
+        model.standardize(images), filled, label_rows, labels, features, images.new_zeros(()), images.new_zeros(())
+    )
+    gradients = GradientBuffers(model.groups)
+    for parameter, gradient in gradients.of_parameters():
+        if any(parameter is p for group in written_groups(model) for p in group):
+            gradient.fill_(torch.nan)
+    for add in (False, True):
+        pairs = stage1.gather_pairs(text, image_ids, labels, images.device)
+        with use_backend("reference"):
+            sweeps = SweepsIntoRoom(model, inputs, gradients, add=add)
+            found = {}
+
+            def keep(segment: int, found: dict = found) -> None:
+                for buffer, done in zip(gradients.buffers, segments(model), strict=True):
+                    if done == segment:
+                        found[id(buffer)] = buffer.clone()
+
+            step_over_ranks(stage1, sweeps, inputs, gradients, pairs, 0.5, negatives, keep)
+        assert all(torch.equal(buffer, found[id(buffer)]) for buffer in gradients.buffers)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for parameter, total in gradients.of_parameters():
+        total = total.clone()
+        dist.all_reduce(total)
+        difference = (total / dist.get_world_size() - parameter.grad).abs().max()
+        assert difference <= 1e-6 * max(1.0, float(parameter.grad.abs().max())), names[id(parameter)]
 
 
 def worker(rank: int, world_size: int, port: int, folder: str, names: list[str]) -> None:

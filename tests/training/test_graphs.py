@@ -11,14 +11,9 @@ from qformer_fast.backend import available, interpreting, use_backend
 from qformer_fast.layout import room_for
 from qformer_fast.models.blip2_qformer import pairs_of
 from qformer_fast.models.packing import GradientBuffers
-from qformer_fast.training import graphs
-from qformer_fast.training.graphs import (
-    GraphedStage1,
-    StepInputs,
-    _with_own_leaves,
-    step_in_parts,
-    written_groups,
-)
+from qformer_fast.training import captures, graphs
+from qformer_fast.training.graphs import GraphedStage1
+from qformer_fast.training.sweeps import StepInputs, step_in_parts, written_groups
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
 LENGTHS = [2, 12, 9, 5, 11, 3, 7]
@@ -78,7 +73,11 @@ def test_fillers_change_neither_losses_nor_gradients(lengths, text_rows, negativ
         label_rows, labels = text.next_tokens()
         first = model.first_sweep(model.image_kv(images), filled, label_rows, weights)
         loss_itm, logits = model.second_sweep(first, pairs, model.pair_layout(pairs, negatives[0]))
-        loss = model.contrast(first, same_image).loss_itc + loss_itm + model.caption_loss(first.itg_rows, labels)
+        loss = (
+            model.contrast(model.features(first), same_image).loss_itc
+            + loss_itm
+            + model.caption_loss(first.itg_rows, labels)
+        )
         torch.testing.assert_close(loss, expected.loss)
         torch.testing.assert_close(logits, expected.itm_logits)
         loss.backward()
@@ -162,9 +161,9 @@ def test_a_capture_leaves_the_allocators_settings(given, environment, during, af
     settings = []
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", environment)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.setattr(graphs, "_allocator_settings", lambda: given)
+    monkeypatch.setattr(captures, "_allocator_settings", lambda: given)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
-    with pytest.raises(ZeroDivisionError), graphs._expandable_segments():
+    with pytest.raises(ZeroDivisionError), captures.expandable_segments():
         assert settings == ([during] if during else [])
         _ = 1 / 0
     assert settings == ([during, after] if during else [])
@@ -173,7 +172,7 @@ def test_a_capture_leaves_the_allocators_settings(given, environment, during, af
 def test_own_leaves_see_every_step_of_the_optimizer():
     model = build("cpu")
     model.text_proj.bias.requires_grad_(False)
-    twin = _with_own_leaves(model)
+    twin = captures._with_own_leaves(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -261,14 +260,14 @@ def test_earlier_shapes_are_given_up_where_memory_lacks(batches, monkeypatch):
     graphed = GraphedStage1(model, bucket=64)
     graphed(*batches[0])
     (first,) = graphed._captures
-    record, failures = graphs._Capture.record, [torch.OutOfMemoryError("no memory")]
+    record, failures = graphs._StepCapture.record, [torch.OutOfMemoryError("no memory")]
 
     def fails_once(self, *args):
         if failures:
             raise failures.pop()
         record(self, *args)
 
-    monkeypatch.setattr(graphs._Capture, "record", fails_once)
+    monkeypatch.setattr(graphs._StepCapture, "record", fails_once)
     images, ids, mask = (x[:5] for x in batches[0])
     model.zero_grad()
     out = graphed(images, ids, mask)

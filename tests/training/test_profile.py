@@ -22,9 +22,9 @@ NAMES = {"share_data", "share_encoder", "share_qformer", "share_other"}
 class SlowDataset(PairDataset):
     wait = 0.0
 
-    def __getitem__(self, indices):
+    def read(self, indices, **options):
         time.sleep(self.wait)
-        return super().__getitem__(indices)
+        return super().read(indices, **options)
 
 
 class SlowEncoder(torch.nn.Module):
@@ -41,7 +41,7 @@ def run(tmp_path, tiny_config):
 
     def run(data=0.0, encoder=0.0, rest=0.0, **options):
         dataset = SlowDataset([Pair(w, f"a {w}", w) for w in WORDS], load_tokenizer(), transform=lambda _: None)
-        dataset.images = lambda indices: torch.ones(len(indices), 3, 1, 1)
+        dataset.images = lambda indices, **_: torch.ones(len(indices), 3, 1, 1)
         dataset.wait, slow = data, SlowEncoder()
         slow.wait = encoder
         slow.weight = torch.nn.Parameter(torch.zeros(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from qformer_fast.ranks import Ranks, process_group
 from qformer_fast.training.checkpoint import list_checkpoints
 from qformer_fast.training.config import OptimizerConfig, RunConfig
 from qformer_fast.training.loop import train
-from qformer_fast.training.stages import build_stage
+from qformer_fast.training.stages import Stage1, build_stage
 
 WORDS = ["cat", "dog", "bird", "fish", "horse", "cow", "pig", "bee", "ant", "fox", "owl", "hen"]
 SIZES = dict(
@@ -51,6 +52,7 @@ def work(folder: Path, output: Path, options: dict) -> None:
     """One process of a run; the environment says which."""
     torch.set_num_threads(1)
     dropout, stage, lacking = (options.pop(name) for name in ("dropout", "stage", "lacking"))
+    on_gpu = options.get("device") == "cuda"
     if not dropout:
         Blip2QFormer.draw_negatives = nearest_negatives
     cache = FeatureCache(folder / "cache")
@@ -62,12 +64,14 @@ def work(folder: Path, output: Path, options: dict) -> None:
         dataset = PairDataset(pairs, load_tokenizer(), cache=cache)
         torch.manual_seed(7)
         sizes = SIZES | dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        if on_gpu:  # whose kernels take heads of 32
+            sizes |= dict(hidden_size=64, num_attention_heads=2)
         model = Blip2QFormer(QFormerConfig(**sizes), embed_dim=16)
     run = RunConfig(
         **{"output_dir": str(output), "precision": "fp32", "device": "cpu", "log_every": 1, "timeout": 30.0, **options}
     )
     slow = options.get("steps", 0) >= 30
-    with process_group(run.timeout), use_backend("reference"):
+    with process_group(run.timeout), contextlib.nullcontext() if on_gpu else use_backend("reference"):
         train(model, dataset, run, FAST, on_log=(lambda _: time.sleep(0.05)) if slow else None)
 
 
@@ -105,6 +109,8 @@ def start(folder, tmp_path):
 
     def start(output, world_size, *, dropout=0.0, stage=1, lacking=None, **options) -> list[subprocess.Popen]:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
+        # NCCL's watchdog waits four times as long before it ends a process
+        place["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "1000"
         given = json.dumps(options | {"dropout": dropout, "stage": stage, "lacking": lacking})
         command = [sys.executable, __file__, str(folder), str(tmp_path / output), given]
         return [
@@ -136,16 +142,16 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def wait_for(condition) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.02)
 
 
-def assert_same_curve(found, expected) -> None:
+def assert_same_curve(found, expected, tolerance=1e-4) -> None:
     assert len(found) == len(expected) and [x["step"] for x in found] == [x["step"] for x in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance / 10)
 
 
 def test_losses_do_not_depend_on_the_number_of_processes(run, tmp_path) -> None:
@@ -252,6 +258,21 @@ def test_a_rank_that_is_killed_ends_the_others(start, tmp_path) -> None:
     assert "rank 0 of 2" in said and "another rank ended or was too slow" in said
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_of_two_gpus_one_goes_on_where_the_other_was_killed(cuda_graphs, start, run, tmp_path) -> None:
+    common = dict(device="cuda", cuda_graphs=cuda_graphs, steps=30, save_every=4)
+    whole = run("whole", 2, batch_size=2, **common)
+    processes = start("parts", 2, batch_size=2, **common)
+    wait_for(lambda: len(read_log(tmp_path / "parts")) >= 6)
+    begin = time.monotonic()
+    processes[1].kill()
+    assert processes[0].wait(timeout=90) not in (0, None) and time.monotonic() - begin < 60
+    assert "rank 0" in (tmp_path / "parts.0.txt").read_text().lower()
+    assert_same_curve(run("parts", 1, batch_size=4, resume=True, **common), whole, 1e-3)
+
+
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path) -> None:
     processes = start("run", 2, steps=10_000, batch_size=2)
     wait_for(lambda: len(read_log(tmp_path / "run")) >= 3)
@@ -288,8 +309,9 @@ def test_what_one_process_alone_trains_is_named(folder, tmp_path, monkeypatch) -
     cache = FeatureCache(folder / "cache")
     dataset = PairDataset([Pair(word, word, word) for word in WORDS], load_tokenizer(), cache=cache)
     model = Blip2QFormer(QFormerConfig(**SIZES), embed_dim=16)
-    run = RunConfig(output_dir=str(tmp_path), steps=1, batch_size=2, cuda_graphs=True)
-    with pytest.raises(ValueError, match="run.cuda_graphs needs a run of one process, got 2 of them"):
+    run = RunConfig(output_dir=str(tmp_path), steps=1, batch_size=2)
+    monkeypatch.setattr(Stage1, "has_ranks", False)
+    with pytest.raises(ValueError, match="a Blip2QFormer needs a run of one process, got 2 of them"):
         build_stage(model, dataset, run)
 
 

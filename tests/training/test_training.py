@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -296,7 +297,8 @@ def test_nan_stops_the_run_and_names_the_loss_and_step(dataset, build, tmp_path,
             weights.update({name: p.detach().clone() for name, p in model.named_parameters() if name != poison})
 
     with pytest.raises(FloatingPointError, match=f"{named} is nan at step 6; .*checkpoint-00000003"):
-        train(model, dataset, run_config(tmp_path, steps=9, save_every=3), FAST, on_log=spoil)
+        train(model, dataset, run_config(tmp_path, steps=9, save_every=3), FAST, on_log=spoil, num_workers=2)
+    assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
     saved = Blip2QFormer.from_pretrained(tmp_path / "checkpoint-00000003")
     assert all(p.isfinite().all() for p in saved.parameters())
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
