@@ -191,11 +191,11 @@ def step_over_ranks(
     branch.join()
     for segment in sweeps.second(given):
         done(segment)
-    total, logits = sweeps.matched
-    # before the images' graph, which was recorded earlier and may write where these are
-    out = ranks.output(contrast, (total, logits[:number].clone()), loss_itg, matching, pairs)
+    # the images' graph, which was recorded earlier, may write where these are
+    matched = sweeps.matched[0].clone(), sweeps.matched[1][:number].clone()
     sweeps.images_backward()
     done(segment + 1)
+    out = ranks.output(contrast, matched, loss_itg, matching, pairs)
     losses = {name: getattr(out, name).detach() for name in ("loss", "loss_itc", "loss_itm", "loss_itg")}
     return dataclasses.replace(out, **losses)
 
