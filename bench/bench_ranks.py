@@ -173,7 +173,6 @@ def itc_ms(options: argparse.Namespace, device: torch.device) -> dict[int, float
     for count in options.candidates:
         own = tuple(x.requires_grad_() for x in features(options.batch))
         same_image = torch.eye(options.batch, count, dtype=torch.bool, device=device)
-
         everyone = features(count)
 
         def step(own=own, everyone=everyone, same_image=same_image) -> None:

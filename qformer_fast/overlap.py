@@ -36,7 +36,7 @@ class Streams:
 
     def __init__(self, device: torch.device, held_bytes: int = HELD_BYTES):
         self.held_bytes = held_bytes
-        self._aside, self._branch = (torch.cuda.Stream(device) for _ in range(2))
+        self._aside, self._branch = torch.cuda.Stream(device), Branch(device)
         self._held: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
 
     def begin(self) -> None:
@@ -59,12 +59,11 @@ class Streams:
         return sum(x.nbytes for _, inputs in self._held for x in inputs)
 
     def side_by_side(self, first: Callable[[], T], *others: Callable[[], T]) -> list[T]:
-        here = torch.cuda.current_stream()
-        self._branch.wait_stream(here)
-        with torch.cuda.stream(self._branch):
+        self._branch.begin()
+        with self._branch.here():
             found = [task() for task in others]
         found.insert(0, first())
-        here.wait_stream(self._branch)
+        self._branch.join()
         return found
 
     def join(self) -> None:
@@ -75,7 +74,7 @@ class Streams:
 
 
 class Branch:
-    """A stream beside the current one, whose kernels go before those of streams and graphs of priority 0 and -1.
+    """A stream beside the current one.
 
     Tensors that are made there may be used by whoever comes after :meth:`join`, and given up if :meth:`begin` comes
     before its next work.
@@ -83,10 +82,11 @@ class Branch:
     Args:
         device (torch.device, Optional): a CUDA device. Default: `None`, work comes in the order in which it is asked
             for.
+        priority (int): kernels of a lower one go before those of a higher one. Default: 0.
     """
 
-    def __init__(self, device: torch.device | None = None):
-        self._stream = None if device is None else torch.cuda.Stream(device, priority=-2)
+    def __init__(self, device: torch.device | None = None, priority: int = 0):
+        self._stream = None if device is None else torch.cuda.Stream(device, priority)
 
     def begin(self) -> None:
         """What runs on it from now on comes after what the current stream has."""

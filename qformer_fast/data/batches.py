@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,7 @@ class LanguageBatch:
         return _pinned(self)
 
 
-class ImageTextDataset(Dataset):
+class ImageTextDataset(Dataset, ABC):
     """Images with a text each; an index is a list of their numbers and gives a batch.
 
     Args:
@@ -131,11 +132,11 @@ class ImageTextDataset(Dataset):
         batch = self.read(indices)
         return replace(batch, images=self.unpack(batch.images))
 
+    @abstractmethod
     def read(self, indices: list[int], *, pin_memory: bool = False) -> Batch | LanguageBatch:
         """The batch, but of a cache the images' tokens as they are stored: (len(indices), bytes) uint8. ``pin_memory``:
         these are read into pinned memory.
         """
-        raise NotImplementedError
 
     def unpack(self, images: Tensor) -> Tensor:
         """Image tokens (batch, tokens, width), or pixels, of the images that :meth:`read` gave, on their device."""

@@ -178,7 +178,8 @@ class DistributedStage1(nn.Module):
         matching = self.matching(contrast, pairs, negatives)
         given = self.pair_up(matching, matching.sizes.tolist(), pairs)  # the step's host sync
         matched = match(model, first.image_kv, weights, given)
-        out = self.output(contrast, matched, model.caption_loss(first.itg_rows, labels), matching, pairs)
+        loss_itg = model.caption_loss(first.itg_rows, labels)
+        out = self.output(contrast, matched, loss_itg, matching.negatives, given, pairs)
         return replace(out, query_output=first.query_rows.unflatten(0, (batch, -1)))
 
     def gather_pairs(
@@ -246,10 +247,11 @@ class DistributedStage1(nn.Module):
         contrast: Contrast,
         matched: tuple[Tensor, Tensor],
         loss_itg: Tensor,
-        matching: Matching,
+        negatives: tuple[Tensor, Tensor],
+        given: MatchInputs,
         pairs: Pairs,
     ) -> RanksOutput:
-        """Of :meth:`contrast`, :func:`match`, and ITG's mean over the rank's tokens."""
+        """Of :meth:`contrast`, :func:`match` of ``given``, and ITG's mean over the rank's tokens."""
         total, logits = matched
         loss_itm, loss_itg = total * pairs.itm_share, loss_itg * pairs.itg_share
         return RanksOutput(
@@ -260,8 +262,8 @@ class DistributedStage1(nn.Module):
             sim_i2t=contrast.sim_i2t.detach(),
             sim_t2i=contrast.sim_t2i.detach(),
             itm_logits=logits.detach(),
-            itm_labels=(torch.arange(len(logits), device=logits.device) < len(pairs.same_image)).long(),
-            negatives=matching.negatives,
+            itm_labels=given.labels[: len(logits)],
+            negatives=negatives,
             same_image=pairs.same_image,
         )
 

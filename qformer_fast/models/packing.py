@@ -22,12 +22,7 @@ class GradientBuffers:
     def __init__(self, groups: list[Group], buffers: list[Tensor] | None = None):
         self.groups = groups
         if buffers is None:
-            buffers = [
-                group[0].new_zeros(sum(map(len, group)), *group[0].shape[1:])
-                if group[0].ndim
-                else torch.zeros_like(group[0])
-                for group in groups
-            ]
+            buffers = [group[0].new_zeros(_stacked_shape(group)) for group in groups]
         self.buffers = buffers
         self._places = {id(group[0]): buffer for group, buffer in zip(groups, buffers, strict=True)}
 
@@ -45,9 +40,7 @@ class GradientBuffers:
             room = [-(-size * dtype.itemsize // 256) * 256 // dtype.itemsize for size in sizes]
             whole = torch.zeros(sum(room), dtype=dtype, device=groups[places[0]][0].device)
             for i, size, place in zip(places, sizes, whole.split(room), strict=True):
-                first = groups[i][0]
-                shape = (sum(map(len, groups[i])), *first.shape[1:]) if first.ndim else ()
-                buffers[i] = place[:size].view(shape)
+                buffers[i] = place[:size].view(_stacked_shape(groups[i]))
             wholes[part].append(whole)
         return cls(groups, buffers), wholes
 
@@ -62,6 +55,10 @@ class GradientBuffers:
             views = buffer.split([len(p) for p in group]) if len(group) > 1 else [buffer]
             found += zip(group, views, strict=True)
         return found
+
+
+def _stacked_shape(group: Group) -> tuple[int, ...]:
+    return (sum(map(len, group)), *group[0].shape[1:]) if group[0].ndim else ()
 
 
 class BlockWeights(NamedTuple):

@@ -195,7 +195,7 @@ def step_over_ranks(
     matched = sweeps.matched[0].clone(), sweeps.matched[1][:number].clone()
     sweeps.images_backward()
     done(segment + 1)
-    out = ranks.output(contrast, matched, loss_itg, matching, pairs)
+    out = ranks.output(contrast, matched, loss_itg, matching.negatives, given, pairs)
     losses = {name: getattr(out, name).detach() for name in ("loss", "loss_itc", "loss_itm", "loss_itg")}
     return dataclasses.replace(out, **losses)
 
@@ -232,7 +232,7 @@ class GraphedRanks(GraphedSteps):
         gradients, self._wholes = GradientBuffers.flat(model.groups, segments(model))
         super().__init__(model, gradients, dtype=dtype, bucket=bucket)
         self.ranks = ranks
-        self._branch = overlap.Branch(model.temp.device)
+        self._branch = overlap.Branch(model.temp.device, priority=-2)  # before the graphs' kernels
         with torch.no_grad():
             for x in (*model.parameters(), *model.buffers()):
                 dist.broadcast(x, group_src=0, group=ranks.group)
