@@ -1,8 +1,9 @@
 """Whether data keep up with the step: stage 1 trained from a feature cache in shards on local disk.
 
 Tokens are random, which no time depends on. Figures are of the log's entries after the first two, in which graphs are
-captured and workers start: the share of the time in which the device waits for data, and pairs a second. Before each
-run the system is told to forget what it holds of the cache's files.
+captured and workers start: the share of the time in which the device waits for data, and pairs a second. The last three
+entries of a GPU are followed by a profiler instead: the share in which it does nothing at all. Before each run the
+system is told to forget what it holds of the cache's files; by default a run reads each image once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from qformer_fast.training.config import RunConfig
 from qformer_fast.training.loop import train
 
 SHARES = ("share_data", "share_encoder", "share_qformer", "share_other")
+FOLLOWED = 3  # entries, by a profiler
 TINY = dict(hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=96, num_query_tokens=4)
 WORDS = ["a", "red", "fox", "beside", "two", "cups", "of", "tea", "in", "the", "harbour", "at", "night", "under"]
 
@@ -56,6 +58,32 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
+class Idle:
+    """Follows the device from one of a run's entries to its last; ``share`` of the time between its first and its last
+    kernel or copy in which it had none.
+    """
+
+    def __init__(self, begin: int, end: int):
+        self._begin, self._end = begin, end
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def __call__(self, entry: Mapping[str, Any]) -> None:
+        if entry["step"] == self._begin:
+            self._profiler.start()
+        if entry["step"] == self._end:
+            self._profiler.stop()
+
+    @property
+    def share(self) -> float:
+        events = (event for event in self._profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+        spans = sorted((event.time_range.start, event.time_range.end) for event in events)
+        busy, reached = 0.0, spans[0][0]
+        for begin, end in spans:
+            busy += max(end - max(begin, reached), 0.0)
+            reached = max(reached, end)
+        return 1 - busy / (reached - spans[0][0])
+
+
 def measure(cache: FeatureCache, options: argparse.Namespace, workers: int) -> dict[str, Any]:
     """One run's medians."""
     captions = [" ".join(WORDS[i % 5 : i % 5 + 3 + i % 8]) for i in range(len(cache))]
@@ -77,10 +105,13 @@ def measure(cache: FeatureCache, options: argparse.Namespace, workers: int) -> d
             log_every=options.log_every,
             profile=True,
         )
-        entries = train(model, dataset, run, num_workers=workers)[2:]
+        idle = Idle(run.steps - FOLLOWED * run.log_every, run.steps) if cuda else None
+        entries = train(model, dataset, run, num_workers=workers, on_log=idle)
+    entries = entries[2 : -FOLLOWED if cuda else None]
     names = (*SHARES, "samples_per_second")
     found = {name: round(statistics.median(entry[name] for entry in entries), 4) for name in names}
-    return found | {"most_share_data": round(max(entry["share_data"] for entry in entries), 4)}
+    found["most_share_data"] = round(max(entry["share_data"] for entry in entries), 4)
+    return found | ({"share_idle": round(idle.share, 4)} if idle else {})
 
 
 def main() -> None:
@@ -93,8 +124,8 @@ def main() -> None:
     parser.add_argument("--shard-images", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=257)
     parser.add_argument("--width", type=int, default=1408)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--log-every", type=int, default=8)
     parser.add_argument("--tiny", action="store_true", help="a model for tests")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
@@ -107,6 +138,8 @@ def main() -> None:
         for workers in options.workers:
             rows[str(workers)] = found = measure(cache, options, workers)
             shares = ", ".join(f"{name.removeprefix('share_')} {100 * found[name]:.1f}%" for name in SHARES)
+            if "share_idle" in found:
+                shares += f"; idle {100 * found['share_idle']:.1f}%"
             print(f"{dtype:<9} {workers:>2} workers {found['samples_per_second']:>9.1f} pairs/s  {shares}", flush=True)
             if options.output:
                 write_result(options.output, result)

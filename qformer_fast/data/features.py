@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
 import json
@@ -145,10 +146,17 @@ class FeatureCache:
         missing = [key for key in keys if key not in self._numbers]
         if missing:
             raise KeyError(f"feature_cache: {self.folder} has no features of {missing[:5]}")
-        for out, key in zip(rows, keys, strict=True):
-            number = self._numbers[key]
-            shard = bisect.bisect_right(self._starts, number) - 1
-            _read_at(self._files[shard], out, (number - self._starts[shard]) * len(out))
+        numbers = [self._numbers[key] for key in keys]
+        shards = [bisect.bisect_right(self._starts, number) - 1 for number in numbers]
+        size = self.tokens * token_bytes(self.stored, self.width)
+        places = [
+            (self._files[shard], size * (number - self._starts[shard]))
+            for shard, number in zip(shards, numbers, strict=True)
+        ]
+        for place in places:
+            _ask_for(*place, size)
+        for out, place in zip(rows, places, strict=True):
+            _read_at(*place, out)
 
     def __getitem__(self, key: str) -> Tensor:
         return self.rows([key])[0]
@@ -266,22 +274,33 @@ def write_cache_index(folder: Path, shards: int) -> None:
     write_text(folder / INDEX, text)
 
 
-def _read_at(path: Path, out: np.ndarray, offset: int) -> None:
-    """Fills ``out`` from there on; a memory map would take a fault every few pages, and a signal at a file cut since.
+def _ask_for(path: Path, offset: int, size: int) -> None:
+    """Tells the system what will be read, so that a disk has much to do at once."""
+    with _opened(path) as descriptor:
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
-    No file stays open: a large cache has more shards than a process may have open files.
+
+def _read_at(path: Path, offset: int, out: np.ndarray) -> None:
+    """Fills ``out`` from there on; a memory map would take a fault every few pages, and a signal at a file cut since.
 
     Raises:
         ValueError: the file ends before.
     """
     end = offset + len(out)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         while len(out):
             count = os.preadv(descriptor, [out], end - len(out))
             if count == 0:
                 raise ValueError(f"feature_cache: {path} must have {end} bytes, it was cut since the cache was opened")
             out = out[count:]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Its descriptor. No file stays open: a large cache has more shards than a process may have open files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
