@@ -158,11 +158,14 @@ def time_steps(options: argparse.Namespace, ranks: Ranks, device: torch.device) 
 def itc_ms(options: argparse.Namespace, device: torch.device) -> dict[int, float]:
     """ITC, its backward and the draw of negatives, of a rank's pairs with the features of so many."""
     model = build_model(options, device, dropout=0.0)
-    queries, width = model.query_tokens.shape[1], model.vision_proj.out_features
+    queries, width, batch = model.query_tokens.shape[1], model.vision_proj.out_features, options.batch
 
-    def features(count: int) -> tuple[Tensor, Tensor]:
-        shapes = (count, queries, width), (count, width)
-        return tuple(F.normalize(torch.randn(shape, device=device), dim=-1) for shape in shapes)
+    def features(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, width, device=device), dim=-1)
+
+    def of_own_texts(similarities: Tensor) -> Tensor:
+        """As ranks' parts are put side by side."""
+        return torch.cat(similarities.split(batch), dim=1)
 
     def time_once(step: Callable[[], None]) -> float:
         if device.type == "cuda":  # beside a step's graphs the host is ahead of it
@@ -171,12 +174,13 @@ def itc_ms(options: argparse.Namespace, device: torch.device) -> dict[int, float
 
     found = {}
     for count in options.candidates:
-        own = tuple(x.requires_grad_() for x in features(options.batch))
-        same_image = torch.eye(options.batch, count, dtype=torch.bool, device=device)
-        everyone = features(count)
+        own = tuple(x.requires_grad_() for x in (features(batch, queries), features(batch)))
+        others = features(count - batch)
+        same_image = torch.eye(batch, count, dtype=torch.bool, device=device)
+        exchange = (lambda texts, others=others: torch.cat([texts, others]), of_own_texts)
 
-        def step(own=own, everyone=everyone, same_image=same_image) -> None:
-            contrast = model.contrast(own, same_image, lambda _: everyone)
+        def step(own=own, exchange=exchange, same_image=same_image) -> None:
+            contrast = model.contrast(own, same_image, exchange)
             model.draw_negatives(contrast, same_image)
             torch.autograd.grad(contrast.loss_itc, own)
 

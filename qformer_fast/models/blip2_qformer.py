@@ -320,17 +320,18 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         self,
         features: tuple[Tensor, Tensor],
         same_image: Tensor,
-        gather: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] | None = None,
+        exchange: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
     ) -> Contrast:
         """ITC of the batch.
 
         Args:
             features (tuple): the batch's :meth:`features`.
             same_image (Tensor): (batch, candidates) bool, True where two pairs show one image.
-            gather (Callable, Optional): of the batch's features those of all candidates. Default: `None`, the batch
-                itself.
+            exchange (tuple, Optional): over ranks, what gives the text features of all candidates for the batch's, and
+                what gives (batch, candidates) of the batch's texts and all images for (candidates, batch) of all texts
+                and the batch's images. Default: `None`, the batch is all there is.
         """
-        similarities = self._similarities(*features, None if gather is None else gather(features))
+        similarities = self._similarities(*features, exchange)
         return Contrast(self._contrastive_loss(*similarities, same_image), *similarities)
 
     def caption_loss(self, itg_rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None) -> Tensor:
@@ -384,24 +385,26 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         return F.normalize(_at_least_fp32(self.text_proj(first_rows)), dim=-1)
 
     def _similarities(
-        self, images: Tensor, texts: Tensor, candidates: tuple[Tensor, Tensor] | None
+        self,
+        images: Tensor,
+        texts: Tensor,
+        exchange: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None,
     ) -> tuple[Tensor, Tensor]:
-        """(batch, candidates) each, over the temperature, of images and texts with all texts and all images,
-        ``candidates`` the other way round; of a batch with itself values agree up to transposition, gradients do not
-        when local.
+        """(batch, candidates) each, over the temperature, of images with all texts and of texts with all images: the
+        same values, of which each rank has those of its images and passes on those of other ranks' texts.
 
         Outside autocast: a bf16 cosine near 1 is exact to 1/256 only, which the temperature makes 0.06.
         """
+        gather, swap = exchange or (None, None)
         with torch.autocast(images.device.type, enabled=False):
-            if candidates is None and not self.local_gradients:
-                i2t = ops.contrastive_similarity(images, texts)
-                t2i = i2t.T
+            all_texts = texts if gather is None else gather(texts)
+            if self.local_gradients:
+                i2t, t2i = ops.contrastive_similarity(images, all_texts, apart=True)
             else:
-                all_images, all_texts = candidates or (images, texts)
-                if self.local_gradients:
-                    all_images, all_texts = all_images.detach(), all_texts.detach()
                 i2t = ops.contrastive_similarity(images, all_texts)
-                t2i = ops.contrastive_similarity(all_images, texts).T
+                t2i = i2t.T
+            if swap is not None:
+                t2i = swap(t2i)
             return i2t / self.temp, t2i / self.temp
 
     def same_image(self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device) -> Tensor:

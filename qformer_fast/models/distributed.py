@@ -110,16 +110,19 @@ class DistributedStage1(nn.Module):
     """Stage 1 (:class:`Blip2QFormer`) on the pairs of all ranks of a process group, to be wrapped in DDP or FSDP.
 
     The original draws negatives from all ranks and for them gathers every rank's image tokens, with gradients (LAVIS
-    506965b, blip2_qformer.py:118-209). Here captions travel instead: ITC features and captions are gathered, and the
-    pair of a text and a negative image is matched on the rank that has the image. Each loss is a mean over the pairs,
-    or of ITG over the tokens, of all ranks: a rank's is its share times the number of ranks, so that the mean over the
-    ranks, which DDP makes of the gradients, is what one process with the whole batch has. Where ranks have the same
-    number of pairs and of tokens to predict, these are the original's losses; its ITG is the mean of the ranks' means.
+    506965b, blip2_qformer.py:118-209), and for ITC the features of all queries. Here texts travel instead: their ITC
+    features and tokens are gathered, each rank compares its images with all texts and sends the others the similarities
+    of theirs, and the pair of a text and a negative image is matched on the rank that has the image.
+
+    Each loss is a mean over the pairs, or of ITG over the tokens, of all ranks: a rank's is its share times the number
+    of ranks, so that the mean over the ranks, which DDP makes of the gradients, is what one process with the whole
+    batch has. Where ranks have the same number of pairs and of tokens to predict, these are the original's losses; its
+    ITG is the mean of the ranks' means.
 
     Args:
         model (Blip2QFormer): the same on every rank.
         group (ProcessGroup, Optional): Default: `None`, all ranks.
-        feature_dtype (torch.dtype): of ITC features on their way. Default: fp32.
+        feature_dtype (torch.dtype): of texts' ITC features on their way. Default: fp32.
 
     ``received`` counts the bytes that the last step received from other ranks, by what they are.
 
@@ -210,8 +213,14 @@ class DistributedStage1(nn.Module):
         )
 
     def contrast(self, features: tuple[Tensor, Tensor], pairs: Pairs) -> Contrast:
-        """With the candidates of all ranks; its loss is the rank's share."""
-        found = self.model.contrast(features, pairs.same_image, lambda x: self._gather_features(*x, pairs.batches))
+        """With the candidates of all ranks; its loss is the rank's share. Texts' features travel to the images, and the
+        similarities back to the texts.
+        """
+        exchange = (
+            lambda texts: _Gather.apply(texts, self, pairs.batches),
+            lambda similarities: _Swap.apply(similarities, self, pairs.batches),
+        )
+        found = self.model.contrast(features, pairs.same_image, exchange)
         return found._replace(loss_itc=found.loss_itc * (len(pairs.same_image) * pairs.share))
 
     def matching(self, contrast: Contrast, pairs: Pairs, negatives: tuple[Tensor, Tensor] | None = None) -> Matching:
@@ -267,16 +276,6 @@ class DistributedStage1(nn.Module):
             same_image=pairs.same_image,
         )
 
-    def _gather_features(self, images: Tensor, texts: Tensor, batches: list[int]) -> tuple[Tensor, Tensor]:
-        """Of all ranks; gradients come back to the ranks that the features are of."""
-        own = torch.cat([images, texts[:, None]], dim=1).to(self.feature_dtype)
-        if self.model.local_gradients or not torch.is_grad_enabled():
-            found = self._gather("features", own.detach(), batches)
-        else:
-            found = _Gather.apply(own, self, batches)
-        found = found.to(images.dtype)
-        return found[:, :-1], found[:, -1]
-
     def _gather_sizes(self, text: PackedText, has_ids: bool, labels: Tensor) -> list[list[int]]:
         """Of every rank: pairs, text rows, longest caption, whether there are image ids, tokens to predict."""
         known = labels.new_tensor([len(text), text.num_rows, text.max_length, has_ids])
@@ -307,6 +306,15 @@ class DistributedStage1(nn.Module):
         self.received[name] += (self.world_size - 1) * padded.nbytes
         parts = [part[:count] for part, count in zip(out.split(most), counts, strict=True)]
         return torch.cat(parts).view(-1, *x.shape[1:])
+
+    def _swap(self, name: str, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sends each rank its part and returns theirs, flat: what two ranks send each other is of one size."""
+        sizes = [part.numel() for part in parts]
+        sent = torch.cat([part.flatten() for part in parts])
+        out = torch.empty_like(sent)
+        dist.all_to_all_single(out, sent, sizes, sizes, group=self.group)
+        self.received[name] += (len(out) - sizes[self.rank]) * out.itemsize
+        return list(out.split(sizes))
 
     def _check_same(self, about: dict[str, Any]) -> None:
         from qformer_fast import __version__
@@ -360,24 +368,43 @@ def shard_parameters(stage1: DistributedStage1, **options: Any) -> DistributedSt
 
 
 class _Gather(torch.autograd.Function):
-    """:meth:`DistributedStage1._gather`, whose backward sums what the ranks send back."""
+    """Features (batch, dim) of all ranks' pairs; backward sums what the ranks send back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, ranks: DistributedStage1, counts: list[int]) -> Tensor:
-        ctx.ranks, ctx.counts = ranks, counts
-        return ranks._gather("features", x, counts)
+    def forward(ctx, x: Tensor, ranks: DistributedStage1, batches: list[int]) -> Tensor:
+        ctx.ranks, ctx.batches = ranks, batches
+        return ranks._gather("features", x.to(ranks.feature_dtype), batches).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ranks, counts = ctx.ranks, ctx.counts
-        most = max(counts)
+        ranks, batches = ctx.ranks, ctx.batches
+        most = max(batches)
         padded = gradient.new_zeros(ranks.world_size, most, *gradient.shape[1:])
-        for to, part in zip(padded, gradient.split(counts), strict=True):
+        for to, part in zip(padded, gradient.split(batches), strict=True):
             to[: len(part)] = part
         out = torch.empty_like(padded[0])
         _reduce_scatter(out, padded.flatten(0, 1), group=ranks.group)
         ranks.received["features"] += (ranks.world_size - 1) * out.nbytes
-        return out[: counts[ranks.rank]], None, None
+        return out[: batches[ranks.rank]], None, None
+
+
+class _Swap(torch.autograd.Function):
+    """(pairs of all ranks, batch) of all texts and the rank's images -> (batch, pairs of all ranks) of the rank's texts
+    and all images; backward sends gradients the same way back.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ranks: DistributedStage1, batches: list[int]) -> Tensor:
+        ctx.ranks, ctx.batches = ranks, batches
+        batch = batches[ranks.rank]
+        parts = ranks._swap("similarities", x.split(batches))
+        return torch.cat([part.view(batch, -1) for part in parts], dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ranks, batches = ctx.ranks, ctx.batches
+        parts = ranks._swap("similarities", gradient.split(batches, dim=1))
+        return torch.cat(parts).view(-1, batches[ranks.rank]), None, None
 
 
 def _numbers(image_ids: Sequence[str | int] | Tensor | None, first_pair: int, batch: int) -> Tensor:

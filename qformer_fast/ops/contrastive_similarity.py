@@ -14,15 +14,21 @@ MAX_QUERIES = 2**15
 
 
 @torch.library.custom_op("qformer_fast::contrastive_similarity_fwd", mutates_args=())
-def contrastive_similarity_fwd(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-    """out and argmax, (images, texts) each."""
-    return backends.kernel_or_formula("contrastive_similarity_fwd", image_features)(image_features, text_features)
+def contrastive_similarity_fwd(
+    image_features: Tensor, text_features: Tensor, apart: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (images, texts), if ``apart`` a copy (texts, images), otherwise nothing, and argmax (images, texts)."""
+    out, argmax = backends.kernel_or_formula("contrastive_similarity_fwd", image_features)(
+        image_features, text_features
+    )
+    return out, out.T.clone(memory_format=torch.contiguous_format) if apart else out.new_empty(0), argmax
 
 
 @contrastive_similarity_fwd.register_fake
-def _(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+def _(image_features: Tensor, text_features: Tensor, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
     out = image_features.new_empty(image_features.shape[0], text_features.shape[0])
-    return out, torch.empty_like(out, dtype=torch.int16)
+    copy = out.new_empty(out.shape[::-1] if apart else 0)
+    return out, copy, torch.empty_like(out, dtype=torch.int16)
 
 
 @torch.library.custom_op("qformer_fast::contrastive_similarity_bwd_image", mutates_args=())
@@ -47,33 +53,37 @@ def _(dout: Tensor, argmax: Tensor, image_features: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, argmax = output
-    ctx.save_for_backward(*inputs, argmax)
+    *features, ctx.apart = inputs
+    ctx.save_for_backward(*features, output[-1])
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx, dout: Tensor | None, dcopy: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
     image_features, text_features, argmax = ctx.saved_tensors
-    dout, dimage, dtext = dout.contiguous(), None, None
-    if ctx.needs_input_grad[0]:
-        dimage = contrastive_similarity_bwd_image(dout, argmax, text_features, image_features.shape[1])
-    if ctx.needs_input_grad[1]:
-        dtext = contrastive_similarity_bwd_text(dout, argmax, image_features)
-    return dimage, dtext
+    of_texts = dout if not ctx.apart else None if dcopy is None else dcopy.T
+    dimage, dtext = None, None
+    if ctx.needs_input_grad[0] and dout is not None:
+        dimage = contrastive_similarity_bwd_image(dout.contiguous(), argmax, text_features, image_features.shape[1])
+    if ctx.needs_input_grad[1] and of_texts is not None:
+        dtext = contrastive_similarity_bwd_text(of_texts.contiguous(), argmax, image_features)
+    return dimage, dtext, None
 
 
-register_autograd(contrastive_similarity_fwd, _backward, _setup_context)
+register_autograd(contrastive_similarity_fwd, _backward, _setup_context, results=2)
 
 
-def _kernels(image_features: Tensor, text_features: Tensor) -> Tensor:
+def _kernels(image_features: Tensor, text_features: Tensor, apart: bool) -> Tensor | tuple[Tensor, Tensor]:
     dtype = autocast_dtype(image_features)
-    out, _ = contrastive_similarity_fwd(*(x.to(dtype).contiguous() for x in (image_features, text_features)))
-    return out
+    features = (x.to(dtype).contiguous() for x in (image_features, text_features))
+    out, copy, _ = contrastive_similarity_fwd(*features, apart)
+    return (out, copy) if apart else out
 
 
 IMPLEMENTATIONS = {"reference": reference.contrastive_similarity, "triton": _kernels}
 
 
-def contrastive_similarity(image_features: Tensor, text_features: Tensor, *, backend: str | None = None) -> Tensor:
+def contrastive_similarity(
+    image_features: Tensor, text_features: Tensor, *, apart: bool = False, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Of each image and text the largest dot product over the image's queries.
 
     Replaces LAVIS's matmul and max (blip2_qformer.py:138-150 of LAVIS 506965b). The gradient goes to the query with the
@@ -83,10 +93,13 @@ def contrastive_similarity(image_features: Tensor, text_features: Tensor, *, bac
     Args:
         image_features (Tensor): (images, queries, dim); fp32, fp16 or bf16.
         text_features (Tensor): (texts, dim), of the same dtype.
+        apart (bool): once more with texts first, as ITC's local gradients have it (blip2_qformer.py:132-150): what is
+            (images, texts) gives images alone a gradient, what is (texts, images) texts alone. Default: False.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
-        Tensor: (images, texts), the dtype of the features; NaN where a product is NaN.
+        Tensor: (images, texts), the dtype of the features; NaN where a product is NaN. With ``apart`` a tuple of it and
+        the same as (texts, images).
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer input, dtypes that differ. RuntimeError: the
@@ -103,4 +116,4 @@ def contrastive_similarity(image_features: Tensor, text_features: Tensor, *, bac
     check_device(image_features, text_features=text_features)
     unsupported = None if queries <= MAX_QUERIES else f"its kernels take {MAX_QUERIES} queries, got {queries}"
     run = backends.resolve("contrastive_similarity", IMPLEMENTATIONS, backend, image_features, unsupported)
-    return run(image_features, text_features)
+    return run(image_features, text_features, apart)

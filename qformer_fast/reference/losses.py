@@ -17,8 +17,15 @@ LARGEST = 1e38
 ROWS_OF_ONE_PRODUCT = 4096
 
 
-def contrastive_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """max over queries of the dot products: (images, queries, dim) x (texts, dim) -> (images, texts)."""
+def contrastive_similarity(
+    image_features: Tensor, text_features: Tensor, apart: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """max over queries of the dot products: (images, queries, dim) x (texts, dim) -> (images, texts); ``apart``: this
+    with gradients of the images alone, and (texts, images) with gradients of the texts alone.
+    """
+    if apart:
+        i2t = contrastive_similarity(image_features, text_features.detach())
+        return i2t, contrastive_similarity(image_features.detach(), text_features).T
     return torch.einsum("iqd,td->itq", image_features, text_features).max(-1).values
 
 

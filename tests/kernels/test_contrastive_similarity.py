@@ -44,13 +44,38 @@ def test_forward_and_gradients(shape, dtype, assert_close):
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("used", ["both", "i2t", "t2i"])
+def test_apart_each_gives_one_side_its_gradient(used, assert_close):
+    """Against two products, each of which has one side detached."""
+    image_features, text_features, di2t = inputs(5, 7, 33, 70, torch.float32)
+    dt2i = torch.randn(70, 5, device=DEVICE)
+
+    def run(op, *tensors):
+        *features, di2t, dt2i = (x.detach().requires_grad_() for x in tensors)
+        i2t, t2i = op(*features)
+        losses = {"i2t": (i2t * di2t.detach()).sum(), "t2i": (t2i * dt2i.detach()).sum()}
+        sum(losses.values() if used == "both" else [losses[used]]).backward()
+        found = {"i2t": i2t, "t2i": t2i, "dimage": features[0].grad, "dtext": features[1].grad}
+        return {name: x.detach() for name, x in found.items() if x is not None}
+
+    def plain(images, texts):
+        products = [torch.einsum("iqd,td->itq", *x) for x in ((images, texts.detach()), (images.detach(), texts))]
+        return products[0].amax(-1), products[1].amax(-1).T
+
+    tensors = image_features, text_features, di2t, dt2i
+    found = run(lambda *x: ops.contrastive_similarity(*x, apart=True, backend="triton"), *tensors)
+    assert set(found) == {"i2t", "t2i"} | {"both": {"dimage", "dtext"}, "i2t": {"dimage"}, "t2i": {"dtext"}}[used]
+    assert_close(found, run(plain, *tensors), run(plain, *(x.double() for x in tensors)))
+
+
+@pytest.mark.usefixtures("poison")
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_the_first_of_equal_queries_gets_the_gradient(shape, dtype, assert_close):
     """Small integers tie often; the maximum of fp64 is then the same, and every gradient is compared."""
     image_features, text_features, dout = inputs(*shape, dtype)
     image_features, text_features = spread(image_features, text_features)
-    out, argmax = OPS.contrastive_similarity_fwd(image_features, text_features)
+    out, _, argmax = OPS.contrastive_similarity_fwd(image_features, text_features, False)
     products = torch.einsum("iqd,td->itq", image_features.double(), text_features.double())
     first = (products == products.amax(-1, keepdim=True)).int().argmax(-1)
     assert torch.equal(argmax.long(), first)
@@ -102,7 +127,7 @@ def test_nan_is_kept(which):
     features[which][1, ..., 3] = torch.nan
     broken = kernel(image_features, text_features).isnan()
     assert torch.equal(broken, reference.contrastive_similarity(image_features, text_features).isnan())
-    _, argmax = OPS.contrastive_similarity_fwd(image_features, text_features)
+    *_, argmax = OPS.contrastive_similarity_fwd(image_features, text_features, False)
     assert argmax.min() >= 0 and argmax.max() < 5
 
 
@@ -125,17 +150,18 @@ def test_same_result_twice(dtype):
 
 def test_formula_gradcheck():
     features = [x.double().requires_grad_() for x in inputs(3, 4, 5, 6, torch.float32)[:2]]
-    assert torch.autograd.gradcheck(lambda *x: OPS.contrastive_similarity_fwd(*x)[0], features)
+    assert torch.autograd.gradcheck(lambda *x: OPS.contrastive_similarity_fwd(*x, False)[0], features)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-def test_opcheck(dtype):
+def test_opcheck(dtype, apart):
     image_features, text_features, dout = inputs(3, 4, 8, 5, dtype)
     argmax = torch.randint(4, (3, 5), device=DEVICE).to(torch.int16)
     torch.library.opcheck(OPS.contrastive_similarity_bwd_image.default, (dout, argmax, text_features, 4))
     torch.library.opcheck(OPS.contrastive_similarity_bwd_text.default, (dout, argmax, image_features))
     features = image_features.requires_grad_(), text_features.requires_grad_()
-    torch.library.opcheck(OPS.contrastive_similarity_fwd.default, features)
+    torch.library.opcheck(OPS.contrastive_similarity_fwd.default, (*features, apart))
 
 
 def test_compiles_without_a_graph_break():

@@ -119,7 +119,7 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
         "losses": losses / dist.get_world_size(),
         "gradients": gradients,
         "pairs": len(out.itm_logits),
-        "sim_i2t": out.sim_i2t,
+        "similarities": (out.sim_i2t, out.sim_t2i),
         "received": dict(stage1.received),
     }
 
@@ -234,8 +234,9 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, assert_gradients_c
             tolerance = dict(rtol=case.tolerance, atol=case.tolerance)
             assert (of_case["losses"] - expected).abs().max() <= case.tolerance * expected.max(), f"{name}, rank {rank}"
             assert_gradients_close(of_case["gradients"], gradients, min(100 * case.tolerance, 0.05))
-            own = out.sim_i2t[share_of(case, rank)]
-            torch.testing.assert_close(of_case["sim_i2t"] * model.temp, own * model.temp, **tolerance)
+            for similarities, whole in zip(of_case["similarities"], (out.sim_i2t, out.sim_t2i), strict=True):
+                own = whole[share_of(case, rank)]
+                torch.testing.assert_close(similarities * model.temp, own * model.temp, **tolerance)
         assert sum(result[name]["pairs"] for result in found) == 3 * case.pairs
 
 
@@ -257,7 +258,7 @@ def test_ranks_that_differ_are_named(ranks) -> None:
 
 
 def test_what_travels_is_small(ranks) -> None:
-    """Of an image its features and a caption's tokens, no image tokens."""
+    """Of a caption its features, their gradient and its tokens; of an image its similarities. No image tokens."""
     world_size, found = ranks
     name = {2: "even", 4: "four"}[world_size]
     case = CASES[name]
@@ -265,10 +266,11 @@ def test_what_travels_is_small(ranks) -> None:
     longest = max(sum(x) for x in case.lengths)
     for result in found:
         received = result[name]["received"]
-        assert received["features"] == (world_size - 1) * batch * (3 + 1) * 16 * 8
+        assert received["features"] == 2 * (world_size - 1) * batch * 16 * 8
+        assert received["similarities"] == 2 * (world_size - 1) * batch**2 * 8
         assert received["captions"] == (world_size - 1) * (longest * 2 * 2 + batch * 2 * 8)
         assert received["negatives"] == (world_size - 1) * batch * 8
-        assert set(received) == {"features", "captions", "negatives", "sizes"}
+        assert set(received) == {"features", "similarities", "captions", "negatives", "sizes"}
 
 
 if __name__ == "__main__":
