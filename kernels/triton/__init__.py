@@ -1,6 +1,7 @@
 """Triton kernels and their launchers, one file an op; imported as ``qformer_fast.kernels``."""
 
 from qformer_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_bwd_in_place, bias_gelu_fwd
+from qformer_fast.kernels.contrastive_loss import contrastive_loss_bwd, contrastive_loss_fwd
 from qformer_fast.kernels.contrastive_similarity import (
     contrastive_similarity_bwd_image,
     contrastive_similarity_bwd_text,
@@ -29,6 +30,8 @@ __all__ = [
     "bias_gelu_bwd",
     "bias_gelu_bwd_in_place",
     "bias_gelu_fwd",
+    "contrastive_loss_bwd",
+    "contrastive_loss_fwd",
     "contrastive_similarity_bwd_image",
     "contrastive_similarity_bwd_text",
     "contrastive_similarity_fwd",

@@ -83,7 +83,7 @@ class FirstSweep:
 
 
 class Contrast(NamedTuple):
-    """ITC of a batch; the similarities as in :class:`Stage1Output`, with gradients."""
+    """ITC of a batch; the similarities as in :class:`Stage1Output`."""
 
     loss_itc: Tensor
     sim_i2t: Tensor
@@ -256,8 +256,8 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             loss_itc=contrast.loss_itc,
             loss_itm=loss_itm,
             loss_itg=loss_itg,
-            sim_i2t=contrast.sim_i2t.detach(),
-            sim_t2i=contrast.sim_t2i.detach(),
+            sim_i2t=contrast.sim_i2t,
+            sim_t2i=contrast.sim_t2i,
             itm_logits=itm_logits.detach(),
             itm_labels=self.match_labels(batch),
             negatives=(image_index, text_index),
@@ -332,7 +332,8 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
                 and the batch's images. Default: `None`, the batch is all there is.
         """
         similarities = self._similarities(*features, exchange)
-        return Contrast(self._contrastive_loss(*similarities, same_image), *similarities)
+        found = ops.contrastive_loss(*similarities, self.temp, same_image, label_smoothing=LABEL_SMOOTHING)
+        return Contrast(*found)
 
     def caption_loss(self, itg_rows: Tensor, labels: Tensor, gradients: GradientBuffers | None = None) -> Tensor:
         """Next-token loss (Qformer.py:1069-1083) of ``itg_rows`` (n, hidden) with ``labels`` (n,), -100 and padding
@@ -390,8 +391,8 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         texts: Tensor,
         exchange: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None,
     ) -> tuple[Tensor, Tensor]:
-        """(batch, candidates) each, over the temperature, of images with all texts and of texts with all images: the
-        same values, of which each rank has those of its images and passes on those of other ranks' texts.
+        """(batch, candidates) each, of images with all texts and of texts with all images: the same values, of which
+        each rank has those of its images and passes on those of other ranks' texts.
 
         Outside autocast: a bf16 cosine near 1 is exact to 1/256 only, which the temperature makes 0.06.
         """
@@ -403,9 +404,7 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
             else:
                 i2t = ops.contrastive_similarity(images, all_texts)
                 t2i = i2t.T
-            if swap is not None:
-                t2i = swap(t2i)
-            return i2t / self.temp, t2i / self.temp
+            return i2t, t2i if swap is None else swap(t2i)
 
     def same_image(self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device) -> Tensor:
         """(batch, batch) bool, True where two pairs show one image."""
@@ -418,14 +417,6 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         if image_ids.shape != (batch,):
             raise ValueError(f"image_ids must name {batch} images, got {image_ids.shape[0]}")
         return image_ids[:, None] == image_ids[None, :]
-
-    def _contrastive_loss(self, sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor) -> Tensor:
-        """Cross-entropy with targets spread over the pairs of one image and smoothed (blip2_qformer.py:152-178); all
-        (batch, candidates).
-        """
-        targets = same_image.to(sim_i2t.dtype) / same_image.sum(1, keepdim=True)
-        targets = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / same_image.shape[1]
-        return (F.cross_entropy(sim_i2t, targets) + F.cross_entropy(sim_t2i, targets)) / 2
 
     def draw_negatives(self, contrast: Contrast, same_image: Tensor) -> tuple[Tensor, Tensor]:
         """Of each text an image and of each image a text, (batch,) each, likely where ITC finds them alike."""

@@ -1,6 +1,7 @@
 """The public ops: each checks its input, then runs on the backend that :mod:`qformer_fast.backend` names."""
 
 from qformer_fast.ops.bias_gelu import bias_gelu
+from qformer_fast.ops.contrastive_loss import contrastive_loss
 from qformer_fast.ops.contrastive_similarity import contrastive_similarity
 from qformer_fast.ops.cross_attention_block import cross_attention_block
 from qformer_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -15,6 +16,7 @@ from qformer_fast.ops.split_feed_forward_block import split_feed_forward_block
 
 __all__ = [
     "bias_gelu",
+    "contrastive_loss",
     "contrastive_similarity",
     "cross_attention_block",
     "dropout_add_layer_norm",

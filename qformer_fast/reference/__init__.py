@@ -23,6 +23,9 @@ from qformer_fast.reference.image_kv import (
     standardized_width,
 )
 from qformer_fast.reference.losses import (
+    contrastive_loss,
+    contrastive_loss_bwd,
+    contrastive_loss_fwd,
     contrastive_similarity,
     contrastive_similarity_bwd_image,
     contrastive_similarity_bwd_text,
@@ -54,6 +57,9 @@ __all__ = [
     "bias_gelu_bwd",
     "bias_gelu_bwd_in_place",
     "bias_gelu_fwd",
+    "contrastive_loss",
+    "contrastive_loss_bwd",
+    "contrastive_loss_fwd",
     "contrastive_similarity",
     "contrastive_similarity_bwd_image",
     "contrastive_similarity_bwd_text",

@@ -49,6 +49,55 @@ def _chosen(dout: Tensor, argmax: Tensor, queries: int) -> Tensor:
     return dout[..., None] * F.one_hot(argmax.long(), queries)
 
 
+def contrastive_loss(
+    sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of both ways' cross-entropies, and the similarities (rows, candidates) over the temperature."""
+    targets = _targets(same_image, label_smoothing, sim_i2t.dtype)
+    logits = sim_i2t / temp, sim_t2i / temp
+    loss = sum(F.cross_entropy(x, targets) for x in logits) / 2
+    return loss, *(x.detach() for x in logits)
+
+
+def contrastive_loss_fwd(
+    sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """losses (2, rows), logits (2, rows, candidates), lse (2, rows) and columns of a row's image (rows,)."""
+    logits = _wide_logits(sim_i2t, sim_t2i, temp)
+    lse = logits.logsumexp(-1)
+    losses = lse - (_targets(same_image, label_smoothing, logits.dtype) * logits).sum(-1)
+    return losses, logits.to(sim_i2t.dtype), lse, same_image.sum(1).to(lse.dtype)
+
+
+def contrastive_loss_bwd(
+    dlosses: Tensor,
+    lse: Tensor,
+    counts: Tensor,
+    sim_i2t: Tensor,
+    sim_t2i: Tensor,
+    temp: Tensor,
+    same_image: Tensor,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the similarities (2, rows, candidates), and of temp (2, rows)."""
+    logits = _wide_logits(sim_i2t, sim_t2i, temp)
+    difference = (logits - lse[..., None]).exp() - _targets(same_image, label_smoothing, lse.dtype)
+    dsims = difference * (dlosses / temp)[..., None]
+    return dsims.to(sim_i2t.dtype), -(dsims * logits).sum(-1)
+
+
+def _wide_logits(sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor) -> Tensor:
+    """(2, rows, candidates), at least fp32."""
+    dtype = torch.promote_types(sim_i2t.dtype, torch.float32)
+    return torch.stack([sim_i2t, sim_t2i]).to(dtype) / temp.to(dtype)
+
+
+def _targets(same_image: Tensor, label_smoothing: float, dtype: torch.dtype) -> Tensor:
+    """(rows, candidates), each row spread over the columns of its image, and smoothed."""
+    targets = same_image.to(dtype) / same_image.sum(1, keepdim=True)
+    return (1 - label_smoothing) * targets + label_smoothing / same_image.shape[1]
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
