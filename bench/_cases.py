@@ -18,7 +18,9 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Sizes:
-    """``batch`` pairs on ``device``; captions have between ``shortest`` and ``longest`` tokens."""
+    """``batch`` pairs on ``device``; captions have between ``shortest`` and ``longest`` tokens. All ranks together have
+    ``candidates`` pairs.
+    """
 
     batch: int
     device: str
@@ -31,6 +33,7 @@ class Sizes:
     vocab: int = 30523
     positions: int = 512
     embed_dim: int = 256
+    candidates: int = 8192
     shortest: int = 6
     longest: int = 18
 
@@ -38,7 +41,7 @@ class Sizes:
     def tiny(cls, batch: int, device: str) -> Sizes:
         """For tests on a CPU."""
         sizes = dict(hidden=32, nheads=2, intermediate=48, queries=4, tokens=5, layers=2, vocab=40, positions=8)
-        return cls(batch, device, **sizes, embed_dim=16, shortest=2, longest=5)
+        return cls(batch, device, **sizes, embed_dim=16, candidates=1030, shortest=2, longest=5)
 
     @property
     def headdim(self) -> int:
@@ -170,13 +173,28 @@ def linear_cross_entropy(sizes: Sizes) -> Iterator[Case]:
 
 def contrastive_similarity(sizes: Sizes) -> Iterator[Case]:
     batch, queries, dim = sizes.batch, sizes.queries, sizes.embed_dim
-    flops = 2 * batch * batch * queries * dim
+    for texts in (batch, sizes.candidates):
 
-    def make(new: Callable[..., Tensor]) -> Inputs:
-        images, texts = F.normalize(new(batch, queries, dim), dim=-1), F.normalize(new(batch, dim), dim=-1)
-        return {"image_features": images, "text_features": texts}
+        def make(new: Callable[..., Tensor], texts: int = texts) -> Inputs:
+            images = F.normalize(new(batch, queries, dim), dim=-1)
+            return {"image_features": images, "text_features": F.normalize(new(texts, dim), dim=-1)}
 
-    yield Case("contrastive_similarity", f"{batch}x{queries}x{dim}", make, flops=(flops, 4 * batch * batch * dim))
+        products = 2 * batch * texts * dim
+        shape = f"{batch}x{queries}x{dim}" + f"-{texts}" * (texts != batch)
+        yield Case("contrastive_similarity", shape, make, flops=(queries * products, 2 * products))
+
+
+def contrastive_loss(sizes: Sizes) -> Iterator[Case]:
+    batch = sizes.batch
+    for candidates in (batch, sizes.candidates):
+
+        def make(new: Callable[..., Tensor], candidates: int = candidates) -> Inputs:
+            same_image = torch.eye(batch, candidates, dtype=torch.bool, device=sizes.device)
+            sims = {name: new(batch, candidates, std=0.1) for name in ("sim_i2t", "sim_t2i")}
+            return {**sims, "temp": new(std=0.0).add(0.07), "same_image": same_image}
+
+        options = {"label_smoothing": 0.1}
+        yield Case("contrastive_loss", f"{batch}x{candidates}", make, options=options, adapt=_loss_alone)
 
 
 def sample_negatives(sizes: Sizes) -> Iterator[Case]:
@@ -292,6 +310,7 @@ CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
         image_cross_attention,
         linear_cross_entropy,
         contrastive_similarity,
+        contrastive_loss,
         sample_negatives,
         self_attention_block,
         cross_attention_block,
@@ -310,6 +329,10 @@ def _output_parameters(sizes: Sizes, new: Callable[..., Tensor]) -> Inputs:
     hidden = sizes.hidden
     vectors = {name: new(hidden) for name in ("out_bias", "norm_weight", "norm_bias")}
     return {"out_weight": new(hidden, hidden, std=hidden**-0.5), **vectors}
+
+
+def _loss_alone(contrastive_loss: Callable) -> Callable:
+    return lambda **inputs: contrastive_loss(**inputs)[0]
 
 
 def _self_attention_flops(sizes: Sizes, layout: SequenceLayout) -> int:

@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=257)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--candidates", type=int, nargs="*", default=[], help="pairs of all ranks to time ITC with")
-    parser.add_argument("--warm-up", type=int, default=150, help="steps, in which most graphs are recorded")
+    parser.add_argument("--warm-up", type=int, default=300, help="steps, in which most graphs are recorded")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--in-a-row", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="narrow layers, for tests")

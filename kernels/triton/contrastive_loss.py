@@ -19,7 +19,7 @@ def contrastive_loss_fwd_kernel(
     same_image_ptr,  # (B, C) bool
     losses_ptr,  # (2, B) fp32
     logits_ptr,  # (2, B, C)
-    lse_ptr,  # (2, B) fp32
+    lse_ptr,  # (2, 2, B) fp32: the largest logit, and what is left of log sum exp
     counts_ptr,  # (B,) fp32
     B,
     C,
@@ -55,18 +55,19 @@ def contrastive_loss_fwd_kernel(
         total = total * tl.exp(largest - larger) + tl.exp(logits - larger)
         largest = larger
     top = tl.max(largest, axis=0)
-    lse = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    rest = tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
     n = tl.sum(count, axis=0).to(tl.float32)
     of_target = (1.0 - label_smoothing) * tl.sum(of_same, axis=0) / n + label_smoothing * tl.sum(of_all, axis=0) / C
-    tl.store(losses_ptr + row, lse - of_target)
-    tl.store(lse_ptr + row, lse)
+    tl.store(losses_ptr + row, top - of_target + rest)
+    tl.store(lse_ptr + row, top)
+    tl.store(lse_ptr + 2 * B + row, rest)
     tl.store(counts_ptr + own, n, mask=row < B)
 
 
 @triton.jit
 def contrastive_loss_bwd_kernel(
     dlosses_ptr,  # (2, B) fp32
-    lse_ptr,  # (2, B) fp32
+    lse_ptr,  # (2, 2, B) fp32: the largest logit, and what is left of log sum exp
     counts_ptr,  # (B,) fp32
     i2t_ptr,  # (B, C)
     t2i_ptr,  # (B, C)
@@ -90,7 +91,7 @@ def contrastive_loss_bwd_kernel(
     dsims_ptr += row * C
     temp = tl.load(temp_ptr).to(tl.float32)
     scale = tl.load(dlosses_ptr + row) / temp
-    lse = tl.load(lse_ptr + row)
+    top, rest = tl.load(lse_ptr + row), tl.load(lse_ptr + 2 * B + row)
     of_same = (1.0 - label_smoothing) / tl.load(counts_ptr + own)
     dtemp = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -99,7 +100,7 @@ def contrastive_loss_bwd_kernel(
         logits = tl.div_rn(tl.load(sim_ptr + offs, mask=mask, other=0.0).to(tl.float32), temp)
         same = tl.load(same_image_ptr + offs, mask=mask, other=0) != 0
         target = tl.where(same, of_same, 0.0) + label_smoothing / C
-        dsim = (tl.exp(logits - lse) - target) * scale
+        dsim = (tl.exp(logits - top - rest) - target) * scale
         tl.store(dsims_ptr + offs, dsim, mask=mask)
         dtemp -= tl.where(mask, dsim * logits, 0.0)
     tl.store(dtemps_ptr + row, tl.sum(dtemp, axis=0))
@@ -109,11 +110,12 @@ def contrastive_loss_fwd(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sim_i2t, sim_t2i, same_image (rows, candidates), contiguous, temp () -> losses (2, rows) fp32, logits (2, rows,
-    candidates), and for backward lse (2, rows) and how many columns show a row's image, (rows,).
+    candidates), and for backward lse (2, 2, rows), whose sum is log sum exp, and how many columns show a row's image,
+    (rows,).
     """
     B, C = sim_i2t.shape
     logits = sim_i2t.new_empty(2, B, C)
-    losses, lse, counts = (sim_i2t.new_empty(size, dtype=torch.float32) for size in ((2, B), (2, B), (B,)))
+    losses, lse, counts = (sim_i2t.new_empty(size, dtype=torch.float32) for size in ((2, B), (2, 2, B), (B,)))
     if B:
         contrastive_loss_fwd_kernel[(2 * B,)](
             sim_i2t, sim_t2i, temp, same_image, losses, logits, lse, counts, B, C, label_smoothing,
@@ -136,7 +138,7 @@ def contrastive_loss_bwd(
     candidates), and of temp (2, rows) fp32, to be added up.
     """
     B, C = sim_i2t.shape
-    dsims, dtemps = sim_i2t.new_empty(2, B, C), torch.empty_like(lse)
+    dsims, dtemps = sim_i2t.new_empty(2, B, C), torch.empty_like(dlosses)
     if B:
         contrastive_loss_bwd_kernel[(2 * B,)](
             dlosses, lse, counts, sim_i2t, sim_t2i, temp, same_image, dsims, dtemps, B, C, label_smoothing,

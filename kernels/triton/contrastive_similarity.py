@@ -9,6 +9,8 @@ from torch import Tensor
 
 from qformer_fast.kernels import launch
 
+MANY_TEXTS = 1024
+
 
 @triton.jit
 def contrastive_similarity_fwd_kernel(
@@ -16,45 +18,51 @@ def contrastive_similarity_fwd_kernel(
     text_ptr,  # (T, D)
     out_ptr,  # (images, T)
     argmax_ptr,  # (images, T) int16
+    images,
     T,
     Q,
     D,
+    IMAGES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program = one image and BLOCK_T texts."""
-    image = tl.program_id(0).to(tl.int64)
-    offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One program = IMAGES images and BLOCK_T texts; a product's columns are BLOCK_Q queries of each image."""
+    COLUMNS: tl.constexpr = IMAGES * BLOCK_Q
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
-    image_ptr += image * Q * D
+    first_image = tl.program_id(1) * IMAGES
+    image = (first_image + tl.arange(0, COLUMNS) // BLOCK_Q).to(tl.int64)
+    query = tl.arange(0, COLUMNS) % BLOCK_Q
     text_ptr += offs_t[:, None].to(tl.int64) * D
-    best = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-    argmax = tl.zeros((BLOCK_T,), tl.int32)
-    broken = tl.zeros((BLOCK_T,), tl.int32)
+    best = tl.full((BLOCK_T, IMAGES), float("-inf"), tl.float32)
+    argmax = tl.zeros((BLOCK_T, IMAGES), tl.int32)
+    broken = tl.zeros((BLOCK_T, IMAGES), tl.int32)
     for first in range(0, Q, BLOCK_Q):
-        offs_q = first + tl.arange(0, BLOCK_Q)
-        mask_q = offs_q < Q
-        products = tl.zeros((BLOCK_T, BLOCK_Q), tl.float32)
+        mask_q = (first + query < Q) & (image < images)
+        row_ptr = image_ptr + (image * Q + first + query) * D
+        products = tl.zeros((BLOCK_T, COLUMNS), tl.float32)
         for start in range(0, D, BLOCK_D):
             offs_d = start + tl.arange(0, BLOCK_D)
             mask_d = offs_d < D
             text = tl.load(text_ptr + offs_d[None, :], mask=mask_t[:, None] & mask_d[None, :], other=0.0)
-            query = tl.load(
-                image_ptr + offs_q[None, :] * D + offs_d[:, None], mask=mask_q[None, :] & mask_d[:, None], other=0.0
-            )
-            products = tl.dot(text, query, products, input_precision=PRECISION)
-        broken = tl.maximum(broken, tl.max((products != products).to(tl.int32), axis=1))
-        products = tl.where(mask_q[None, :], products, float("-inf"))
-        largest, index = tl.max(products, axis=1, return_indices=True, return_indices_tie_break_left=True)
+            rows = tl.load(row_ptr[None, :] + offs_d[:, None], mask=mask_q[None, :] & mask_d[:, None], other=0.0)
+            products = tl.dot(text, rows, products, input_precision=PRECISION)
+        products = tl.where((first + query < Q)[None, :], products, float("-inf"))
+        products = tl.reshape(products, (BLOCK_T, IMAGES, BLOCK_Q))
+        broken = tl.maximum(broken, tl.max((products != products).to(tl.int32), axis=2))
+        largest, index = tl.max(products, axis=2, return_indices=True, return_indices_tie_break_left=True)
         argmax = tl.where(largest > best, first + index, argmax)
         best = tl.maximum(best, largest)
     best = tl.where(broken > 0, float("nan"), best)
     # with NaN among them the index may be a masked one
     argmax = tl.minimum(argmax, Q - 1)
-    tl.store(out_ptr + image * T + offs_t, best, mask=mask_t)
-    tl.store(argmax_ptr + image * T + offs_t, argmax.to(tl.int16), mask=mask_t)
+    own = (first_image + tl.arange(0, IMAGES)).to(tl.int64)
+    offs = own[None, :] * T + offs_t[:, None]
+    mask = mask_t[:, None] & (own < images)[None, :]
+    tl.store(out_ptr + offs, best, mask=mask)
+    tl.store(argmax_ptr + offs, argmax.to(tl.int16), mask=mask)
 
 
 @triton.jit
@@ -128,10 +136,10 @@ def contrastive_similarity_fwd(image_features: Tensor, text_features: Tensor) ->
     T = text_features.shape[0]
     out = image_features.new_empty(images, T)
     argmax = image_features.new_empty(images, T, dtype=torch.int16)
-    settings = _settings("contrastive_similarity_fwd", Q, out.device)
+    settings = _settings("contrastive_similarity_fwd", Q, T, out.device)
     if out.numel():
-        grid = (images, triton.cdiv(T, settings["BLOCK_T"]))
-        contrastive_similarity_fwd_kernel[grid](image_features, text_features, out, argmax, T, Q, D, **settings)
+        grid = (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(images, settings["IMAGES"]))
+        contrastive_similarity_fwd_kernel[grid](image_features, text_features, out, argmax, images, T, Q, D, **settings)
     return out, argmax
 
 
@@ -139,7 +147,7 @@ def contrastive_similarity_bwd_image(dout: Tensor, argmax: Tensor, text_features
     """dout and argmax (images, texts), text_features (texts, dim), contiguous -> (images, queries, dim)."""
     images, (T, D) = dout.shape[0], text_features.shape
     dimage = text_features.new_empty(images, queries, D)
-    settings = _settings("contrastive_similarity_bwd_image", queries, dout.device)
+    settings = _settings("contrastive_similarity_bwd_image", queries, T, dout.device)
     if images:
         grid = (images, triton.cdiv(D, settings["BLOCK_D"]), triton.cdiv(queries, settings["BLOCK_Q"]))
         contrastive_similarity_bwd_image_kernel[grid](dout, argmax, text_features, dimage, T, queries, D, **settings)
@@ -158,7 +166,9 @@ def contrastive_similarity_bwd_text(dout: Tensor, argmax: Tensor, image_features
     return dtext
 
 
-def _settings(kernel: str, queries: int, device: torch.device) -> dict:
-    """The table's, with BLOCK_Q no larger than the queries need and no smaller than a matrix product takes."""
-    settings = launch.settings(kernel, device)
+def _settings(kernel: str, queries: int, texts: int, device: torch.device) -> dict:
+    """The table's for few texts or for many, as all ranks have, with BLOCK_Q no larger than the queries need and no
+    smaller than a matrix product takes.
+    """
+    settings = launch.settings(kernel if texts < MANY_TEXTS else f"{kernel}_many", device)
     return settings | {"BLOCK_Q": min(settings["BLOCK_Q"], max(16, triton.next_power_of_2(queries)))}

@@ -15,7 +15,7 @@ from qformer_fast.ops._checks import check_device, check_floating, check_shape
 def contrastive_loss_fwd(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """losses (2, rows), logits (2, rows, candidates), and for backward lse (2, rows) and counts (rows,)."""
+    """losses (2, rows), logits (2, rows, candidates), and for backward lse (2, 2, rows) and counts (rows,)."""
     run = backends.kernel_or_formula("contrastive_loss_fwd", sim_i2t)
     return run(sim_i2t, sim_t2i, temp, same_image, label_smoothing)
 
@@ -25,7 +25,7 @@ def _(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, dtype = sim_i2t.shape[0], _sums_dtype(sim_i2t)
-    losses, lse, counts = (sim_i2t.new_empty(size, dtype=dtype) for size in ((2, rows), (2, rows), (rows,)))
+    losses, lse, counts = (sim_i2t.new_empty(size, dtype=dtype) for size in ((2, rows), (2, 2, rows), (rows,)))
     return losses, sim_i2t.new_empty(2, *sim_i2t.shape), lse, counts
 
 
@@ -56,7 +56,7 @@ def _(
     same_image: Tensor,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    return sim_i2t.new_empty(2, *sim_i2t.shape), torch.empty_like(lse)
+    return sim_i2t.new_empty(2, *sim_i2t.shape), torch.empty_like(dlosses)
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:

@@ -62,10 +62,13 @@ def contrastive_loss(
 def contrastive_loss_fwd(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """losses (2, rows), logits (2, rows, candidates), lse (2, rows) and columns of a row's image (rows,)."""
+    """losses (2, rows), logits (2, rows, candidates), lse (2, 2, rows), a row's largest logit and what is left of its log
+    sum exp, and columns of a row's image (rows,).
+    """
     logits = _wide_logits(sim_i2t, sim_t2i, temp)
-    lse = logits.logsumexp(-1)
-    losses = lse - (_targets(same_image, label_smoothing, logits.dtype) * logits).sum(-1)
+    top = logits.amax(-1)
+    lse = torch.stack([top, (logits - top[..., None]).exp().sum(-1).log()])
+    losses = lse.sum(0) - (_targets(same_image, label_smoothing, logits.dtype) * logits).sum(-1)
     return losses, logits.to(sim_i2t.dtype), lse, same_image.sum(1).to(lse.dtype)
 
 
@@ -81,7 +84,8 @@ def contrastive_loss_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the similarities (2, rows, candidates), and of temp (2, rows)."""
     logits = _wide_logits(sim_i2t, sim_t2i, temp)
-    difference = (logits - lse[..., None]).exp() - _targets(same_image, label_smoothing, lse.dtype)
+    top, rest = lse[..., None]
+    difference = (logits - top - rest).exp() - _targets(same_image, label_smoothing, lse.dtype)
     dsims = difference * (dlosses / temp)[..., None]
     return dsims.to(sim_i2t.dtype), -(dsims * logits).sum(-1)
 

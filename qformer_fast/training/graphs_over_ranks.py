@@ -215,7 +215,7 @@ class GraphedRanks(GraphedSteps):
     own; no wrapper such as DDP. The parameters become those of the group's first rank.
 
     How many pairs a rank matches, and how many rows their captions have, differs from step to step: sweep 2 has graphs
-    for every sixteenth of a batch of pairs more, and for the rows that steps needed. While a rank records some, others
+    for every 32nd of a batch of pairs more, and for the rows that steps needed. While a rank records some, others
     wait. A shape of captions keeps its images' keys and values and their gradient (at BLIP-2's sizes 9.5 MB an image).
 
     Args:
@@ -345,7 +345,7 @@ class _RanksCapture(Capture):
         self.graphs[2].replay()
 
     def room(self, pairs: int, text_rows: int, max_length: int) -> MatchRoom:
-        pairs = round_up(pairs, max(4, self.shape.image_shape[0] // 16))
+        pairs = round_up(pairs, max(4, self.shape.image_shape[0] // 32))
         bucket = 2 * self.shape.filler_rows
         known = {room.text_rows for room in self._second if (room.pairs, room.max_length) == (pairs, max_length)}
         return MatchRoom(pairs, room_for(text_rows, bucket, known), 2 * bucket, max_length)

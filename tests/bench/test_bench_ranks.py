@@ -31,8 +31,9 @@ def test_two_processes_agree_with_one(tmp_path):
     agreement = two["agreement"]
     assert agreement["losses"] == pytest.approx(agreement["losses_of_one"], rel=1e-5)
     assert agreement["gradient_difference"] < 1e-5
-    # of the other process: 4 pairs of 4 queries and a caption, 256 wide; sizes; tokens of two bytes come on top
+    # of the other process: 4 captions' features, 256 wide, and gradients of as many; 4 x 4 similarities and gradients
     received = two["received_bytes"]
-    assert received["features"] == 4 * (4 + 1) * 256 * 4 and received["negatives"] == 4 * 8
+    assert received["features"] == 2 * 4 * 256 * 4 and received["similarities"] == 2 * 4 * 4 * 4
+    assert received["negatives"] == 4 * 8
     assert two["originals_image_tokens_bytes"] == 4 * 9 * 48 * 2
     assert "weak scaling" in done.stdout

@@ -8,7 +8,15 @@ from qformer_fast import ops, reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
 # images, queries, dim, texts
-SHAPES = [(1, 1, 1, 1), (3, 32, 64, 5), (5, 7, 33, 70), (40, 33, 50, 3), (2, 256, 16, 9), (2, 3, 300, 4)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 32, 64, 5),
+    (5, 7, 33, 70),
+    (40, 33, 50, 3),
+    (2, 256, 16, 9),
+    (2, 3, 300, 4),
+    (5, 33, 40, 1030),
+]
 OPS = torch.ops.qformer_fast
 
 
