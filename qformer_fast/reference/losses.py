@@ -62,8 +62,8 @@ def contrastive_loss(
 def contrastive_loss_fwd(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """losses (2, rows), logits (2, rows, candidates), lse (2, 2, rows), a row's largest logit and what is left of its log
-    sum exp, and columns of a row's image (rows,).
+    """losses (2, rows), logits (2, rows, candidates), lse (2, 2, rows), a row's largest logit and what is left of its
+    log sum exp, and columns of a row's image (rows,).
     """
     logits = _wide_logits(sim_i2t, sim_t2i, temp)
     top = logits.amax(-1)
