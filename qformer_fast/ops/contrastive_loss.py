@@ -69,8 +69,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dlosses: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    dsims, dtemps = contrastive_loss_bwd(dlosses.contiguous(), *ctx.saved_tensors, ctx.label_smoothing)
-    return *dsims, dtemps.sum().to(dsims.dtype), None, None
+    *_, temp, _ = kept = ctx.saved_tensors
+    dsims, dtemps = contrastive_loss_bwd(dlosses.contiguous(), *kept, ctx.label_smoothing)
+    return *dsims, dtemps.sum().to(temp.dtype), None, None
 
 
 register_autograd(contrastive_loss_fwd, _backward, _setup_context)
@@ -103,7 +104,7 @@ def contrastive_loss(
 
     Args:
         sim_i2t, sim_t2i (Tensor): (rows, candidates), cosines of images with texts and of texts with images.
-        temp (Tensor): 0-dim, the temperature that they are divided by; of their dtype.
+        temp (Tensor): 0-dim, the temperature that they are divided by.
         same_image (Tensor): (rows, candidates) bool, at least one True a row.
         label_smoothing (float): in [0, 1]. Default: 0.0.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
@@ -123,10 +124,9 @@ def contrastive_loss(
         raise ValueError(f"sim_i2t must have rows and candidates, got {tuple(sim_i2t.shape)}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    check_floating(sim_i2t=sim_i2t)
-    for name, x in (("sim_t2i", sim_t2i), ("temp", temp)):
-        if x.dtype != sim_i2t.dtype:
-            raise TypeError(f"{name} must be {sim_i2t.dtype}, got {x.dtype}")
+    check_floating(sim_i2t=sim_i2t, temp=temp)
+    if sim_t2i.dtype != sim_i2t.dtype:
+        raise TypeError(f"sim_t2i must be {sim_i2t.dtype}, got {sim_t2i.dtype}")
     check_device(sim_i2t, sim_t2i=sim_t2i, temp=temp, same_image=same_image)
     if same_image.dtype != torch.bool:
         raise TypeError(f"same_image must be bool, got {same_image.dtype}")

@@ -72,6 +72,16 @@ def test_large_logits_overflow_nowhere(assert_close):
     assert_close(run(kernel, *tensors), run(plain, *tensors), high)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_the_temperature_may_be_of_another_dtype(dtypes, assert_close):
+    """As in a model of bf16 parameters, whose features are fp32."""
+    sim_i2t, sim_t2i, temp, same_image = inputs(5, 70, dtypes[0])
+    tensors = sim_i2t, sim_t2i, temp.to(dtypes[1]), same_image
+    actual, low = run(kernel, *tensors), run(plain, *tensors)
+    assert [actual[name].dtype for name in ("logits_i2t", "di2t", "dtemp")] == [dtypes[0], dtypes[0], dtypes[1]]
+    assert_close(actual, low, run(plain, *(x.double() for x in tensors[:3]), same_image))
+
+
 def test_nan_is_kept():
     tensors = inputs(3, 40)
     tensors[1][2, 30] = torch.nan
@@ -119,6 +129,8 @@ def test_bad_input_is_named():
         ops.contrastive_loss(sim_i2t[:0], sim_t2i[:0], temp, same_image[:0])
     with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\], got 1.5"):
         ops.contrastive_loss(sim_i2t, sim_t2i, temp, same_image, label_smoothing=1.5)
+    with pytest.raises(TypeError, match="temp must be floating-point, got torch.int64"):
+        ops.contrastive_loss(sim_i2t, sim_t2i, temp.long(), same_image)
     with pytest.raises(TypeError, match="same_image must be bool, got torch.float32"):
         ops.contrastive_loss(sim_i2t, sim_t2i, temp, same_image.float())
     with pytest.raises(TypeError, match="sim_t2i must be torch.float32, got torch.float16"):
