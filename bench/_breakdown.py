@@ -21,7 +21,7 @@ FAMILIES = (
     ("LayerNorm of images and its folding", r"^fold_norm|^standardize"),
     ("LM head's loss", r"^linear_cross_entropy|^reduce_losses|^column_sums"),
     ("embeddings", r"^embeddings|^sort_keys|^sum_runs|^join_runs|radix|Radix"),
-    ("contrast and negatives", r"^contrastive_similarity|^sample_negatives"),
+    ("contrast and negatives", r"^contrastive_|^sample_negatives"),
     ("copies and fills", r"Memcpy|Memset|memcpy|copy_kernel|CatArray|FillFunctor|Copy"),
     ("optimizer and lists of tensors", r"multi_tensor_apply"),
     ("sums", r"reduce_kernel"),
@@ -48,15 +48,19 @@ def measure_breakdown(step: Callable[[], Any], steps: int = 3) -> dict[str, Any]
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    spans = [
+    found = summarize(device_spans(profiler))
+    families = {name: [round(ms / steps, 3), round(count / steps)] for name, (ms, count) in found["families"].items()}
+    per_step = {name: round(found[name] / steps, 3) for name in ("span_ms", "busy_ms", "launches")}
+    return per_step | {"idle_share": round(1 - found["busy_ms"] / found["span_ms"], 3), "families": families}
+
+
+def device_spans(profiler: profile) -> list[tuple[float, float, str]]:
+    """(begin, end, name) in microseconds of each kernel and copy."""
+    return [
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
         if event.device_type.name == "CUDA"
     ]
-    found = summarize(spans)
-    families = {name: [round(ms / steps, 3), round(count / steps)] for name, (ms, count) in found["families"].items()}
-    per_step = {name: round(found[name] / steps, 3) for name in ("span_ms", "busy_ms", "launches")}
-    return per_step | {"idle_share": round(1 - found["busy_ms"] / found["span_ms"], 3), "families": families}
 
 
 def summarize(spans: list[tuple[float, float, str]]) -> dict[str, Any]:

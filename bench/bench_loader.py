@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _breakdown import device_spans, summarize
 from _machine import write_result
 from torch import Tensor
 
@@ -75,13 +76,8 @@ class Idle:
 
     @property
     def share(self) -> float:
-        events = (event for event in self._profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-        spans = sorted((event.time_range.start, event.time_range.end) for event in events)
-        busy, reached = 0.0, spans[0][0]
-        for begin, end in spans:
-            busy += max(end - max(begin, reached), 0.0)
-            reached = max(reached, end)
-        return 1 - busy / (reached - spans[0][0])
+        found = summarize(device_spans(self._profiler))
+        return 1 - found["busy_ms"] / found["span_ms"]
 
 
 def measure(cache: FeatureCache, options: argparse.Namespace, workers: int) -> dict[str, Any]:
@@ -130,6 +126,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     options = parser.parse_args()
+    if options.steps % options.log_every or options.steps < (3 + FOLLOWED) * options.log_every:
+        parser.error(f"--steps must be a multiple of --log-every, at least {3 + FOLLOWED} times it")
     settings = {key: str(x) if isinstance(x, Path) else x for key, x in vars(options).items() if key != "output"}
     result: dict[str, Any] = {"bench": "loader", "settings": settings, "dtypes": {}}
     for dtype in options.dtypes:

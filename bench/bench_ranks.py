@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from _harness import between_events, seconds_in_a_row
 from _machine import write_result
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from qformer_fast import Blip2QFormer, QFormerConfig
-from qformer_fast.models.blip2_qformer import Stage1Output
+from qformer_fast.models.blip2_qformer import Exchange, Stage1Output
 from qformer_fast.models.distributed import DistributedStage1
 from qformer_fast.ranks import Ranks, process_group
 from qformer_fast.training.graphs import GraphedStage1
@@ -123,20 +124,24 @@ def time_steps(options: argparse.Namespace, ranks: Ranks, device: torch.device) 
     else:
         trained = stage1 if ranks.alone else DistributedDataParallel(stage1)
 
-        def forward_and_backward(*pairs: Tensor) -> None:
+        def forward_and_backward(*pairs: Tensor) -> Stage1Output:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = trained(*pairs).loss
-            loss.backward()
+                out = trained(*pairs)
+            out.loss.backward()
+            return out
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
+    matched: list[int] = []
+
     def step() -> None:
-        forward_and_backward(*pairs)
+        matched.append(len(forward_and_backward(*pairs).itm_logits))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     for _ in range(options.warm_up):
         step()
+    matched.clear()
     seconds = []
     for _ in range(options.repeats):
         ranks.wait()
@@ -146,6 +151,10 @@ def time_steps(options: argparse.Namespace, ranks: Ranks, device: torch.device) 
     if device.type == "cuda":
         found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     if not ranks.alone:
+        everyone: list[list[int]] = [[]] * ranks.world_size
+        dist.all_gather_object(everyone, matched)
+        found["matched_pairs"] = round(statistics.mean(map(statistics.mean, everyone)), 2)
+        found["matched_pairs_of_the_rank_with_most"] = round(statistics.mean(map(max, zip(*everyone, strict=True))), 2)
         others, width = ranks.world_size - 1, model.config.encoder_hidden_size
         parameters = sum(p.numel() for p in model.parameters())
         found["received_bytes"] = dict(stage1.received)
@@ -156,7 +165,7 @@ def time_steps(options: argparse.Namespace, ranks: Ranks, device: torch.device) 
 
 
 def itc_ms(options: argparse.Namespace, device: torch.device) -> dict[int, float]:
-    """ITC, its backward and the draw of negatives, of a rank's pairs with the features of so many."""
+    """ITC, its backward and the draw of negatives, of a rank's pairs with the texts and images of so many."""
     model = build_model(options, device, dropout=0.0)
     queries, width, batch = model.query_tokens.shape[1], model.vision_proj.out_features, options.batch
 
@@ -177,7 +186,7 @@ def itc_ms(options: argparse.Namespace, device: torch.device) -> dict[int, float
         own = tuple(x.requires_grad_() for x in (features(batch, queries), features(batch)))
         others = features(count - batch)
         same_image = torch.eye(batch, count, dtype=torch.bool, device=device)
-        exchange = (lambda texts, others=others: torch.cat([texts, others]), of_own_texts)
+        exchange = Exchange(lambda texts, others=others: torch.cat([texts, others]), of_own_texts)
 
         def step(own=own, exchange=exchange, same_image=same_image) -> None:
             contrast = model.contrast(own, same_image, exchange)
@@ -212,14 +221,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--candidates", type=int, nargs="*", default=[], help="pairs of all ranks to time ITC with")
     parser.add_argument("--warm-up", type=int, default=300, help="steps, in which most graphs are recorded")
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--in-a-row", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--in-a-row", type=int, default=30)
     parser.add_argument("--tiny", action="store_true", help="narrow layers, for tests")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="by default on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if any(count % options.batch for count in options.candidates):
+        parser.error(f"--candidates must be multiples of --batch, {options.batch}, got {options.candidates}")
     if options.graphs is None:
         options.graphs = options.device == "cuda"
     if options.work:

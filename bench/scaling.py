@@ -17,7 +17,7 @@ HOST = 8  # GPUs
 NVLINK, NIC = 450e9, 50e9  # bytes a second and GPU, one way: NVLink 4, and 400 Gb/s between hosts
 USED = 0.8  # part of a link's bandwidth that NCCL reaches
 SWEEP_2 = 0.45  # of the step: forward and backward of the pairs
-BESIDE = 0.15  # of the step, from the first gradients that are done to the last: what a reduction may hide behind
+BESIDE = 0.23  # of the step, from the first gradients that are done to the last: what a reduction may hide behind
 DISK = 10e9  # bytes a second and host
 PICTURE, DECODE = 100e3, 6e-3  # bytes of a JPEG, seconds of a core to decode and resize it
 
@@ -30,7 +30,6 @@ class Sizes:
     parameters: int
     tokens: int = 257
     width: int = 1408
-    queries: int = 32
     features: int = 256
 
 
@@ -38,6 +37,13 @@ def gather_seconds(size: float, gpus: int) -> float:
     """An all-gather of ``size`` bytes of each GPU: between hosts a host's links carry each once, NVLink carries all."""
     within = (gpus - 1) * size / NVLINK
     between = max(gpus - HOST, 0) * size / (HOST * NIC)
+    return max(within, between) / USED
+
+
+def swap_seconds(size: float, gpus: int) -> float:
+    """An all-to-all of ``size`` bytes for each GPU: those of other hosts pass the GPU's own link."""
+    within = (min(gpus, HOST) - 1) * size / NVLINK
+    between = max(gpus - HOST, 0) * size / NIC
     return max(within, between) / USED
 
 
@@ -67,18 +73,24 @@ def step_of(
     sizes: Sizes, gpus: int, one: float, two: float, itc: dict[str, float], number_bytes: int
 ) -> dict[str, float]:
     """Seconds of a step from the features cached, and bytes that a GPU receives."""
-    own = sizes.batch * (sizes.queries + 1) * sizes.features * number_bytes
+    # of texts: features, and gradients in fp32; and of each pair of an image and a text the same in fp32
+    texts, similarities = sizes.batch * sizes.features, 4 * sizes.batch**2
     gradients = 4 * sizes.parameters
+
+    def exchange(gpus: int) -> float:
+        there_and_back = gather_seconds(texts * number_bytes, gpus) + gather_seconds(4 * texts, gpus)
+        return there_and_back + 2 * swap_seconds(similarities, gpus)
+
     found = {
-        "features_bytes": (gpus - 1) * own,
+        "exchange_bytes": (gpus - 1) * (texts * (number_bytes + 4) + 2 * similarities),
         "gradient_bytes": 2 * (gpus - 1) / gpus * gradients,
         "original_bytes": 2 * (gpus - 1) * sizes.batch * sizes.tokens * sizes.width * 2,
-        "features": gather_seconds(own, gpus) - gather_seconds(own, 2),
+        "exchange": exchange(gpus) - exchange(2),
         "itc": max(itc_seconds(itc, gpus * sizes.batch) - itc_seconds(itc, 2 * sizes.batch), 0.0),
         "gradients": max(reduce_seconds(gradients, gpus) - max(reduce_seconds(gradients, 2), BESIDE * one), 0.0),
         "imbalance": SWEEP_2 * one * (most_pairs(sizes.batch, gpus) - most_pairs(sizes.batch, 2)) / (3 * sizes.batch),
     }
-    found["step"] = two + sum(found[name] for name in ("features", "itc", "gradients", "imbalance"))
+    found["step"] = two + sum(found[name] for name in ("exchange", "itc", "gradients", "imbalance"))
     return found
 
 
@@ -92,9 +104,10 @@ def write(ranks: dict[str, Any], pixels: dict[str, Any], number_bytes: int) -> s
     rows, data = [], []
     for gpus in (2, 8, 64, 512):
         found = step_of(sizes, gpus, t1, t2, one["itc_ms"], number_bytes)
-        added = {name: found[name] for name in ("features", "itc", "gradients", "imbalance")}
+        added = {name: found[name] for name in ("exchange", "itc", "gradients", "imbalance")}
         ms = [f"{1e3 * x:.1f}" for x in (found["step"], *added.values())]
-        mb = [f"{found[name] / 1e6:,.0f}" for name in ("features_bytes", "gradient_bytes", "original_bytes")]
+        mb = [found[name] / 1e6 for name in ("exchange_bytes", "gradient_bytes", "original_bytes")]
+        mb = [f"{x:,.1f}" if x < 10 else f"{x:,.0f}" for x in mb]
         limit = max(added, key=added.get) if sum(added.values()) > 0.02 * t1 else "the step itself"
         cells = [*mb, *ms, f"{100 * t1 / found['step']:.1f}%", f"{gpus * sizes.batch / found['step']:,.0f}", limit]
         rows.append(f"| {gpus} | {' | '.join(cells)} |")
@@ -108,7 +121,7 @@ def write(ranks: dict[str, Any], pixels: dict[str, Any], number_bytes: int) -> s
     gpu, encoders_gpu = ranks["machine"]["gpu"], pixels["machine"]["gpu"]
     shares = {name: f"{100 * x:.0f}%" for name, x in (("used", USED), ("beside", BESIDE), ("sweep", SWEEP_2))}
     speeds = {name: f"{x / 1e9:.0f} GB/s" for name, x in (("nvlink", NVLINK), ("nic", NIC), ("disk", DISK))}
-    head = ["GPUs", "ITC features", "gradients", "the original's image tokens and gradients", "step", "features", "ITC"]
+    head = ["GPUs", "ITC", "gradients", "the original's image tokens and gradients", "step", "ITC's exchange", "ITC"]
     head += ["gradients", "imbalance", "of one GPU's speed", "pairs/s", "most is added by"]
     return f"""# Stage 1 on more GPUs than were measured
 
@@ -123,7 +136,8 @@ that take a core {1e3 * DECODE:.0f} ms.
 
 ## From cached features
 
-MB that a GPU receives a step; ms of the step, and what features, ITC, gradients and imbalance add to two GPUs'.
+MB that a GPU receives a step, for ITC of texts' features, of similarities and of the gradients of both; ms of the
+step, and what ITC's exchange, ITC itself, gradients and imbalance add to two GPUs'.
 
 | {" | ".join(head)} |
 |{"---|" * len(head)}
@@ -145,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=Path, required=True, help="of bench_ranks.py with --candidates")
     parser.add_argument("--pixels", type=Path, required=True, help="of bench_pixels.py")
-    parser.add_argument("--number-bytes", type=int, default=4, help="of an ITC feature on its way: 4, or 2 for bf16")
+    parser.add_argument("--number-bytes", type=int, default=4, help="of a text feature on its way: 4, or 2 for bf16")
     parser.add_argument("--output", type=Path, help="a Markdown file. Default: printed")
     options = parser.parse_args()
     text = write(*(json.loads(path.read_text()) for path in (options.ranks, options.pixels)), options.number_bytes)

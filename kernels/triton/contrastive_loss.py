@@ -19,7 +19,7 @@ def contrastive_loss_fwd_kernel(
     same_image_ptr,  # (B, C) bool
     losses_ptr,  # (2, B) fp32
     logits_ptr,  # (2, B, C)
-    lse_ptr,  # (2, 2, B) fp32: the largest logit, and what is left of log sum exp
+    lse_parts_ptr,  # (2, 2, B) fp32: the largest logit, and what is left of log sum exp
     counts_ptr,  # (B,) fp32
     B,
     C,
@@ -59,15 +59,15 @@ def contrastive_loss_fwd_kernel(
     n = tl.sum(count, axis=0).to(tl.float32)
     of_target = (1.0 - label_smoothing) * tl.sum(of_same, axis=0) / n + label_smoothing * tl.sum(of_all, axis=0) / C
     tl.store(losses_ptr + row, top - of_target + rest)
-    tl.store(lse_ptr + row, top)
-    tl.store(lse_ptr + 2 * B + row, rest)
+    tl.store(lse_parts_ptr + row, top)
+    tl.store(lse_parts_ptr + 2 * B + row, rest)
     tl.store(counts_ptr + own, n, mask=row < B)
 
 
 @triton.jit
 def contrastive_loss_bwd_kernel(
     dlosses_ptr,  # (2, B) fp32
-    lse_ptr,  # (2, 2, B) fp32: the largest logit, and what is left of log sum exp
+    lse_parts_ptr,  # (2, 2, B) fp32: the largest logit, and what is left of log sum exp
     counts_ptr,  # (B,) fp32
     i2t_ptr,  # (B, C)
     t2i_ptr,  # (B, C)
@@ -91,7 +91,7 @@ def contrastive_loss_bwd_kernel(
     dsims_ptr += row * C
     temp = tl.load(temp_ptr).to(tl.float32)
     scale = tl.load(dlosses_ptr + row) / temp
-    top, rest = tl.load(lse_ptr + row), tl.load(lse_ptr + 2 * B + row)
+    top, rest = tl.load(lse_parts_ptr + row), tl.load(lse_parts_ptr + 2 * B + row)
     of_same = (1.0 - label_smoothing) / tl.load(counts_ptr + own)
     dtemp = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -110,23 +110,22 @@ def contrastive_loss_fwd(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sim_i2t, sim_t2i, same_image (rows, candidates), contiguous, temp () -> losses (2, rows) fp32, logits (2, rows,
-    candidates), and for backward lse (2, 2, rows), whose sum is log sum exp, and how many columns show a row's image,
-    (rows,).
+    candidates), and for backward lse_parts (2, 2, rows), whose sum is log sum exp, and how many columns show a row's
+    image, (rows,).
     """
     B, C = sim_i2t.shape
     logits = sim_i2t.new_empty(2, B, C)
-    losses, lse, counts = (sim_i2t.new_empty(size, dtype=torch.float32) for size in ((2, B), (2, 2, B), (B,)))
-    if B:
-        contrastive_loss_fwd_kernel[(2 * B,)](
-            sim_i2t, sim_t2i, temp, same_image, losses, logits, lse, counts, B, C, label_smoothing,
-            **_settings("contrastive_loss_fwd", sim_i2t),
-        )  # fmt: skip
-    return losses, logits, lse, counts
+    losses, lse_parts, counts = (sim_i2t.new_empty(size, dtype=torch.float32) for size in ((2, B), (2, 2, B), (B,)))
+    contrastive_loss_fwd_kernel[(2 * B,)](
+        sim_i2t, sim_t2i, temp, same_image, losses, logits, lse_parts, counts, B, C, label_smoothing,
+        **_settings("contrastive_loss_fwd", sim_i2t),
+    )  # fmt: skip
+    return losses, logits, lse_parts, counts
 
 
 def contrastive_loss_bwd(
     dlosses: Tensor,
-    lse: Tensor,
+    lse_parts: Tensor,
     counts: Tensor,
     sim_i2t: Tensor,
     sim_t2i: Tensor,
@@ -139,11 +138,10 @@ def contrastive_loss_bwd(
     """
     B, C = sim_i2t.shape
     dsims, dtemps = sim_i2t.new_empty(2, B, C), torch.empty_like(dlosses)
-    if B:
-        contrastive_loss_bwd_kernel[(2 * B,)](
-            dlosses, lse, counts, sim_i2t, sim_t2i, temp, same_image, dsims, dtemps, B, C, label_smoothing,
-            **_settings("contrastive_loss_bwd", sim_i2t),
-        )  # fmt: skip
+    contrastive_loss_bwd_kernel[(2 * B,)](
+        dlosses, lse_parts, counts, sim_i2t, sim_t2i, temp, same_image, dsims, dtemps, B, C, label_smoothing,
+        **_settings("contrastive_loss_bwd", sim_i2t),
+    )  # fmt: skip
     return dsims, dtemps
 
 

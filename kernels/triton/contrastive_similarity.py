@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qformer_fast.kernels import launch
 
+# from here on tiles of several images fill a GPU at batch 128
 MANY_TEXTS = 1024
 
 
@@ -30,9 +31,10 @@ def contrastive_similarity_fwd_kernel(
 ):
     """One program = IMAGES images and BLOCK_T texts; a product's columns are BLOCK_Q queries of each image."""
     COLUMNS: tl.constexpr = IMAGES * BLOCK_Q
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tiles = tl.cdiv(T, BLOCK_T)
+    offs_t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
-    first_image = tl.program_id(1) * IMAGES
+    first_image = tl.program_id(0) // tiles * IMAGES
     image = (first_image + tl.arange(0, COLUMNS) // BLOCK_Q).to(tl.int64)
     query = tl.arange(0, COLUMNS) % BLOCK_Q
     text_ptr += offs_t[:, None].to(tl.int64) * D
@@ -138,7 +140,7 @@ def contrastive_similarity_fwd(image_features: Tensor, text_features: Tensor) ->
     argmax = image_features.new_empty(images, T, dtype=torch.int16)
     settings = _settings("contrastive_similarity_fwd", Q, T, out.device)
     if out.numel():
-        grid = (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(images, settings["IMAGES"]))
+        grid = (triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(images, settings["IMAGES"]),)
         contrastive_similarity_fwd_kernel[grid](image_features, text_features, out, argmax, images, T, Q, D, **settings)
     return out, argmax
 

@@ -276,8 +276,9 @@ def write_cache_index(folder: Path, shards: int) -> None:
 
 def _ask_for(path: Path, offset: int, size: int) -> None:
     """Tells the system what will be read, so that a disk has much to do at once."""
-    with _opened(path) as descriptor:
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+    if hasattr(os, "posix_fadvise"):
+        with _opened(path) as descriptor:
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def _read_at(path: Path, offset: int, out: np.ndarray) -> None:

@@ -82,6 +82,19 @@ class FirstSweep:
         return dataclasses.replace(self, image_kv=image_kv, weights=self.weights.adding())
 
 
+class Exchange(NamedTuple):
+    """What ranks exchange for ITC, both with gradients.
+
+    Args:
+        gather (Callable): features (batch, dim) of the rank's texts -> (candidates, dim), of all ranks' texts.
+        to_texts (Callable): (candidates, batch) of all texts with the rank's images -> (batch, candidates) of the
+            rank's texts with all images.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    to_texts: Callable[[Tensor], Tensor]
+
+
 class Contrast(NamedTuple):
     """ITC of a batch; the similarities as in :class:`Stage1Output`."""
 
@@ -320,16 +333,14 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         self,
         features: tuple[Tensor, Tensor],
         same_image: Tensor,
-        exchange: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+        exchange: Exchange | None = None,
     ) -> Contrast:
         """ITC of the batch.
 
         Args:
             features (tuple): the batch's :meth:`features`.
             same_image (Tensor): (batch, candidates) bool, True where two pairs show one image.
-            exchange (tuple, Optional): over ranks, what gives the text features of all candidates for the batch's, and
-                what gives (batch, candidates) of the batch's texts and all images for (candidates, batch) of all texts
-                and the batch's images. Default: `None`, the batch is all there is.
+            exchange (Exchange, Optional): Default: `None`, the batch is all there is.
         """
         similarities = self._similarities(*features, exchange)
         found = ops.contrastive_loss(*similarities, self.temp, same_image, label_smoothing=LABEL_SMOOTHING)
@@ -385,26 +396,20 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
     def _text_features(self, first_rows: Tensor) -> Tensor:
         return F.normalize(_at_least_fp32(self.text_proj(first_rows)), dim=-1)
 
-    def _similarities(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        exchange: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _similarities(self, images: Tensor, texts: Tensor, exchange: Exchange | None) -> tuple[Tensor, Tensor]:
         """(batch, candidates) each, of images with all texts and of texts with all images: the same values, of which
         each rank has those of its images and passes on those of other ranks' texts.
 
         Outside autocast: a bf16 cosine near 1 is exact to 1/256 only, which the temperature makes 0.06.
         """
-        gather, swap = exchange or (None, None)
         with torch.autocast(images.device.type, enabled=False):
-            all_texts = texts if gather is None else gather(texts)
+            all_texts = texts if exchange is None else exchange.gather(texts)
             if self.local_gradients:
                 i2t, t2i = ops.contrastive_similarity(images, all_texts, apart=True)
             else:
                 i2t = ops.contrastive_similarity(images, all_texts)
                 t2i = i2t.T
-            return i2t, t2i if swap is None else swap(t2i)
+            return i2t, t2i if exchange is None else exchange.to_texts(t2i)
 
     def same_image(self, image_ids: Sequence[str | int] | Tensor | None, batch: int, device: torch.device) -> Tensor:
         """(batch, batch) bool, True where two pairs show one image."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qformer_fast.layout import PackedText
-from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Stage1Output
+from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, Exchange, Stage1Output
 from qformer_fast.models.image_kv import ImageKV
 from qformer_fast.models.packing import EncoderWeights
 
@@ -122,7 +122,9 @@ class DistributedStage1(nn.Module):
     Args:
         model (Blip2QFormer): the same on every rank.
         group (ProcessGroup, Optional): Default: `None`, all ranks.
-        feature_dtype (torch.dtype): of texts' ITC features on their way. Default: fp32.
+        feature_dtype (torch.dtype): of texts' ITC features on their way; their gradients travel in fp32. Default: fp32.
+
+    A rank's backward of ITC waits for that of all others: none may leave it out.
 
     ``received`` counts the bytes that the last step received from other ranks, by what they are.
 
@@ -216,9 +218,9 @@ class DistributedStage1(nn.Module):
         """With the candidates of all ranks; its loss is the rank's share. Texts' features travel to the images, and the
         similarities back to the texts.
         """
-        exchange = (
-            lambda texts: _Gather.apply(texts, self, pairs.batches),
-            lambda similarities: _Swap.apply(similarities, self, pairs.batches),
+        exchange = Exchange(
+            gather=lambda texts: _AllGather.apply(texts, self, pairs.batches),
+            to_texts=lambda similarities: _AllToAll.apply(similarities, self, pairs.batches),
         )
         found = self.model.contrast(features, pairs.same_image, exchange)
         return found._replace(loss_itc=found.loss_itc * (len(pairs.same_image) * pairs.share))
@@ -307,14 +309,15 @@ class DistributedStage1(nn.Module):
         parts = [part[:count] for part, count in zip(out.split(most), counts, strict=True)]
         return torch.cat(parts).view(-1, *x.shape[1:])
 
-    def _swap(self, name: str, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sends each rank its part and returns theirs, flat: what two ranks send each other is of one size."""
-        sizes = [part.numel() for part in parts]
-        sent = torch.cat([part.flatten() for part in parts])
-        out = torch.empty_like(sent)
-        dist.all_to_all_single(out, sent, sizes, sizes, group=self.group)
+    def _all_to_all(self, name: str, x: Tensor, batches: list[int]) -> Tensor:
+        """Of ``x`` each rank's part, which has an element for each of its pairs and each of this rank's, to that rank;
+        theirs in the ranks' order.
+        """
+        sizes = [batches[self.rank] * count for count in batches]
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, sizes, sizes, group=self.group)
         self.received[name] += (len(out) - sizes[self.rank]) * out.itemsize
-        return list(out.split(sizes))
+        return out
 
     def _check_same(self, about: dict[str, Any]) -> None:
         from qformer_fast import __version__
@@ -367,7 +370,7 @@ def shard_parameters(stage1: DistributedStage1, **options: Any) -> DistributedSt
     return fully_shard(stage1, ignored_params={temp}, **options)
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """Features (batch, dim) of all ranks' pairs; backward sums what the ranks send back."""
 
     @staticmethod
@@ -388,7 +391,7 @@ class _Gather(torch.autograd.Function):
         return out[: batches[ranks.rank]], None, None
 
 
-class _Swap(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """(pairs of all ranks, batch) of all texts and the rank's images -> (batch, pairs of all ranks) of the rank's texts
     and all images; backward sends gradients the same way back.
     """
@@ -397,14 +400,16 @@ class _Swap(torch.autograd.Function):
     def forward(ctx, x: Tensor, ranks: DistributedStage1, batches: list[int]) -> Tensor:
         ctx.ranks, ctx.batches = ranks, batches
         batch = batches[ranks.rank]
-        parts = ranks._swap("similarities", x.split(batches))
+        flat = ranks._all_to_all("similarities", x.flatten(), batches)
+        parts = flat.split([batch * count for count in batches])
         return torch.cat([part.view(batch, -1) for part in parts], dim=1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         ranks, batches = ctx.ranks, ctx.batches
-        parts = ranks._swap("similarities", gradient.split(batches, dim=1))
-        return torch.cat(parts).view(-1, batches[ranks.rank]), None, None
+        sent = torch.cat([part.flatten() for part in gradient.split(batches, dim=1)])
+        flat = ranks._all_to_all("similarities", sent, batches)
+        return flat.view(-1, batches[ranks.rank]), None, None
 
 
 def _numbers(image_ids: Sequence[str | int] | Tensor | None, first_pair: int, batch: int) -> Tensor:

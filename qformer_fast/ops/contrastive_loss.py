@@ -15,7 +15,7 @@ from qformer_fast.ops._checks import check_device, check_floating, check_shape
 def contrastive_loss_fwd(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """losses (2, rows), logits (2, rows, candidates), and for backward lse (2, 2, rows) and counts (rows,)."""
+    """losses (2, rows), logits (2, rows, candidates), and for backward lse_parts (2, 2, rows) and counts (rows,)."""
     run = backends.kernel_or_formula("contrastive_loss_fwd", sim_i2t)
     return run(sim_i2t, sim_t2i, temp, same_image, label_smoothing)
 
@@ -25,14 +25,14 @@ def _(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, dtype = sim_i2t.shape[0], _sums_dtype(sim_i2t)
-    losses, lse, counts = (sim_i2t.new_empty(size, dtype=dtype) for size in ((2, rows), (2, 2, rows), (rows,)))
-    return losses, sim_i2t.new_empty(2, *sim_i2t.shape), lse, counts
+    losses, lse_parts, counts = (sim_i2t.new_empty(size, dtype=dtype) for size in ((2, rows), (2, 2, rows), (rows,)))
+    return losses, sim_i2t.new_empty(2, *sim_i2t.shape), lse_parts, counts
 
 
 @torch.library.custom_op("qformer_fast::contrastive_loss_bwd", mutates_args=())
 def contrastive_loss_bwd(
     dlosses: Tensor,
-    lse: Tensor,
+    lse_parts: Tensor,
     counts: Tensor,
     sim_i2t: Tensor,
     sim_t2i: Tensor,
@@ -42,13 +42,13 @@ def contrastive_loss_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the similarities (2, rows, candidates), and of temp (2, rows), to be added up."""
     run = backends.kernel_or_formula("contrastive_loss_bwd", sim_i2t)
-    return run(dlosses, lse, counts, sim_i2t, sim_t2i, temp, same_image, label_smoothing)
+    return run(dlosses, lse_parts, counts, sim_i2t, sim_t2i, temp, same_image, label_smoothing)
 
 
 @contrastive_loss_bwd.register_fake
 def _(
     dlosses: Tensor,
-    lse: Tensor,
+    lse_parts: Tensor,
     counts: Tensor,
     sim_i2t: Tensor,
     sim_t2i: Tensor,
@@ -104,7 +104,7 @@ def contrastive_loss(
 
     Args:
         sim_i2t, sim_t2i (Tensor): (rows, candidates), cosines of images with texts and of texts with images.
-        temp (Tensor): 0-dim, the temperature that they are divided by.
+        temp (Tensor): 0-dim, the temperature that they are divided by; of any floating dtype, also its gradient.
         same_image (Tensor): (rows, candidates) bool, at least one True a row.
         label_smoothing (float): in [0, 1]. Default: 0.0.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.

@@ -53,28 +53,28 @@ def contrastive_loss(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of both ways' cross-entropies, and the similarities (rows, candidates) over the temperature."""
-    targets = _targets(same_image, label_smoothing, sim_i2t.dtype)
-    logits = sim_i2t / temp, sim_t2i / temp
+    logits = _wide_logits(sim_i2t, sim_t2i, temp)
+    targets = _targets(same_image, label_smoothing, logits.dtype)
     loss = sum(F.cross_entropy(x, targets) for x in logits) / 2
-    return loss, *(x.detach() for x in logits)
+    return loss.to(sim_i2t.dtype), *logits.detach().to(sim_i2t.dtype)
 
 
 def contrastive_loss_fwd(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """losses (2, rows), logits (2, rows, candidates), lse (2, 2, rows), a row's largest logit and what is left of its
-    log sum exp, and columns of a row's image (rows,).
+    """losses (2, rows), logits (2, rows, candidates), lse_parts (2, 2, rows), a row's largest logit and what is left of
+    its log sum exp, and columns of a row's image (rows,).
     """
     logits = _wide_logits(sim_i2t, sim_t2i, temp)
     top = logits.amax(-1)
-    lse = torch.stack([top, (logits - top[..., None]).exp().sum(-1).log()])
-    losses = lse.sum(0) - (_targets(same_image, label_smoothing, logits.dtype) * logits).sum(-1)
-    return losses, logits.to(sim_i2t.dtype), lse, same_image.sum(1).to(lse.dtype)
+    lse_parts = torch.stack([top, (logits - top[..., None]).exp().sum(-1).log()])
+    losses = lse_parts.sum(0) - (_targets(same_image, label_smoothing, logits.dtype) * logits).sum(-1)
+    return losses, logits.to(sim_i2t.dtype), lse_parts, same_image.sum(1).to(lse_parts.dtype)
 
 
 def contrastive_loss_bwd(
     dlosses: Tensor,
-    lse: Tensor,
+    lse_parts: Tensor,
     counts: Tensor,
     sim_i2t: Tensor,
     sim_t2i: Tensor,
@@ -84,8 +84,8 @@ def contrastive_loss_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the similarities (2, rows, candidates), and of temp (2, rows)."""
     logits = _wide_logits(sim_i2t, sim_t2i, temp)
-    top, rest = lse[..., None]
-    difference = (logits - top - rest).exp() - _targets(same_image, label_smoothing, lse.dtype)
+    top, rest = lse_parts[..., None]
+    difference = (logits - top - rest).exp() - _targets(same_image, label_smoothing, logits.dtype)
     dsims = difference * (dlosses / temp)[..., None]
     return dsims.to(sim_i2t.dtype), -(dsims * logits).sum(-1)
 

@@ -24,7 +24,7 @@ def run(script, *arguments, cwd):
 def test_loader(tmp_path):
     sizes = ["--tiny", "--batch", 4, "--images", 20, "--shard-images", 8, "--tokens", 5, "--width", 16]
     result, printed = run(
-        "bench_loader.py", "--folder", tmp_path / "caches", *sizes, "--workers", 0, 1, "--steps", 4, "--log-every", 1,
+        "bench_loader.py", "--folder", tmp_path / "caches", *sizes, "--workers", 0, 1, "--steps", 6, "--log-every", 1,
         cwd=tmp_path,
     )  # fmt: skip
     for dtype in ("bfloat16", "int8"):

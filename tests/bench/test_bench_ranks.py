@@ -35,5 +35,7 @@ def test_two_processes_agree_with_one(tmp_path):
     received = two["received_bytes"]
     assert received["features"] == 2 * 4 * 256 * 4 and received["similarities"] == 2 * 4 * 4 * 4
     assert received["negatives"] == 4 * 8
+    # of four pairs three each, and at most the other process's negatives as well
+    assert two["matched_pairs"] == 12 <= two["matched_pairs_of_the_rank_with_most"] <= 16
     assert two["originals_image_tokens_bytes"] == 4 * 9 * 48 * 2
     assert "weak scaling" in done.stdout

@@ -30,12 +30,15 @@ def test_scaling(tmp_path):
     lines = [line.strip("| ").split(" | ") for line in (tmp_path / "scaling.md").read_text().splitlines()]
     steps, data = ({int(row[0]): row for row in lines if len(row) == n and row[0].isdigit()} for n in (12, 6))
     assert list(steps) == list(data) == [2, 8, 64, 512]
-    # on two GPUs what was measured; a feature of each query and text in four bytes, of the other GPU
-    assert steps[2][4:9] == ["41.0", "0.0", "0.0", "0.0", "0.0"] and steps[2][1:3] == ["4", "800"]
+    # on two GPUs what was measured
+    assert steps[2][4:9] == ["41.0", "0.0", "0.0", "0.0", "0.0"] and steps[2][2] == "800"
+    # of 511 GPUs: 128 texts of 256 numbers and 128 x 128 similarities, and gradients of both, in four bytes
+    assert float(steps[512][1]) == pytest.approx(511 * 2 * 4 * (128 * 256 + 128 * 128) / 1e6, abs=0.6)
     # 65,536 candidates lie on the slope of the last two counts: 8 ms for 7,168
     assert float(steps[512][6]) == pytest.approx(10 + (65536 - 8192) * 8 / 7168 - 1, abs=0.06)
-    # 504 GPUs' features of 4.3 MB through eight links of 50 GB/s, at 80%
-    assert float(steps[512][5]) == pytest.approx(504 * 128 * 33 * 256 * 4 / 400e9 / 0.8 * 1e3, abs=0.06)
+    # 504 GPUs' texts there and back through eight links of 50 GB/s, and similarities through one, at 80%
+    texts, similarities = 128 * 256 * 4 / 400e9, 128 * 128 * 4 / 50e9
+    assert float(steps[512][5]) == pytest.approx(504 * 2 * (texts + similarities) / 0.8 * 1e3, abs=0.06)
     assert all(float(steps[a][4]) < float(steps[b][4]) for a, b in ((2, 8), (8, 64), (64, 512)))
     assert steps[2][-1] == "the step itself" and steps[512][-1] == "itc"
     # eight batches of 257 x 1408 numbers of two bytes

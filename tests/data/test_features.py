@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 
 import numpy as np
@@ -162,6 +163,18 @@ def test_damage_is_found(tmp_path):
         FeatureCache(folder)
     with pytest.raises(FileNotFoundError, match="no feature cache in .*other$"):
         FeatureCache(tmp_path / "other")
+
+
+def test_all_images_are_asked_for_before_one_is_read(tmp_path, monkeypatch):
+    """Those of a batch, wherever they lie."""
+    cache, calls = create(tmp_path / "cache"), []
+    for name in ("posix_fadvise", "preadv"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *x, name=name, real=real: calls.append((name, x)) or real(*x))
+    cache.rows(["c", "a"])
+    assert [name for name, _ in calls] == ["posix_fadvise"] * 2 + ["preadv"] * 2
+    size = cache.tokens * cache.width * cache.dtype.itemsize
+    assert [x[1:] for _, x in calls[:2]] == [(at, size, os.POSIX_FADV_WILLNEED) for at in (2 * size, 0)]
 
 
 def test_a_cache_that_is_cut_while_it_is_read_is_named(tmp_path):

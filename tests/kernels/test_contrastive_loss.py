@@ -35,8 +35,8 @@ def kernel(*tensors, label_smoothing=0.1):
 
 
 def plain(sim_i2t, sim_t2i, temp, same_image, label_smoothing=0.1):
-    """As the original writes it (blip2_qformer.py:152-178): by image ids, with targets of all pairs."""
-    targets = same_image / same_image.sum(1, keepdim=True)
+    """As the original writes it for pairs with image ids (blip2_qformer.py:152-178)."""
+    targets = same_image.to(sim_i2t.dtype) / same_image.sum(1, keepdim=True)
     targets = (1 - label_smoothing) * targets + label_smoothing / same_image.shape[1]
     logits = sim_i2t / temp, sim_t2i / temp
     loss_i2t, loss_t2i = (-(F.log_softmax(x, dim=1) * targets).sum(1).mean() for x in logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -180,8 +181,33 @@ def worker(rank: int, world_size: int, port: int, folder: str, names: list[str])
     found: dict[str, Any] = {name: run_case(CASES[name], rank) for name in names}
     if world_size == 2:
         found["refused"] = refusals(rank)
+        found["contrasts"] = contrasts(rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def contrasts(rank: int) -> dict[str, list[torch.Tensor]]:
+    """ITC of ragged batches in fp32 on each backend, with local gradients and without: the loss, and gradients of its
+    features and of the temperature.
+    """
+    found, case = {}, CASES["ragged"]
+    images, ids, mask = (x[share_of(case, rank)] for x in case.data())
+    for local in (True, False):
+        model = build_model(dataclasses.replace(case, local_gradients=local)).float()
+        stage1 = DistributedStage1(model)
+        text = model.pack_captions(ids, mask, len(ids))
+        for backend in ("reference", "triton"):
+            pairs = stage1.gather_pairs(text, None, text.next_tokens()[1], images.device)
+            generator = torch.Generator().manual_seed(rank)
+            shapes = (len(ids), 3, 16), (len(ids), 16)
+            features = tuple(torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+            with use_backend(backend):
+                contrast = stage1.contrast(features, pairs)
+                gradients = torch.autograd.grad(contrast.loss_itc, [*features, model.temp])
+            with torch.no_grad(), use_backend(backend):
+                assert torch.equal(stage1.contrast(features, pairs).loss_itc, contrast.loss_itc)
+            found[f"{backend}, {local}"] = [contrast.loss_itc.detach(), *gradients]
+    return found
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -238,6 +264,20 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, assert_gradients_c
                 own = whole[share_of(case, rank)]
                 torch.testing.assert_close(similarities * model.temp, own * model.temp, **tolerance)
         assert sum(result[name]["pairs"] for result in found) == 3 * case.pairs
+
+
+def test_the_kernels_contrast_over_ranks_is_the_formulas(ranks) -> None:
+    world_size, found = ranks
+    if world_size != 2:
+        return
+    for result in found:
+        for local in (True, False):
+            kernels, formula = (result["contrasts"][f"{backend}, {local}"] for backend in ("triton", "reference"))
+            for x, expected in zip(kernels, formula, strict=True):
+                torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+        local, full = result["contrasts"]["reference, True"], result["contrasts"]["reference, False"]
+        torch.testing.assert_close(local[0], full[0])
+        assert (local[1] - full[1]).abs().max() > 1e-3 and (local[2] - full[2]).abs().max() > 1e-3
 
 
 def test_a_rank_may_receive_no_pair(ranks) -> None:

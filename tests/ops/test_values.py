@@ -178,6 +178,18 @@ def test_contrastive_similarity():
     torch.autograd.gradcheck(ops.contrastive_similarity, (images, texts))
 
 
+def test_contrastive_loss():
+    """Of two pairs of one image and a third one, and a candidate of another image."""
+    i2t, t2i, temp = rand(3, 4, grad=True), rand(3, 4, grad=True), torch.tensor(0.5, dtype=F64, requires_grad=True)
+    same_image = torch.tensor([[True, True, False, False], [True, True, False, False], [False, False, True, False]])
+    loss, *logits = ops.contrastive_loss(i2t, t2i, temp, same_image, label_smoothing=0.2)
+    targets = torch.tensor([[0.45, 0.45, 0.05, 0.05], [0.45, 0.45, 0.05, 0.05], [0.05, 0.05, 0.85, 0.05]], dtype=F64)
+    rows = [-(targets * (x / temp).softmax(1).log()).sum(1) for x in (i2t, t2i)]
+    torch.testing.assert_close(loss, torch.cat(rows).mean())
+    assert all(torch.equal(x, sims / temp) for x, sims in zip(logits, (i2t, t2i), strict=True))
+    torch.autograd.gradcheck(lambda *x: ops.contrastive_loss(*x, same_image, label_smoothing=0.2)[0], (i2t, t2i, temp))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy(smoothing, reduction):
