@@ -191,7 +191,7 @@ def contrastive_loss(sizes: Sizes) -> Iterator[Case]:
         def make(new: Callable[..., Tensor], candidates: int = candidates) -> Inputs:
             same_image = torch.eye(batch, candidates, dtype=torch.bool, device=sizes.device)
             sims = {name: new(batch, candidates, std=0.1) for name in ("sim_i2t", "sim_t2i")}
-            return {**sims, "temp": new(std=0.0).add(0.07), "same_image": same_image}
+            return {**sims, "temp": new(1, std=0.0) + 0.07, "same_image": same_image}
 
         options = {"label_smoothing": 0.1}
         yield Case("contrastive_loss", f"{batch}x{candidates}", make, options=options, adapt=_loss_alone)
@@ -332,7 +332,7 @@ def _output_parameters(sizes: Sizes, new: Callable[..., Tensor]) -> Inputs:
 
 
 def _loss_alone(contrastive_loss: Callable) -> Callable:
-    return lambda **inputs: contrastive_loss(**inputs)[0]
+    return lambda temp, **inputs: contrastive_loss(temp=temp[0], **inputs)[0]
 
 
 def _self_attention_flops(sizes: Sizes, layout: SequenceLayout) -> int:
