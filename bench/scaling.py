@@ -121,7 +121,15 @@ def write(ranks: dict[str, Any], pixels: dict[str, Any], number_bytes: int) -> s
     gpu, encoders_gpu = ranks["machine"]["gpu"], pixels["machine"]["gpu"]
     shares = {name: f"{100 * x:.0f}%" for name, x in (("used", USED), ("beside", BESIDE), ("sweep", SWEEP_2))}
     speeds = {name: f"{x / 1e9:.0f} GB/s" for name, x in (("nvlink", NVLINK), ("nic", NIC), ("disk", DISK))}
-    head = ["GPUs", "ITC", "gradients", "the original's image tokens and gradients", "step", "ITC's exchange", "ITC"]
+    head = [
+        "GPUs",
+        "texts and similarities",
+        "gradients",
+        "the original's image tokens and gradients",
+        "step",
+        "ITC's exchange",
+        "ITC",
+    ]
     head += ["gradients", "imbalance", "of one GPU's speed", "pairs/s", "most is added by"]
     return f"""# Stage 1 on more GPUs than were measured
 

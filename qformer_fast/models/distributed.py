@@ -382,11 +382,10 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         ranks, batches = ctx.ranks, ctx.batches
         most = max(batches)
-        padded = gradient.new_zeros(ranks.world_size, most, *gradient.shape[1:])
-        for to, part in zip(padded, gradient.split(batches), strict=True):
-            to[: len(part)] = part
-        out = torch.empty_like(padded[0])
-        _reduce_scatter(out, padded.flatten(0, 1), group=ranks.group)
+        parts = gradient.split(batches)
+        padded = [part if len(part) == most else F.pad(part, (0, 0, 0, most - len(part))) for part in parts]
+        out = gradient.new_empty(most, gradient.shape[1])
+        _reduce_scatter(out, torch.cat(padded), group=ranks.group)
         ranks.received["features"] += (ranks.world_size - 1) * out.nbytes
         return out[: batches[ranks.rank]], None, None
 

@@ -24,7 +24,7 @@ def contrastive_loss_fwd(
 def _(
     sim_i2t: Tensor, sim_t2i: Tensor, temp: Tensor, same_image: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, dtype = sim_i2t.shape[0], _sums_dtype(sim_i2t)
+    rows, dtype = sim_i2t.shape[0], torch.promote_types(sim_i2t.dtype, torch.float32)
     losses, lse_parts, counts = (sim_i2t.new_empty(size, dtype=dtype) for size in ((2, rows), (2, 2, rows), (rows,)))
     return losses, sim_i2t.new_empty(2, *sim_i2t.shape), lse_parts, counts
 
@@ -57,10 +57,6 @@ def _(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     return sim_i2t.new_empty(2, *sim_i2t.shape), torch.empty_like(dlosses)
-
-
-def _sums_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
