@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,11 @@ class GradientBuffers:
         self._places = {id(group[0]): buffer for group, buffer in zip(groups, buffers, strict=True)}
 
     @classmethod
-    def flat(cls, groups: list[Group], parts: list[int]) -> tuple[GradientBuffers, list[list[Tensor]]]:
-        """Zeros, each aligned to 256 bytes, and for each part all its buffers of a dtype as one tensor; ``parts`` has a
-        part's number for every group.
+    def flat(
+        cls, groups: list[Group], parts: list[int], zeros: Callable[[int, torch.dtype], Tensor]
+    ) -> tuple[GradientBuffers, list[list[Tensor]]]:
+        """Each aligned to 256 bytes, and for each part all its buffers of a dtype as one tensor, which ``zeros`` makes;
+        ``parts`` has a part's number for every group.
         """
         buffers: list[Tensor | None] = [None] * len(groups)
         wholes: list[list[Tensor]] = [[] for _ in range(max(parts) + 1)]
@@ -38,7 +41,7 @@ class GradientBuffers:
             places = [i for i, kind in enumerate(kinds) if kind == (part, dtype)]
             sizes = [sum(p.numel() for p in groups[i]) for i in places]
             room = [-(-size * dtype.itemsize // 256) * 256 // dtype.itemsize for size in sizes]
-            whole = torch.zeros(sum(room), dtype=dtype, device=groups[places[0]][0].device)
+            whole = zeros(sum(room), dtype)
             for i, size, place in zip(places, sizes, whole.split(room), strict=True):
                 buffers[i] = place[:size].view(_stacked_shape(groups[i]))
             wholes[part].append(whole)

@@ -32,6 +32,7 @@ from qformer_fast.models.distributed import (
 from qformer_fast.models.graphed import no_garbage_collection
 from qformer_fast.models.packing import GradientBuffers
 from qformer_fast.ops._seeds import seeds_ahead
+from qformer_fast.training.averaging import averaging_over
 from qformer_fast.training.captures import Capture, GraphedSteps, Shape, Where, expandable_segments
 from qformer_fast.training.sweeps import SweepInputs, Totals, seeds_of_sweep, sweep, written_groups
 
@@ -229,7 +230,8 @@ class GraphedRanks(GraphedSteps):
 
     def __init__(self, ranks: DistributedStage1, *, dtype: torch.dtype | None = None, bucket: int | None = None):
         model = ranks.model
-        gradients, self._wholes = GradientBuffers.flat(model.groups, segments(model))
+        self._averaging = averaging_over(ranks.group, model.temp.device)
+        gradients, self._wholes = GradientBuffers.flat(model.groups, segments(model), self._averaging.zeros)
         super().__init__(model, gradients, dtype=dtype, bucket=bucket)
         self.ranks = ranks
         self._branch = overlap.Branch(model.temp.device, priority=-2)  # before the graphs' kernels
@@ -265,20 +267,18 @@ class GraphedRanks(GraphedSteps):
         capture = self._loaded(shape, (image_embeds, text))
         if zeros:
             torch._foreach_zero_(zeros)
-        under_way = []
 
         def done(segment: int) -> None:
             if average:
                 for whole in self._wholes[segment]:
-                    under_way.append(dist.all_reduce(whole, dist.ReduceOp.AVG, group=ranks.group, async_op=True))
+                    self._averaging.begin(whole)
 
         with capture.autocast():
             out = step_over_ranks(
                 ranks, capture, capture.inputs, self._gradients, pairs, scale, negatives, done, self._branch
             )
         with self.waiting():
-            for work in under_way:
-                work.wait()
+            self._averaging.join()
         self._attach()
         return out
 

@@ -14,7 +14,7 @@ from qformer_fast.training.graphs_over_ranks import GraphedRanks
 
 def test_flat_buffers_are_parts_of_one_tensor():
     groups = [(torch.zeros(3, 5), torch.zeros(2, 5)), (torch.zeros(()),), (torch.zeros(7).double(),), (torch.zeros(9),)]
-    buffers, wholes = GradientBuffers.flat(groups, [1, 0, 1, 1])
+    buffers, wholes = GradientBuffers.flat(groups, [1, 0, 1, 1], lambda size, dtype: torch.zeros(size, dtype=dtype))
     assert [x.shape for x in buffers.buffers] == [(5, 5), (), (7,), (9,)]
     found = [[(x.dtype, x.numel()) for x in part] for part in wholes]
     assert found == [[(torch.float32, 64)], [(torch.float32, 128), (torch.float64, 32)]]
