@@ -1,8 +1,8 @@
 """Stage 1 over ranks with both sweeps as CUDA graphs.
 
 What ranks exchange runs as it comes, between graphs: no collective is captured, so each rank captures what its own
-captions and pairs need. Sweep 2's backward is in several graphs: the gradients of the layers that one is done with are
-averaged over the ranks while the next runs.
+captions and pairs need. Events in sweep 2's graph tell when its backward is done with some layers: their gradients are
+averaged over the ranks while the next ones' are made.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ from qformer_fast.training.averaging import averaging_over
 from qformer_fast.training.captures import Capture, GraphedSteps, Shape, Where, expandable_segments
 from qformer_fast.training.sweeps import SweepInputs, Totals, seeds_of_sweep, sweep, written_groups
 
+# called with each number of :func:`segments` when its gradients are done for the current stream
+Done = Callable[[int], None]
+
 
 class Sweeps(Protocol):
     """A rank's sweeps, in this order.
 
     Args:
-        matched (tuple): what :func:`match` gave in sweep 2, until :meth:`images_backward`.
+        matched (tuple): what :func:`match` gave in sweep 2, until another step.
     """
 
     matched: tuple[Tensor, Tensor]
@@ -58,11 +61,8 @@ class Sweeps(Protocol):
     def room(self, pairs: int, text_rows: int, max_length: int) -> MatchRoom | None:
         """Which the pairs are to be filled up to."""
 
-    def second(self, given: MatchInputs) -> Iterator[int]:
-        """Sweep 2 and its backward, in segments, whose numbers it gives."""
-
-    def images_backward(self) -> None:
-        """Of the product that made the images' keys and values."""
+    def second(self, given: MatchInputs, done: Done) -> None:
+        """Sweep 2, its backward, and that of the product that made the images' keys and values."""
 
 
 def cut_layers(layers: int) -> list[int]:
@@ -93,7 +93,8 @@ def segments(model: Blip2QFormer) -> list[int]:
 
 class SweepsAsTheyCome:
     """:class:`Sweeps` without graphs; gradients are added to ``gradients``, or without ``add`` written as
-    :func:`qformer_fast.training.sweeps.step_in_parts` writes them.
+    :func:`qformer_fast.training.sweeps.step_in_parts` writes them. What :mod:`qformer_fast.overlap` has left aside may
+    not be done when ``done`` is called, which :func:`overlap.mark` knows of.
     """
 
     def __init__(self, model: Blip2QFormer, inputs: SweepInputs, gradients: GradientBuffers, *, add: bool = True):
@@ -119,7 +120,7 @@ class SweepsAsTheyCome:
     def room(self, pairs: int, text_rows: int, max_length: int) -> None:
         return None
 
-    def second(self, given: MatchInputs) -> Iterator[int]:
+    def second(self, given: MatchInputs, done: Done) -> None:
         layers = cut_layers(self.model.config.num_hidden_layers)
         cuts: list[tuple[Tensor, Tensor]] = []
 
@@ -136,14 +137,13 @@ class SweepsAsTheyCome:
         for segment, (rows, leaf) in enumerate(reversed(cuts)):
             (gradient,) = self._totals.backward([output], [], [gradient], also=[leaf])
             output = rows
-            yield segment
+            done(segment)
         self._totals.backward([output], [], [gradient])
-        yield len(cuts)
-
-    def images_backward(self) -> None:
+        done(len(cuts))
         written = self._totals.written(self._kv_weights)
-        # a graph of it runs after those of sweep 2, which would be given the memory
+        # sweep 2 has a graph for each room, this is in all of them
         self._totals.backward([self._made], written, [self._swept.image_kv.gradient], keep=True)
+        done(len(cuts) + 1)
 
 
 def step_over_ranks(
@@ -154,7 +154,7 @@ def step_over_ranks(
     pairs: Pairs,
     scale: Tensor | float,
     negatives: tuple[Tensor, Tensor] | None = None,
-    done: Callable[[int], None] = lambda segment: None,
+    done: Done = lambda segment: None,
     branch: overlap.Branch | None = None,
 ) -> RanksOutput:
     """The rank's share of a step's losses, detached. Its gradients, ``scale`` times, go where those of ``sweeps`` go.
@@ -164,7 +164,7 @@ def step_over_ranks(
         inputs (SweepInputs): that ``sweeps`` read.
         gradients (GradientBuffers): of the parameters of the model of ``ranks``.
         negatives (tuple, Optional): as of :meth:`DistributedStage1.forward`.
-        done (Callable, Optional): is called with each number of :func:`segments` when its gradients are done.
+        done (Callable, Optional): see :data:`Done`. Default: nothing is called.
         branch (Branch, Optional): on which what ranks exchange runs, beside the sweeps. Default: `None`, beside none.
     """
     temp, branch = ranks.model.temp, branch or overlap.Branch()
@@ -190,12 +190,8 @@ def step_over_ranks(
         room = sweeps.room(number, pairs.own_rows + sum(rows), pairs.captions.max_length)
         given = ranks.pair_up(matching, sizes, pairs, room)
     branch.join()
-    for segment in sweeps.second(given):
-        done(segment)
-    # the images' graph, which was recorded earlier, may write where these are
+    sweeps.second(given, done)
     matched = sweeps.matched[0].clone(), sweeps.matched[1][:number].clone()
-    sweeps.images_backward()
-    done(segment + 1)
     out = ranks.output(contrast, matched, loss_itg, matching.negatives, given, pairs)
     losses = {name: getattr(out, name).detach() for name in ("loss", "loss_itc", "loss_itm", "loss_itg")}
     return dataclasses.replace(out, **losses)
@@ -298,6 +294,7 @@ class _RanksCapture(Capture):
         super().__init__(*arguments)
         self._owner = owner
         self._second: dict[MatchRoom, _Second] = {}
+        self._behind_events = torch.cuda.Stream(self.model.temp.device)
 
     def _new_inputs(self, images: Tensor, text: PackedText) -> SweepInputs:
         batch, width = len(images), self.model.vision_proj.out_features
@@ -324,9 +321,8 @@ class _RanksCapture(Capture):
             yield sweeps.first()
             yield sweeps.captions()
             yield sweeps.first_backward()
-            yield sweeps.images_backward()
 
-        self.graphs, (self._features, self._loss_itg, *_) = self._record(
+        self.graphs, (self._features, self._loss_itg, _) = self._record(
             where, lambda scratch: parts(self._sweeps_to(scratch)), parts(self._sweeps)
         )
 
@@ -350,18 +346,17 @@ class _RanksCapture(Capture):
         known = {room.text_rows for room in self._second if (room.pairs, room.max_length) == (pairs, max_length)}
         return MatchRoom(pairs, room_for(text_rows, bucket, known), 2 * bucket, max_length)
 
-    def second(self, given: MatchInputs) -> Iterator[int]:
+    def second(self, given: MatchInputs, done: Done) -> None:
         if given.room not in self._second:
             self._second[given.room] = self._record_second(given)
-        graphs, inputs, self.matched = self._second[given.room]
+        graph, inputs, events, self.matched = self._second[given.room]
         for place, x in zip(_tensors(inputs), _tensors(given), strict=True):
             place.copy_(x)
-        for segment, graph in enumerate(graphs):
-            graph.replay()
-            yield segment
-
-    def images_backward(self) -> None:
-        self.graphs[3].replay()
+        graph.replay()
+        for segment, event in enumerate(events):
+            self._behind_events.wait_event(event)
+            with torch.cuda.stream(self._behind_events):
+                done(segment)
 
     def _record_second(self, given: MatchInputs) -> _Second:
         captures = self._owner()._captures
@@ -383,27 +378,36 @@ class _RanksCapture(Capture):
         ids, positions, offsets, *others = (x.clone() for x in _tensors(given))
         inputs = MatchInputs(PackedText(ids, positions, offsets, given.text.max_length), *others, given.room)
         state = torch.cuda.get_rng_state(device)
+        events: list[torch.cuda.Event] = []
 
-        def once(scratch: GradientBuffers) -> Iterator[int]:
+        def mark(_segment: int) -> None:
+            events.append(torch.cuda.Event(external=True))
+            overlap.mark(events[-1])
+
+        def once(scratch: GradientBuffers) -> Iterator[None]:
             sweeps = self._sweeps_to(scratch)
             sweeps.first()
             sweeps.captions()
             sweeps.first_backward()
-            yield from sweeps.second(inputs)
+            yield sweeps.second(inputs, lambda segment: None)
+
+        def part() -> Iterator[None]:
+            yield self._sweeps.second(inputs, mark)
 
         try:
             with no_garbage_collection(), expandable_segments():
-                graphs, _ = self._record(self._where, once, self._sweeps.second(inputs))
+                (graph,), _ = self._record(self._where, once, part())
         finally:
             torch.cuda.set_rng_state(state, device)
-        return _Second(graphs, inputs, self._sweeps.matched)
+        return _Second(graph, inputs, events, self._sweeps.matched)
 
 
 class _Second(NamedTuple):
-    """Graphs of sweep 2, what they read, and what they give."""
+    """A graph of sweep 2, what it reads, an event in it behind each of :func:`segments`, and what it gives."""
 
-    graphs: list[torch.cuda.CUDAGraph]
+    graph: torch.cuda.CUDAGraph
     inputs: MatchInputs
+    events: list[torch.cuda.Event]
     matched: tuple[Tensor, Tensor]
 
 

@@ -111,14 +111,16 @@ class Totals:
         also: Sequence[Tensor] = (),
         keep: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Gradients of the outputs: written to the totals in ``new``, added to others. Those of ``also`` are returned.
-        ``keep``: what this backward reads stays where it is.
+        """Gradients of the outputs: written to the totals in ``new``, added to others. Those of ``also`` are returned,
+        and where there are no others, what was left aside is not waited for. ``keep``: what this backward reads stays
+        where it is.
         """
         inputs = [*also, *self._totals]
         found = torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=keep, allow_unused=True)
-        overlap.join()
         returned, found = found[: len(also)], found[len(also) :]
         pairs = [(total, x) for total, x in zip(self._totals.values(), found, strict=True) if x is not None]
+        if pairs or not also:
+            overlap.join()
         is_new = {id(total) for total in new}
         for put, chosen in (
             (torch._foreach_copy_, [pair for pair in pairs if id(pair[0]) in is_new]),

@@ -1,13 +1,14 @@
-"""Means over ranks by copies, the ranks being threads that see each other's memory."""
+"""Means over ranks by copies: of threads that see each other's memory, and of two GPUs."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qformer_fast import overlap
-from qformer_fast.training.averaging import ByCopies, Shared
+from qformer_fast.training.averaging import ByCollectives, ByCopies, Shared, averaging_over
 
 
 class Memory:
@@ -69,3 +70,34 @@ def test_no_rank_is_waited_for_where_nothing_began():
     averaging.zeros(8, torch.float32)
     averaging.join()
     assert memory.called == []
+
+
+def average_on_gpu(rank, store, averaging_class):
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=2)
+    averaging = averaging_over(None, device)
+    assert type(averaging) is averaging_class
+    sizes = (1_000_001, 64, 4_000_000)
+    wholes = [averaging.zeros(size, torch.float32) for size in sizes]
+    generator = torch.Generator(device).manual_seed(0)
+    for number in range(30):
+        given = [torch.randn(2, size, device=device, generator=generator) for size in sizes]
+        for whole, values in zip(wholes, given, strict=True):
+            if number % 3 == rank:  # now one is late, now the other, now none
+                torch.cuda._sleep(1_000_000)
+            whole.copy_(values[rank])
+            averaging.begin(whole)
+        averaging.join()
+        for whole, values in zip(wholes, given, strict=True):
+            torch.testing.assert_close(whole, values.mean(0), rtol=1e-6, atol=1e-6)
+            whole.fill_(torch.nan)
+    dist.destroy_process_group()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("p2p_disable, averaging_class", [("0", ByCopies), ("1", ByCollectives)])
+def test_two_gpus_have_the_means_whichever_is_late(p2p_disable, averaging_class, tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_P2P_DISABLE", p2p_disable)
+    torch.multiprocessing.spawn(average_on_gpu, (tmp_path / "store", averaging_class), nprocs=2)

@@ -109,3 +109,24 @@ def test_each_step_draws_its_own_dropout_and_negatives(one_rank, make_captions):
     first, again, other = losses(1, graphed), losses(1, graphed), losses(2, graphed)
     assert first == again
     assert len({*first, *other}) == 6
+
+
+@pytest.mark.cuda
+def test_an_event_in_a_graph_is_that_of_its_latest_replay():
+    """Averages of gradients begin behind such events, while the graph's other kernels run."""
+    x, event = torch.zeros((), device="cuda"), torch.cuda.Event(external=True)
+    beside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.cuda._sleep(2_000_000)
+        x += 1
+        event.record()
+        torch.cuda._sleep(50_000_000)
+    seen = []
+    for _ in range(20):
+        graph.replay()
+        beside.wait_event(event)
+        with torch.cuda.stream(beside):
+            seen.append(x.clone())
+        beside.synchronize()
+        assert not torch.cuda.current_stream().query()
+    assert torch.stack(seen).tolist() == list(range(1, 21))
