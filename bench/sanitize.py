@@ -75,7 +75,7 @@ def run_launchers() -> None:
         folded = kernels.fold_norm_fwd(*parameters, width, torch.bfloat16)
         kernels.fold_norm_bwd(folded, *parameters)
         for add in (False, True):
-            kernels.fold_norm_bwd(folded, *parameters, [torch.zeros_like(p) for p in parameters], add)
+            kernels.fold_norm_bwd(folded, *parameters, [torch.zeros_like(p) for p in parameters], add, add)
     torch.cuda.synchronize()
 
 

@@ -106,12 +106,13 @@ def fold_norm_bwd(
     norm_bias: Tensor,
     totals: Sequence[Tensor] = (),
     add: bool = True,
+    add_norm: bool = True,
 ) -> Sequence[Tensor]:
-    """dout (out, width) contiguous -> gradients of the four parameters, written to ``totals`` if there are any, with
-    ``add`` added.
+    """dout (out, width) contiguous -> gradients of the four parameters, written to ``totals`` if there are any; with
+    ``add`` those of weight and bias are added, with ``add_norm`` the norm's.
     """
     M, N = weight.shape
-    add = add and len(totals) > 0
+    add, add_norm = (given and len(totals) > 0 for given in (add, add_norm))
     gradients = totals or [torch.empty_like(x) for x in (weight, bias, norm_weight, norm_bias)]
     settings = dict(launch.settings("fold_norm_bwd", weight.device))
     columns = triton.cdiv(N, settings["BLOCK_N"])
@@ -120,5 +121,5 @@ def fold_norm_bwd(
     fold_norm_bwd_kernel[(row_programs, columns)](
         dout, weight, norm_weight, norm_bias, *gradients[:2], parts, M, N, dout.shape[1], ADD=add, **settings
     )
-    sum_parts(parts, *gradients[2:], add=add)
+    sum_parts(parts, *gradients[2:], add=add_norm)
     return gradients

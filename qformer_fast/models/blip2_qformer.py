@@ -20,7 +20,7 @@ from qformer_fast.integrations.checkpoints import CheckpointMixin, LoadReport, l
 from qformer_fast.layout import Mask, PackedText, SequenceLayout
 from qformer_fast.models.generation import CaptionDecoder
 from qformer_fast.models.image_kv import ImageKV
-from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
+from qformer_fast.models.packing import EncoderWeights, GradientBuffers, Group
 from qformer_fast.models.padded import padded_layout
 from qformer_fast.models.qformer import DenseLayerNorm, QFormer
 from qformer_fast.ops._checks import check_shape
@@ -211,14 +211,13 @@ class Blip2QFormer(CheckpointMixin, nn.Module):
         return run(out, image_embeds.detach().contiguous(), self.ln_vision.eps)
 
     def image_kv(
-        self, image_embeds: Tensor, weights: BlockWeights | None = None, *, standardized: bool = False
+        self, image_embeds: Tensor, weights: Sequence[Tensor] | None = None, *, standardized: bool = False
     ) -> ImageKV:
         """``ln_vision`` and the keys and values of all cross-attention layers.
 
         Args:
             image_embeds (Tensor): (images, tokens, encoder_hidden), the image encoder's tokens, finite.
-            weights (BlockWeights, Optional): of :meth:`QFormer.kv_weights` with ``ln_vision``. Default: `None`, made
-                here.
+            weights (Sequence, Optional): of :meth:`QFormer.kv_weights` with ``ln_vision``. Default: `None`, made here.
             standardized (bool): they went through :meth:`standardize`. Default: False.
         """
         return self.qformer.image_kv(image_embeds, norm=self.ln_vision, weights=weights, standardized=standardized)

@@ -164,7 +164,7 @@ class _Runner:
     def __init__(self, qformer: QFormer, queries: Tensor | None, dtype: torch.dtype, norm: nn.LayerNorm | None):
         self.qformer, self.dtype, self.norm = qformer, dtype, norm
         self.weights = qformer.encoder_weights_in(dtype)
-        parameters = qformer.kv_weights(norm).parameters
+        parameters = qformer.kv_weights(norm)
         if norm is None:
             self.kv_weight, self.kv_bias = (x.to(dtype) for x in parameters)
         else:

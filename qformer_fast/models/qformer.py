@@ -35,6 +35,7 @@ from qformer_fast.models.packing import (
 )
 from qformer_fast.ops._checks import autocast_dtype
 from qformer_fast.ops._seeds import same_seeds
+from qformer_fast.ops.image_key_value import image_key_value_bwd
 
 
 class QFormerOutput(NamedTuple):
@@ -356,7 +357,7 @@ class QFormer(CheckpointMixin, nn.Module):
         *,
         norm: nn.LayerNorm | None = None,
         image_mask: Tensor | None = None,
-        weights: BlockWeights | None = None,
+        weights: Sequence[Tensor] | None = None,
         standardized: bool = False,
     ) -> ImageKV:
         """Keys and values of all cross-attention layers, one matrix product.
@@ -365,7 +366,7 @@ class QFormer(CheckpointMixin, nn.Module):
             image_embeds (Tensor): (images, tokens, encoder_hidden).
             norm (nn.LayerNorm, Optional): applied to the tokens first, folded into the weights.
             image_mask (Tensor, Optional): see :class:`ImageKV`.
-            weights (BlockWeights, Optional): of :meth:`kv_weights` with ``norm``. Default: `None`, made here.
+            weights (Sequence, Optional): of :meth:`kv_weights` with ``norm``. Default: `None`, made here.
             standardized (bool): they are :meth:`Blip2QFormer.standardize`'s. Default: False.
 
         Raises:
@@ -376,17 +377,10 @@ class QFormer(CheckpointMixin, nn.Module):
         if weights is None:
             weights = self.kv_weights(norm)
         expected = 2 if norm is None else 4
-        if len(weights.parameters) != expected:
-            raise ValueError(f"weights must be {expected} tensors, of kv_weights(norm), got {len(weights.parameters)}")
+        if len(weights) != expected:
+            raise ValueError(f"weights must be {expected} tensors, of kv_weights(norm), got {len(weights)}")
         eps = {} if norm is None else {"eps": norm.eps}
-        out = ops.image_key_value(
-            image_embeds,
-            *weights.parameters,
-            **eps,
-            standardized=standardized,
-            gradients=weights.gradients,
-            add_gradients=weights.add_gradients,
-        )
+        out = ops.image_key_value(image_embeds, *weights, **eps, standardized=standardized)
         sizes = (len(self.config.cross_attention_layers), 2, self.config.num_attention_heads, self.config.headdim)
         return ImageKV(out.unflatten(-1, sizes), image_mask)
 
@@ -399,24 +393,59 @@ class QFormer(CheckpointMixin, nn.Module):
         if image_embeds.device.type == "cpu" and not bool(image_embeds.detach().isfinite().all()):
             raise ValueError("image_embeds must be finite, got NaN or Inf")
 
-    def kv_weights(
-        self,
-        norm: nn.LayerNorm | None = None,
-        *,
-        gradients: GradientBuffers | None = None,
-        add_gradients: bool = True,
-    ) -> BlockWeights:
-        """Weight and bias of all layers' keys and values, and ``norm``'s; gradients as in :meth:`encoder_weights`."""
-        groups = self._kv_groups + ([] if norm is None else [(norm.weight,), (norm.bias,)])
-        parameters = [torch.cat(group) if len(group) > 1 else group[0] for group in groups]
-        return BlockWeights.make(groups, parameters, gradients, add_gradients)
+    def kv_weights(self, norm: nn.LayerNorm | None = None) -> list[Tensor]:
+        """Weight and bias of all layers' keys and values, stacked, and ``norm``'s."""
+        everything = range(len(self.config.cross_attention_layers))
+        return [*map(torch.cat, self.kv_groups(everything)), *([] if norm is None else [norm.weight, norm.bias])]
 
     @property
-    def _kv_groups(self) -> list[Group]:
-        """Weights and biases of all layers' keys and values."""
-        layers = [self.encoder.layer[i].crossattention.attention for i in self.config.cross_attention_layers]
+    def kv_parts(self) -> list[range]:
+        """Which of the cross-attention layers have gradients of their keys' and values' weights made together, in this
+        order: few are last, for which ranks wait.
+        """
+        count = len(self.config.cross_attention_layers)
+        few = count // 3
+        return [part for part in (range(few, count), range(few)) if part]
+
+    def kv_groups(self, part: range) -> list[Group]:
+        """Weights and biases of keys and values of some of the cross-attention layers."""
+        layers = [self.encoder.layer[self.config.cross_attention_layers[i]].crossattention.attention for i in part]
         both = [p for layer in layers for p in (layer.key, layer.value)]
         return [tuple(map(weight_of, both)), tuple(p.bias for p in both)]
+
+    def image_kv_backward(
+        self,
+        image_embeds: Tensor,
+        gradient: Tensor,
+        *,
+        norm: nn.LayerNorm,
+        weights: Sequence[Tensor],
+        gradients: GradientBuffers,
+        add: bool = True,
+    ) -> Iterator[None]:
+        """Backward of :meth:`image_kv` of standardized tokens where autograd did not follow it; yields after each of
+        :attr:`kv_parts`.
+
+        Args:
+            image_embeds (Tensor): (images, tokens, standardized width).
+            gradient (Tensor): of :class:`ImageKV`'s buffer.
+            norm (nn.LayerNorm), weights (Sequence): as given to :meth:`image_kv`.
+            gradients (GradientBuffers): to which those of the keys' and values' and the norm's parameters are written.
+            add (bool): they are added. Default: True.
+        """
+        rows_a_layer = 2 * self.config.hidden_size
+        weight, bias, *of_norm = weights
+        for number, part in enumerate(self.kv_parts):
+            rows = slice(rows_a_layer * part.start, rows_a_layer * part.stop)
+            image_key_value_bwd(
+                gradient[:, :, part.start : part.stop].flatten(2),
+                image_embeds,
+                (weight[rows], bias[rows], *of_norm),
+                [gradients[group] for group in (*self.kv_groups(part), (norm.weight,), (norm.bias,))],
+                add=add,
+                add_norm=add or number > 0,
+            )
+            yield
 
     def embed_queries(self, query_embeds: Tensor, num_sequences: int, dtype: torch.dtype | None = None) -> Tensor:
         """LayerNorm and dropout of the queries: (1 or num_sequences, queries, hidden) -> (num_sequences * queries,
@@ -506,7 +535,8 @@ class QFormer(CheckpointMixin, nn.Module):
     @property
     def groups(self) -> list[Group]:
         """Parameters that :meth:`encoder_weights` takes together, one group a tensor there."""
-        blocks = [self._kv_groups, *(groups for layer in self.encoder.layer for groups in layer.groups.values())]
+        kv = map(self.kv_groups, self.kv_parts)
+        blocks = [*kv, *(groups for layer in self.encoder.layer for groups in layer.groups.values())]
         return [group for groups in blocks for group in groups]
 
     def encoder_weights(

@@ -11,58 +11,42 @@ from torch.nn import functional as F
 
 from qformer_fast import backend as backends
 from qformer_fast import reference
-from qformer_fast.ops._autograd import register_autograd, without_totals
-from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape, check_totals
+from qformer_fast.ops._autograd import register_autograd
+from qformer_fast.ops._checks import autocast_dtype, check_device, check_floating, check_shape
 
 
 @torch.library.custom_op("qformer_fast::fold_norm_fwd", mutates_args=())
 def fold_norm_fwd(
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    totals: list[Tensor],
-    add: bool,
-    width: int,
-    dtype: torch.dtype,
+    weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, width: int, dtype: torch.dtype
 ) -> Tensor:
-    """``totals`` and ``add`` are for backward, see :func:`_bwd`."""
     run = backends.kernel_or_formula("fold_norm_fwd", weight)
     return run(weight, bias, norm_weight, norm_bias, width, dtype)
 
 
 @fold_norm_fwd.register_fake
-def _(weight, bias, norm_weight, norm_bias, totals, add, width: int, dtype: torch.dtype) -> Tensor:
+def _(weight, bias, norm_weight, norm_bias, width: int, dtype: torch.dtype) -> Tensor:
     return weight.new_empty(weight.shape[0], width, dtype=dtype)
 
 
-def _bwd(
-    dout: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, totals: list[Tensor], add: bool
-) -> list[Tensor]:
-    """Gradients of the four parameters, or these are written to ``totals`` if it is not empty, with ``add`` added."""
+@torch.library.custom_op("qformer_fast::fold_norm_bwd", mutates_args=())
+def fold_norm_bwd(dout: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> list[Tensor]:
+    """Gradients of the four parameters."""
     run = backends.kernel_or_formula("fold_norm_bwd", weight)
-    gradients = run(dout, weight, bias, norm_weight, norm_bias, totals, add)
-    return [] if totals else list(gradients)
-
-
-# with totals, backward calls the function itself: an op may not add to its inputs and return others
-fold_norm_bwd = torch.library.custom_op("qformer_fast::fold_norm_bwd", mutates_args=())(_bwd)
+    return list(run(dout, weight, bias, norm_weight, norm_bias))
 
 
 @fold_norm_bwd.register_fake
-def _(dout: Tensor, *parameters_and_totals) -> list[Tensor]:
-    return [torch.empty_like(x) for x in parameters_and_totals[:4]]
+def _(dout: Tensor, *parameters) -> list[Tensor]:
+    return [torch.empty_like(x) for x in parameters]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *parameters, ctx.totals, ctx.add, _, _ = inputs
+    *parameters, _, _ = inputs
     ctx.save_for_backward(*parameters)
 
 
 def _backward(ctx, dout: Tensor) -> tuple[Any, ...]:
-    run = _bwd if ctx.totals else fold_norm_bwd
-    gradients = run(dout.contiguous(), *ctx.saved_tensors, ctx.totals, ctx.add) or [None] * 4
-    return *gradients, [None] * len(ctx.totals), *[None] * 3
+    return *fold_norm_bwd(dout.contiguous(), *ctx.saved_tensors), None, None
 
 
 register_autograd(fold_norm_fwd, _backward, _setup_context)
@@ -77,18 +61,15 @@ def _kernels(
     *,
     eps: float,
     standardized: bool,
-    gradients: Sequence[Tensor] | None = None,
-    add_gradients: bool = True,
 ) -> Tensor:
     if norm_weight is None or not standardized:
         return reference.image_key_value(x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized)
     dtype = autocast_dtype(x)
     parameters = (p.contiguous() for p in (weight, bias, norm_weight, norm_bias))
-    folded = fold_norm_fwd(*parameters, list(gradients or ()), add_gradients, x.shape[-1], dtype)
-    return F.linear(x.to(dtype), folded)
+    return F.linear(x.to(dtype), fold_norm_fwd(*parameters, x.shape[-1], dtype))
 
 
-IMPLEMENTATIONS = {"reference": without_totals(reference.image_key_value), "triton": _kernels}
+IMPLEMENTATIONS = {"reference": reference.image_key_value, "triton": _kernels}
 
 
 def image_key_value(
@@ -100,8 +81,6 @@ def image_key_value(
     *,
     eps: float = 1e-5,
     standardized: bool = False,
-    gradients: Sequence[Tensor] | None = None,
-    add_gradients: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """linear(layer_norm(x) * norm_weight + norm_bias, weight, bias), the LayerNorm folded into the weights.
@@ -117,18 +96,14 @@ def image_key_value(
         eps (float): of the LayerNorm. Default: 1e-5, ``nn.LayerNorm``'s as in LAVIS (blip2.py:81).
         standardized (bool): x is :meth:`Blip2QFormer.standardize`'s: (images, tokens, encoder_hidden and a column of
             ones, filled up to a multiple of 8). Default: False.
-        gradients (Sequence, Optional): four tensors like the parameters, fp32 or of their dtype, contiguous, with
-            ``standardized`` and a norm. The kernels add the parameters' gradients to them in backward and give autograd
-            none. Default: `None`.
-        add_gradients (bool): False: write to ``gradients`` instead. Default: True.
         backend (str, Optional): "reference", "triton" or "cuda". Default: `None`, chosen.
 
     Returns:
         Tensor: (images, tokens, out).
 
     Raises:
-        ValueError: shapes or devices that do not fit, ``gradients`` without ``standardized`` rows and a norm.
-            TypeError: integer input. RuntimeError: the backend asked for can't run, with the reason.
+        ValueError: shapes or devices that do not fit. TypeError: integer input. RuntimeError: the backend asked for
+            can't run, with the reason.
     """
     check_shape("weight", weight, "out", "encoder_hidden")
     width = weight.shape[1]
@@ -141,18 +116,24 @@ def image_key_value(
     for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if value is not None:
             check_shape(name, value, width)
-    if gradients is not None:
-        if norm_weight is None or not standardized:
-            raise ValueError("gradients must be None without standardized rows and a norm")
-        check_totals(gradients, weight, bias, norm_weight, norm_bias)
     return backends.resolve("image_key_value", IMPLEMENTATIONS, backend, x)(
-        x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        eps=eps,
-        standardized=standardized,
-        gradients=gradients,
-        add_gradients=add_gradients,
+        x, weight, bias, norm_weight, norm_bias, eps=eps, standardized=standardized
     )
+
+
+@torch.no_grad()
+def image_key_value_bwd(
+    dout: Tensor, x: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, add: bool, add_norm: bool
+) -> None:
+    """Backward of :func:`image_key_value` of standardized rows where autograd did not follow it.
+
+    Args:
+        dout (Tensor): (images, tokens, out), also of some columns alone.
+        x (Tensor): (images, tokens, standardized width).
+        parameters (Sequence): weight and bias, of these columns, norm_weight and norm_bias.
+        gradients (Sequence): four like these that theirs are written to, with ``add`` those of weight and bias are
+            added, with ``add_norm`` the norm's.
+    """
+    run = backends.kernel_or_formula("fold_norm_bwd", parameters[0])
+    product = dout.flatten(0, 1).T @ x.flatten(0, 1).to(dout.dtype)
+    run(product, *parameters, gradients, add, add_norm)

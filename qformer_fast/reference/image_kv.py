@@ -44,14 +44,18 @@ def fold_norm_bwd(
     norm_bias: Tensor,
     totals: Sequence[Tensor] = (),
     add: bool = True,
+    add_norm: bool = True,
 ) -> Sequence[Tensor]:
     """Of dout = [dW' | dc' | ...]: dW' diag(norm_weight) + dc' norm_bias^T, dc', the column sums of dW' * weight, and
-    weight^T dc'; written to ``totals`` if there are any, with ``add`` added.
+    weight^T dc'; written to ``totals`` if there are any, with ``add`` the first two are added, with ``add_norm`` the
+    others.
     """
     dscaled, dbias = dout[:, : weight.shape[1]].to(weight.dtype), dout[:, weight.shape[1]].to(bias.dtype)
     dweight = dscaled * norm_weight + dbias[:, None] * norm_bias
     gradients = dweight, dbias.clone(), (dscaled * weight).sum(0), dbias @ weight
-    return put_into(totals or None, gradients, add)
+    if not totals:
+        return gradients
+    return [*put_into(totals[:2], gradients[:2], add), *put_into(totals[2:], gradients[2:], add_norm)]
 
 
 def image_key_value(

@@ -34,7 +34,7 @@ from qformer_fast.models.packing import GradientBuffers
 from qformer_fast.ops._seeds import seeds_ahead
 from qformer_fast.training.averaging import averaging_over
 from qformer_fast.training.captures import Capture, GraphedSteps, Shape, Where, expandable_segments
-from qformer_fast.training.sweeps import SweepInputs, Totals, seeds_of_sweep, sweep, written_groups
+from qformer_fast.training.sweeps import SweepInputs, Totals, seeds_of_sweep, sweep
 
 # called with each number of :func:`segments` when its gradients are done for the current stream
 Done = Callable[[int], None]
@@ -74,21 +74,19 @@ def cut_layers(layers: int) -> list[int]:
 
 def segments(model: Blip2QFormer) -> list[int]:
     """Behind which segment of sweep 2's backward the gradients of each of the model's groups are done: one of some
-    layers, or that of the embeddings, or behind that the backward of the images' product.
+    layers, or that of the embeddings, or behind that one of the images' keys and values (:attr:`QFormer.kv_parts`).
     """
-    cuts = cut_layers(model.config.num_hidden_layers)
-    layers = {
-        id(group[0]): number
-        for number, layer in enumerate(model.qformer.encoder.layer)
+    qformer, cuts = model.qformer, cut_layers(model.config.num_hidden_layers)
+    found = {
+        id(group[0]): sum(number < cut for cut in cuts)
+        for number, layer in enumerate(qformer.encoder.layer)
         for groups in layer.groups.values()
         for group in groups
     }
-    images = {id(p) for group in written_groups(model) for p in group} - set(layers)
-
-    def of_group(first: int) -> int:
-        return sum(layers[first] < cut for cut in cuts) if first in layers else len(cuts) + (first in images)
-
-    return [of_group(id(group[0])) for group in model.groups]
+    for number, part in enumerate(qformer.kv_parts, len(cuts) + 1):
+        found |= {id(group[0]): number for group in qformer.kv_groups(part)}
+        found |= {id(p): number for p in model.ln_vision.parameters()}
+    return [found.get(id(group[0]), len(cuts)) for group in model.groups]
 
 
 class SweepsAsTheyCome:
@@ -101,9 +99,9 @@ class SweepsAsTheyCome:
         self.model, self.inputs, self.gradients, self.add = model, inputs, gradients, add
 
     def first(self) -> tuple[Tensor, Tensor]:
-        self._made, self._kv_weights, swept = sweep(self.model, self.inputs, self.gradients, add=self.add)
+        self._kv_weights, swept = sweep(self.model, self.inputs, self.gradients, add=self.add)
         self._swept, self._features = swept, self.model.features(swept)
-        self._totals = Totals(self.gradients, swept.image_kv, swept.weights, self._kv_weights, add=self.add)
+        self._totals = Totals(self.gradients, swept.image_kv, swept.weights, add=self.add)
         return tuple(x.detach() for x in self._features)
 
     def captions(self) -> Tensor:
@@ -113,8 +111,8 @@ class SweepsAsTheyCome:
     def first_backward(self) -> None:
         self._totals.backward(
             [*self._features, self._loss_itg],
-            [self._swept.image_kv.gradient, *self._totals.written(self._swept.weights)],
             [*self.inputs.feature_gradients, self.inputs.itg_gradient],
+            first=True,
         )
 
     def room(self, pairs: int, text_rows: int, max_length: int) -> None:
@@ -135,15 +133,21 @@ class SweepsAsTheyCome:
             output, logits = match(self.model, again.image_kv, again.weights, given, at_layer)
         self.matched, gradient = (output.detach(), logits.detach()), self.inputs.itm_gradient
         for segment, (rows, leaf) in enumerate(reversed(cuts)):
-            (gradient,) = self._totals.backward([output], [], [gradient], also=[leaf])
+            (gradient,) = self._totals.backward([output], [gradient], also=[leaf])
             output = rows
             done(segment)
-        self._totals.backward([output], [], [gradient])
+        self._totals.backward([output], [gradient])
         done(len(cuts))
-        written = self._totals.written(self._kv_weights)
-        # sweep 2 has a graph for each room, this is in all of them
-        self._totals.backward([self._made], written, [self._swept.image_kv.gradient], keep=True)
-        done(len(cuts) + 1)
+        parts = self.model.qformer.image_kv_backward(
+            self.inputs.images,
+            self._swept.image_kv.gradient,
+            norm=self.model.ln_vision,
+            weights=self._kv_weights,
+            gradients=self.gradients,
+            add=self.add,
+        )
+        for segment, _ in enumerate(parts, len(cuts) + 1):
+            done(segment)
 
 
 def step_over_ranks(

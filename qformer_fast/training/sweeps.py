@@ -12,7 +12,7 @@ from qformer_fast import overlap
 from qformer_fast.layout import PackedText, SequenceLayout
 from qformer_fast.models.blip2_qformer import Blip2QFormer, Contrast, FirstSweep, Stage1Output, pairs_of
 from qformer_fast.models.image_kv import ImageKV
-from qformer_fast.models.packing import BlockWeights, EncoderWeights, GradientBuffers, Group
+from qformer_fast.models.packing import EncoderWeights, GradientBuffers, Group
 from qformer_fast.ops._seeds import seeds_ahead
 
 
@@ -61,18 +61,20 @@ def seeds_of_sweep(model: Blip2QFormer) -> int:
 
 def sweep(
     model: Blip2QFormer, inputs: StepInputs | SweepInputs, gradients: GradientBuffers, *, add: bool
-) -> tuple[Tensor, BlockWeights, FirstSweep]:
-    """Sweep 1 on a leaf of the images' keys and values: these, the weights that they are made with, and what sweep 1
-    leaves.
-    """
-    kv_weights = model.qformer.kv_weights(model.ln_vision, gradients=gradients, add_gradients=add)
-    made, weights = overlap.side_by_side(
-        lambda: model.image_kv(inputs.images, kv_weights, standardized=True).buffer,
-        lambda: model.qformer.encoder_weights(model.query_tokens, gradients, add_gradients=add),
+) -> tuple[list[Tensor], FirstSweep]:
+    """Sweep 1 on a leaf of the images' keys and values: the weights that made these, and what sweep 1 leaves."""
+
+    @torch.no_grad()
+    def keys_and_values() -> tuple[list[Tensor], Tensor]:
+        weights = model.qformer.kv_weights(model.ln_vision)
+        return weights, model.image_kv(inputs.images, weights, standardized=True).buffer
+
+    (kv_weights, made), weights = overlap.side_by_side(
+        keys_and_values, lambda: model.qformer.encoder_weights(model.query_tokens, gradients, add_gradients=add)
     )
-    image_kv = ImageKV(made.detach().requires_grad_(), gradient=torch.empty_like(made))
+    image_kv = ImageKV(made.requires_grad_(), gradient=torch.empty_like(made))
     with seeds_ahead(seeds_of_sweep(model)):
-        return made, kv_weights, model.first_sweep(image_kv, inputs.text, inputs.label_rows, weights)
+        return kv_weights, model.first_sweep(image_kv, inputs.text, inputs.label_rows, weights)
 
 
 class Totals:
@@ -81,47 +83,33 @@ class Totals:
     Args:
         gradients (GradientBuffers): of the model's parameters.
         image_kv (ImageKV): with its gradient.
-        weights (EncoderWeights), kv_weights (BlockWeights): of which kernels write gradients too.
+        weights (EncoderWeights): of which kernels write gradients too.
         add (bool): False: what kernels write, and these are given, is new in the step.
     """
 
-    def __init__(
-        self,
-        gradients: GradientBuffers,
-        image_kv: ImageKV,
-        weights: EncoderWeights,
-        kv_weights: BlockWeights,
-        *,
-        add: bool,
-    ):
+    def __init__(self, gradients: GradientBuffers, image_kv: ImageKV, weights: EncoderWeights, *, add: bool):
         own = [(parameter, total) for parameter, total in gradients.of_parameters() if parameter.requires_grad]
-        self._totals = dict([(image_kv.buffer, image_kv.gradient), *own, *weights.leaves(), *kv_weights.leaves()])
-        self._add = add
-
-    def written(self, weights: BlockWeights | EncoderWeights) -> list[Tensor]:
-        """Of the weights' gradients those that a first backward writes."""
-        return [] if self._add else [total for _, total in weights.leaves()]
+        self._totals = dict([(image_kv.buffer, image_kv.gradient), *own, *weights.leaves()])
+        self._new = [image_kv.gradient, *([] if add else [total for _, total in weights.leaves()])]
 
     def backward(
         self,
         outputs: list[Tensor],
-        new: list[Tensor],
         grad_outputs: list[Tensor] | None = None,
         *,
+        first: bool = False,
         also: Sequence[Tensor] = (),
-        keep: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Gradients of the outputs: written to the totals in ``new``, added to others. Those of ``also`` are returned,
-        and where there are no others, what was left aside is not waited for. ``keep``: what this backward reads stays
-        where it is.
+        """Gradients of the outputs are added to the totals, or by a step's ``first`` backward written to those that are
+        new in it. Those of ``also`` are returned, and where there are no others, what was left aside is not waited for.
         """
         inputs = [*also, *self._totals]
-        found = torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=keep, allow_unused=True)
+        found = torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
         returned, found = found[: len(also)], found[len(also) :]
         pairs = [(total, x) for total, x in zip(self._totals.values(), found, strict=True) if x is not None]
         if pairs or not also:
             overlap.join()
-        is_new = {id(total) for total in new}
+        is_new = {id(total) for total in self._new} if first else set()
         for put, chosen in (
             (torch._foreach_copy_, [pair for pair in pairs if id(pair[0]) in is_new]),
             (torch._foreach_add_, [pair for pair in pairs if id(pair[0]) not in is_new]),
@@ -146,7 +134,7 @@ def step_in_parts(
     those of :func:`written_groups` are written. ``negatives`` may take the place of those drawn, for which there are
     ``negative_rows``.
     """
-    made, kv_weights, first = sweep(model, inputs, gradients, add=add)
+    kv_weights, first = sweep(model, inputs, gradients, add=add)
     image_kv, weights, seeds = first.image_kv, first.weights, seeds_of_sweep(model)
 
     def contrast_and_pairs() -> tuple[Contrast, tuple[Tensor, Tensor], PackedText, SequenceLayout]:
@@ -169,14 +157,16 @@ def step_in_parts(
     )
     yield None
 
-    totals = Totals(gradients, image_kv, weights, kv_weights, add=add)
-    totals.backward([(contrast.loss_itc + loss_itg) * inputs.scale], [image_kv.gradient, *totals.written(weights)])
+    totals = Totals(gradients, image_kv, weights, add=add)
+    totals.backward([(contrast.loss_itc + loss_itg) * inputs.scale], first=True)
     yield None
 
     with seeds_ahead(seeds):
         loss_itm, logits = model.second_sweep(first.again(), pairs, layout)
-    totals.backward([loss_itm * inputs.scale], [])
-    totals.backward([made], totals.written(kv_weights), [image_kv.gradient])
+    totals.backward([loss_itm * inputs.scale])
+    kv_options = dict(norm=model.ln_vision, weights=kv_weights, gradients=gradients, add=add)
+    for _ in model.qformer.image_kv_backward(inputs.images, image_kv.gradient, **kv_options):
+        pass
     yield Stage1Output(
         loss=(contrast.loss_itc + loss_itm + loss_itg).detach(),
         loss_itc=contrast.loss_itc.detach(),

@@ -38,17 +38,19 @@ def test_forward_and_gradients(shape, dtype, out_dtype, assert_close):
 
 
 @pytest.mark.parametrize("rows", [5, 70])
-def test_gradients_add_to_what_is_there(rows):
+@pytest.mark.parametrize("module", [kernels, reference], ids=["kernels", "reference"])
+def test_gradients_are_added_to_what_is_there_or_written(module, rows):
+    """Of some rows after others: these are written, and the norm's are added."""
     given = parameters(rows, 300, torch.float16)
     dout = torch.randn(rows, 304, device=DEVICE).half()
-    gradients = kernels.fold_norm_bwd(dout, *given)
-    totals = [torch.ones_like(x, dtype=torch.float32) for x in given]
-    kernels.fold_norm_bwd(dout, *given, totals)
-    written = [torch.full_like(x, torch.nan) for x in totals]
-    kernels.fold_norm_bwd(dout, *given, written, add=False)
-    for total, gradient, alone in zip(totals, gradients, written, strict=True):
-        torch.testing.assert_close(total - 1, gradient.float(), rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(alone, gradient.float(), rtol=2e-3, atol=2e-3)
+    gradients = [x.float() for x in module.fold_norm_bwd(dout, *given)]
+    for add, add_norm in ((True, True), (False, False), (False, True)):
+        there = [float(number) if flag else torch.nan for number, flag in enumerate((add, add, add_norm, add_norm), 1)]
+        totals = [torch.full_like(x, value) for x, value in zip(gradients, there, strict=True)]
+        module.fold_norm_bwd(dout, *given, totals, add, add_norm)
+        for total, gradient, value in zip(totals, gradients, there, strict=True):
+            expected = gradient if value != value else gradient + value
+            torch.testing.assert_close(total, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_same_result_twice():
@@ -57,22 +59,15 @@ def test_same_result_twice():
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
 
-def test_op_of_standardized_rows_adds_to_the_gradients_that_are_given():
-    """One that keeps them to itself, and plain autograd through the LayerNorm, give the same."""
+def test_backward_of_standardized_rows_is_that_of_the_layer_norm():
     x, dout = torch.randn(2, 3, 12, device=DEVICE), torch.randn(2, 3, 9, device=DEVICE)
     given = [p.requires_grad_() for p in parameters(9, 12, torch.float32)]
     standardized = reference.standardize_into(x.new_empty(2, 3, 16), x, 1e-5)
-
-    def run(gradients):
-        return ops.image_key_value(standardized, *given, standardized=True, gradients=gradients, backend="triton")
-
     expected = torch.autograd.grad(ops.image_key_value(x, *given, backend="reference"), given, dout)
-    found = torch.autograd.grad(run(None), given, dout)
-    totals = [torch.ones_like(p) for p in given]
-    assert torch.autograd.grad(run(totals), given, dout, allow_unused=True) == (None,) * 4
-    for name, *values in zip(NAMES, expected, found, [total - 1 for total in totals], strict=True):
-        for value in values[1:]:
-            torch.testing.assert_close(value, values[0], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    out = ops.image_key_value(standardized, *given, standardized=True, backend="triton")
+    found = torch.autograd.grad(out, given, dout)
+    for name, *values in zip(NAMES, expected, found, strict=True):
+        torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_parameters_that_are_not_contiguous():
@@ -83,21 +78,15 @@ def test_parameters_that_are_not_contiguous():
     assert torch.equal(found, expected)
 
 
-def test_gradients_without_a_norm_are_refused():
-    x, (weight, bias, *_) = torch.randn(2, 3, 16, device=DEVICE), parameters(9, 12, torch.float32)
-    with pytest.raises(ValueError, match="gradients must be None without standardized rows and a norm"):
-        ops.image_key_value(x, weight, bias, standardized=True, gradients=[weight, bias])
-
-
 def test_formula():
     given = [p.requires_grad_() for p in parameters(4, 6, torch.float64)]
     op = torch.ops.qformer_fast.fold_norm_fwd
-    assert torch.autograd.gradcheck(lambda *p: op(*p, [], True, 8, torch.float64), given)
+    assert torch.autograd.gradcheck(lambda *p: op(*p, 8, torch.float64), given)
 
 
 def test_opcheck():
     given = [p.requires_grad_() for p in parameters(5, 33, torch.float32)]
-    torch.library.opcheck(torch.ops.qformer_fast.fold_norm_fwd.default, (*given, [], True, 40, torch.float32))
+    torch.library.opcheck(torch.ops.qformer_fast.fold_norm_fwd.default, (*given, 40, torch.float32))
 
 
 def test_compiles_without_a_graph_break():

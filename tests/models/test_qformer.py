@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     Blip2QFormerConfig,
     Blip2QFormerModel,
@@ -9,7 +10,8 @@ from transformers import (
     InstructBlipQFormerModel,
 )
 
-from qformer_fast import QFormer, QFormerConfig
+from qformer_fast import Blip2QFormer, QFormer, QFormerConfig
+from qformer_fast.models.packing import GradientBuffers
 
 TOLERANCE = 1e-4
 
@@ -334,3 +336,34 @@ def test_weights_of_keys_and_values_belong_to_one_norm(tiny_model):
         tiny_model.image_kv(images, own)
     weights = tiny_model.qformer.kv_weights(tiny_model.ln_vision)
     torch.testing.assert_close(tiny_model.image_kv(images, weights).buffer, tiny_model.image_kv(images).buffer)
+
+
+@pytest.mark.parametrize(("layers", "parts"), [(2, [[0]]), (6, [[1, 2], [0]]), (12, [[2, 3, 4, 5], [0, 1]])])
+def test_backward_of_keys_and_values_by_parts_is_autograds(tiny_config, layers, parts):
+    """Written to what there is, and added; a part's gradients are done when it is."""
+    config = QFormerConfig(**tiny_config.to_dict() | {"num_hidden_layers": layers})
+    model = Blip2QFormer(config).double()
+    qformer, norm = model.qformer, model.ln_vision
+    for p in model.parameters():
+        nn.init.normal_(p)
+    images = torch.randn(2, 5, config.encoder_hidden_size).double()
+    made = model.image_kv(images).buffer
+    gradient = torch.randn_like(made)
+    made.backward(gradient)
+    assert [list(part) for part in qformer.kv_parts] == parts
+    weights = qformer.kv_weights(norm)
+    gradients = GradientBuffers(model.groups)
+    for buffer in gradients.buffers:
+        buffer.fill_(torch.nan)
+    standardized = model.standardize(images)
+    for add, times in ((False, 1), (True, 2)):
+        backward = qformer.image_kv_backward(
+            standardized, gradient, norm=norm, weights=weights, gradients=gradients, add=add
+        )
+        for part, _ in zip(qformer.kv_parts, backward, strict=True):
+            for group in qformer.kv_groups(part):
+                expected = torch.cat([p.grad for p in group])
+                torch.testing.assert_close(gradients[group], times * expected, rtol=1e-10, atol=1e-10)
+        for p in norm.parameters():
+            torch.testing.assert_close(gradients[(p,)], times * p.grad, rtol=1e-10, atol=1e-10)
+    assert not any(buffer.requires_grad for buffer in gradients.buffers)
