@@ -1,5 +1,8 @@
 """Means over ranks by copies: of threads that see each other's memory, and of two GPUs."""
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from qformer_fast import overlap
-from qformer_fast.training.averaging import ByCollectives, ByCopies, Shared, averaging_over
+from qformer_fast.training.averaging import ByCopies, Shared, averaging_over
 
 
 class Memory:
@@ -72,12 +75,12 @@ def test_no_rank_is_waited_for_where_nothing_began():
     assert memory.called == []
 
 
-def average_on_gpu(rank, store, averaging_class):
+def average_on_gpu(rank: int, store: str, kind: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=2)
     averaging = averaging_over(None, device)
-    assert type(averaging) is averaging_class
+    assert type(averaging).__name__ == kind
     sizes = (1_000_001, 64, 4_000_000)
     wholes = [averaging.zeros(size, torch.float32) for size in sizes]
     generator = torch.Generator(device).manual_seed(0)
@@ -97,7 +100,17 @@ def average_on_gpu(rank, store, averaging_class):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("p2p_disable, averaging_class", [("0", ByCopies), ("1", ByCollectives)])
-def test_two_gpus_have_the_means_whichever_is_late(p2p_disable, averaging_class, tmp_path, monkeypatch):
-    monkeypatch.setenv("NCCL_P2P_DISABLE", p2p_disable)
-    torch.multiprocessing.spawn(average_on_gpu, (tmp_path / "store", averaging_class), nprocs=2)
+@pytest.mark.parametrize("p2p_disable, kind", [("0", "ByCopies"), ("1", "ByCollectives")])
+def test_two_gpus_have_the_means_whichever_is_late(p2p_disable, kind, tmp_path):
+    environment = os.environ | {"NCCL_P2P_DISABLE": p2p_disable}
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path / "store"), kind] for rank in (0, 1)]
+    processes = [subprocess.Popen(command, env=environment) for command in commands]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+if __name__ == "__main__":
+    average_on_gpu(int(sys.argv[1]), *sys.argv[2:])
