@@ -126,5 +126,6 @@ def process_group(timeout: float) -> Iterator[Ranks]:
 
 
 def _of_a_collective(error: RuntimeError) -> bool:
-    """Gloo's errors are plain ones."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
+    """Gloo's errors are plain ones; a launch fails where a device has waited for another in vain."""
+    words = "gloo", "Gloo", "NCCL", "unspecified launch failure"
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

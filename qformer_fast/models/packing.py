@@ -31,8 +31,11 @@ class GradientBuffers:
     def flat(
         cls, groups: list[Group], parts: list[int], zeros: Callable[[int, torch.dtype], Tensor]
     ) -> tuple[GradientBuffers, list[list[Tensor]]]:
-        """Each aligned to 256 bytes, and for each part all its buffers of a dtype as one tensor, which ``zeros`` makes;
-        ``parts`` has a part's number for every group.
+        """Each aligned to 256 bytes, and for each part all its buffers of a dtype as one tensor.
+
+        Args:
+            parts (list): the number of the part that each group belongs to.
+            zeros (Callable): (size, dtype) -> (size,) zeros.
         """
         buffers: list[Tensor | None] = [None] * len(groups)
         wholes: list[list[Tensor]] = [[] for _ in range(max(parts) + 1)]

@@ -534,7 +534,9 @@ class QFormer(CheckpointMixin, nn.Module):
 
     @property
     def groups(self) -> list[Group]:
-        """Parameters that :meth:`encoder_weights` takes together, one group a tensor there."""
+        """Parameters whose gradients are made together: keys' and values' by :attr:`kv_parts`, others as
+        :meth:`encoder_weights` takes them, one group a tensor there.
+        """
         kv = map(self.kv_groups, self.kv_parts)
         blocks = [*kv, *(groups for layer in self.encoder.layer for groups in layer.groups.values())]
         return [group for groups in blocks for group in groups]

@@ -125,15 +125,17 @@ def image_key_value(
 def image_key_value_bwd(
     dout: Tensor, x: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, add: bool, add_norm: bool
 ) -> None:
-    """Backward of :func:`image_key_value` of standardized rows where autograd did not follow it.
+    """Backward of :func:`image_key_value` of standardized rows where autograd did not follow it; also of some of its
+    columns alone.
 
     Args:
-        dout (Tensor): (images, tokens, out), also of some columns alone.
-        x (Tensor): (images, tokens, standardized width).
-        parameters (Sequence): weight and bias, of these columns, norm_weight and norm_bias.
-        gradients (Sequence): four like these that theirs are written to, with ``add`` those of weight and bias are
-            added, with ``add_norm`` the norm's.
+        dout (Tensor): (images, tokens, out) of the dtype that forward ran in.
+        x (Tensor): (images, tokens, standardized width), as it was given to forward.
+        parameters (Sequence): weight (out, encoder_hidden), bias (out,), norm_weight and norm_bias (encoder_hidden,).
+        gradients (Sequence): four tensors like these, to which their gradients are written.
+        add, add_norm (bool): to weight's and bias's, and to the norm's, they are added instead.
     """
-    run = backends.kernel_or_formula("fold_norm_bwd", parameters[0])
+    chosen = backends.chooses_kernels(parameters[0])
+    run = backends.kernel_or_formula("fold_norm_bwd", parameters[0]) if chosen else reference.fold_norm_bwd
     product = dout.flatten(0, 1).T @ x.flatten(0, 1).to(dout.dtype)
     run(product, *parameters, gradients, add, add_norm)

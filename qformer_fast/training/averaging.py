@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qformer_fast import overlap
+from qformer_fast.layout import round_up
 
-PRIORITY = -5  # before the kernels that they are hidden behind
+PRIORITY = -3  # the copies' and means', before the kernels that they are hidden behind
+ALIGNMENT = 64  # elements
 
 
 class Averaging(ABC):
@@ -27,13 +29,13 @@ class Averaging(ABC):
 
     @abstractmethod
     def begin(self, whole: Tensor) -> None:
-        """With all of ``whole``, a tensor of :meth:`zeros`, once the current stream has it; on every rank in the same
-        order.
+        """Starts to turn ``whole``, a tensor of :meth:`zeros` as the current stream has it, into the mean; all ranks in
+        the same order.
         """
 
     @abstractmethod
     def join(self) -> None:
-        """The current stream has the means from now on."""
+        """The current stream has from now on all means that were begun."""
 
 
 class ByCollectives(Averaging):
@@ -64,8 +66,7 @@ class Shared(NamedTuple):
 
     Args:
         of_ranks (list): each rank's, within reach of this one.
-        barrier (Callable): what the current stream has from now on waits for what those of the other ranks had when
-            they called it.
+        barrier (Callable): holds the current stream until every rank's has come to its own call.
     """
 
     of_ranks: list[Tensor]
@@ -89,19 +90,22 @@ class ByCopies(Averaging):
     def __init__(self, rank: int, shared: Callable[[int, torch.dtype], Shared], branch: overlap.Branch):
         self._rank, self._shared, self._branch = rank, shared, branch
         self._given: dict[int, Shared] = {}
+        self._room: dict[torch.dtype, Tensor] = {}  # for what is fetched of the largest tensor
         self._last: Shared | None = None
 
     def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         shared = self._shared(size, dtype)
         whole = shared.of_ranks[self._rank]
         self._given[whole.data_ptr()] = shared
+        room = (len(shared.of_ranks) - 1) * self._share(whole, shared)
+        if dtype not in self._room or len(self._room[dtype]) < room:
+            self._room[dtype] = whole.new_empty(room)
         return whole
 
     def begin(self, whole: Tensor) -> None:
         shared = self._last = self._given[whole.data_ptr()]
-        ranks = len(shared.of_ranks)
-        share = -(-len(whole) // ranks)
-        # each from another, so that no two fetch from one at a time
+        ranks, share = len(shared.of_ranks), self._share(whole, shared)
+        # each begins with another, so that few fetch from one at a time
         others = [(self._rank + step) % ranks for step in range(1, ranks)]
 
         def of(rank: int, x: Tensor) -> Tensor:
@@ -111,7 +115,9 @@ class ByCopies(Averaging):
         self._branch.begin()
         with self._branch.here():
             shared.barrier()
-            fetched = [of(self._rank, shared.of_ranks[other]).clone() for other in others]
+            fetched = [room[: len(own)] for room in self._room[whole.dtype].split(share)[: len(others)]]
+            for room, other in zip(fetched, others, strict=True):
+                room.copy_(of(self._rank, shared.of_ranks[other]))
             for count, x in enumerate(fetched, 2):
                 own.lerp_(x, 1 / count)
             shared.barrier()
@@ -126,23 +132,44 @@ class ByCopies(Averaging):
             self._last = None
         self._branch.join()
 
+    @staticmethod
+    def _share(whole: Tensor, shared: Shared) -> int:
+        """Elements of each rank but the last ones, which may have fewer or none."""
+        return round_up(-(-len(whole) // len(shared.of_ranks)), ALIGNMENT)
 
-def averaging_over(group: dist.ProcessGroup | None, device: torch.device) -> Averaging:
-    """By copies where the ranks are of one host and their devices reach each other's memory, which NCCL_P2P_DISABLE=1
-    forbids; by collectives elsewhere.
+
+def averaging_over(group: dist.ProcessGroup | None, device: torch.device, timeout: float) -> Averaging:
+    """By copies where the ranks are of one host and reach each other's devices, which each must see and
+    NCCL_P2P_DISABLE=1 forbids; by collectives elsewhere.
 
     Args:
         group (ProcessGroup, Optional): Default: `None`, all ranks.
-        device (torch.device): a CUDA device, with its index.
+        device (torch.device): of the tensors; with its index.
+        timeout (float): seconds after which a device that waits for another in vain stops with an error; collectives
+            have their group's.
     """
     group = group or dist.group.WORLD
-    hosts, devices = zip(*_of_all_ranks((socket.gethostname(), device.index), group), strict=True)
-    reached = all(i == device.index or torch.cuda.can_device_access_peer(device, i) for i in devices)
-    alone = len(set(hosts)) == 1 < len(set(devices)) == len(devices)
-    if all(_of_all_ranks(alone and reached and os.environ.get("NCCL_P2P_DISABLE") != "1", group)):
-        shared = partial(_symmetric_zeros, group=group, device=device)
+    if device.type == "cuda" and _reach_each_other(group, device):
+        shared = partial(_symmetric_zeros, group=group, device=device, timeout=timeout)
         return ByCopies(dist.get_rank(group), shared, overlap.Branch(device, PRIORITY))
     return ByCollectives(group, device)
+
+
+def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
+    hosts, devices = zip(*_of_all_ranks((socket.gethostname(), _uuid(device)), group), strict=True)
+    visible = {_uuid(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
+    others = [visible.get(uuid) for uuid in set(devices) - {_uuid(device)}]
+    reached = (
+        len(set(hosts)) == 1
+        and len(set(devices)) == len(devices) > 1
+        and os.environ.get("NCCL_P2P_DISABLE") != "1"
+        and all(i is not None and torch.cuda.can_device_access_peer(device, i) for i in others)
+    )
+    return all(_of_all_ranks(reached, group))
+
+
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _of_all_ranks(own: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -151,10 +178,17 @@ def _of_all_ranks(own: Any, group: dist.ProcessGroup) -> list[Any]:
     return found
 
 
-def _symmetric_zeros(size: int, dtype: torch.dtype, *, group: dist.ProcessGroup, device: torch.device) -> Shared:
+def _symmetric_zeros(
+    size: int, dtype: torch.dtype, *, group: dist.ProcessGroup, device: torch.device, timeout: float
+) -> Shared:
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     own = symmetric_memory.empty(size, dtype=dtype, device=device).zero_()
-    memory = symmetric_memory.rendezvous(own, group)
+    try:
+        memory = symmetric_memory.rendezvous(own, group)
+    except RuntimeError as error:
+        message = f"{device} can't share memory with those of the other ranks, NCCL_P2P_DISABLE=1 has NCCL average"
+        raise RuntimeError(f"{message} gradients: {error}") from error
     ranks = range(memory.world_size)
-    return Shared([own if i == memory.rank else memory.get_buffer(i, (size,), dtype) for i in ranks], memory.barrier)
+    of_ranks = [own if i == memory.rank else memory.get_remote_tensor(i, (size,), dtype) for i in ranks]
+    return Shared(of_ranks, partial(memory.barrier, timeout_ms=round(1000 * timeout)))

@@ -140,7 +140,6 @@ class _StepCapture(Capture):
         torch.cuda.current_stream().wait_stream(zeroing)
         if not self.shape.adds:
             self.graphs[1].replay()
-        # the event may still be an earlier replay's
         while (negative_rows := int(self.inputs.host_rows)) < 0:
             self.inputs.drawn.synchronize()
         return negative_rows

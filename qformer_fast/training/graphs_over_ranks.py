@@ -66,8 +66,8 @@ class Sweeps(Protocol):
 
 
 def cut_layers(layers: int) -> list[int]:
-    """Before which layers sweep 2's backward is cut, the first cut first: what is averaged last can't hide, so it is
-    little.
+    """Before which layers sweep 2's backward is cut, the first cut first: the less is left to do, the less is averaged
+    behind it.
     """
     return list(dict.fromkeys(layers >> i for i in (1, 2, 3) if layers >> i > 0))
 
@@ -222,19 +222,28 @@ class GraphedRanks(GraphedSteps):
     Args:
         ranks (DistributedStage1): of a model on a CUDA device.
         dtype, bucket: as of :class:`qformer_fast.training.graphs.GraphedStage1`.
+        timeout (float): as of :func:`averaging_over`, which says how gradients are averaged. Default: 600.0, as NCCL's.
 
     ``waiting`` is entered while the device waits for gradients of other ranks.
     """
 
     waiting: Callable[[], contextlib.AbstractContextManager] = staticmethod(contextlib.nullcontext)
 
-    def __init__(self, ranks: DistributedStage1, *, dtype: torch.dtype | None = None, bucket: int | None = None):
+    def __init__(
+        self,
+        ranks: DistributedStage1,
+        *,
+        dtype: torch.dtype | None = None,
+        bucket: int | None = None,
+        timeout: float = 600.0,
+    ):
         model = ranks.model
-        self._averaging = averaging_over(ranks.group, model.temp.device)
+        self._averaging = averaging_over(ranks.group, model.temp.device, timeout)
         gradients, self._wholes = GradientBuffers.flat(model.groups, segments(model), self._averaging.zeros)
         super().__init__(model, gradients, dtype=dtype, bucket=bucket)
         self.ranks = ranks
         self._branch = overlap.Branch(model.temp.device, priority=-2)  # before the graphs' kernels
+        self._behind_events = torch.cuda.Stream(model.temp.device)
         with torch.no_grad():
             for x in (*model.parameters(), *model.buffers()):
                 dist.broadcast(x, group_src=0, group=ranks.group)
@@ -290,7 +299,7 @@ class _RanksCapture(Capture):
     """Graphs of :class:`SweepsAsTheyCome`, sweep 2's recorded when they are needed; they are :class:`Sweeps`.
 
     Args:
-        owner (ref): whose other captures are given up where memory lacks.
+        owner (ref): whose other captures are given up where memory lacks, and on whose stream events are waited for.
         others: as of :class:`Capture`.
     """
 
@@ -298,7 +307,6 @@ class _RanksCapture(Capture):
         super().__init__(*arguments)
         self._owner = owner
         self._second: dict[MatchRoom, _Second] = {}
-        self._behind_events = torch.cuda.Stream(self.model.temp.device)
 
     def _new_inputs(self, images: Tensor, text: PackedText) -> SweepInputs:
         batch, width = len(images), self.model.vision_proj.out_features
@@ -357,9 +365,10 @@ class _RanksCapture(Capture):
         for place, x in zip(_tensors(inputs), _tensors(given), strict=True):
             place.copy_(x)
         graph.replay()
+        behind = self._owner()._behind_events
         for segment, event in enumerate(events):
-            self._behind_events.wait_event(event)
-            with torch.cuda.stream(self._behind_events):
+            behind.wait_event(event)
+            with torch.cuda.stream(behind):
                 done(segment)
 
     def _record_second(self, given: MatchInputs) -> _Second:

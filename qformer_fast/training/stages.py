@@ -126,7 +126,7 @@ class Stage1(Stage):
             if self.ranks.alone:
                 self.graphed = GraphedStage1(model, dtype=dtype)
             else:
-                self.graphed = GraphedRanks(self.over_ranks(model), dtype=dtype)
+                self.graphed = GraphedRanks(self.over_ranks(model), dtype=dtype, timeout=run.timeout)
 
     def over_ranks(self, model: nn.Module) -> nn.Module:
         return DistributedStage1(model)

@@ -107,6 +107,7 @@ class Totals:
         found = torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
         returned, found = found[: len(also)], found[len(also) :]
         pairs = [(total, x) for total, x in zip(self._totals.values(), found, strict=True) if x is not None]
+        # of a part of the layers the next part's kernels may go on beside what was left aside
         if pairs or not also:
             overlap.join()
         is_new = {id(total) for total in self._new} if first else set()

@@ -15,7 +15,7 @@ from qformer_fast.training.averaging import ByCopies, Shared, averaging_over
 
 
 class Memory:
-    """Of all ranks; ``called`` has which of them came to a barrier, in their order."""
+    """Of all ranks; ``called`` has which of them came to a barrier, and when."""
 
     def __init__(self, ranks):
         self.ranks, self.barrier, self.called = ranks, threading.Barrier(ranks, timeout=30), []
@@ -36,7 +36,7 @@ class Memory:
         return of_size
 
 
-@pytest.mark.parametrize("ranks, sizes", [(1, (5,)), (2, (64, 7)), (3, (64, 2, 9)), (4, (5, 128))])
+@pytest.mark.parametrize("ranks, sizes", [(1, (5,)), (2, (70, 7)), (3, (200, 2, 9)), (4, (5, 257))])
 def test_every_rank_has_the_means(ranks, sizes):
     """Sizes that ranks have unequal shares of, or some none; twice, as steps follow each other."""
     memory = Memory(ranks)
@@ -50,9 +50,12 @@ def test_every_rank_has_the_means(ranks, sizes):
         for step in given:
             for whole, values in zip(wholes, step, strict=True):
                 whole.copy_(values[rank])
+            before = memory.called.count(rank)
             for whole in wholes:
                 averaging.begin(whole)
             averaging.join()
+            # one more than two each: what others still fetch may not be written yet
+            assert memory.called.count(rank) - before == 2 * len(sizes) + 1
             found.append([whole.clone() for whole in wholes])
             for whole in wholes:
                 whole.fill_(torch.nan)
@@ -79,9 +82,9 @@ def average_on_gpu(rank: int, store: str, kind: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=2)
-    averaging = averaging_over(None, device)
+    averaging = averaging_over(None, device, 60.0)
     assert type(averaging).__name__ == kind
-    sizes = (1_000_001, 64, 4_000_000)
+    sizes = (1_000_001, 64, 64, 128, 4_000_000)
     wholes = [averaging.zeros(size, torch.float32) for size in sizes]
     generator = torch.Generator(device).manual_seed(0)
     for number in range(30):

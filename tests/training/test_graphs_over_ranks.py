@@ -9,6 +9,8 @@ import torch.distributed as dist
 from qformer_fast import Blip2QFormer, QFormerConfig
 from qformer_fast.models.distributed import DistributedStage1
 from qformer_fast.models.packing import GradientBuffers
+from qformer_fast.training import graphs_over_ranks
+from qformer_fast.training.averaging import Averaging
 from qformer_fast.training.graphs_over_ranks import GraphedRanks
 
 
@@ -121,12 +123,51 @@ def test_an_event_in_a_graph_is_that_of_its_latest_replay():
         x += 1
         event.record()
         torch.cuda._sleep(50_000_000)
-    seen = []
-    for _ in range(20):
-        graph.replay()
+    seen, expected = [], []
+    for number in range(1, 21):
+        # more than one may be under way
+        for _ in range(number % 3 + 1):
+            graph.replay()
+        expected.append(sum(expected[-1:]) + number % 3 + 1)
         beside.wait_event(event)
         with torch.cuda.stream(beside):
             seen.append(x.clone())
         beside.synchronize()
         assert not torch.cuda.current_stream().query()
-    assert torch.stack(seen).tolist() == list(range(1, 21))
+    assert torch.stack(seen).tolist() == expected
+
+
+class Kept(Averaging):
+    """Instead of averages, each tensor as it was when its average was begun."""
+
+    def __init__(self):
+        self.stream, self.kept = torch.cuda.Stream(), []
+
+    def zeros(self, size, dtype):
+        return torch.zeros(size, dtype=dtype, device="cuda")
+
+    def begin(self, whole):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.kept.append((whole, whole.clone()))
+
+    def join(self):
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+
+@pytest.mark.cuda
+def test_gradients_are_done_where_their_averages_begin(one_rank, make_captions, monkeypatch):
+    """At BLIP-2's width, with kernels that run long beside each other; written gradients, and some that are added."""
+    averaging = Kept()
+    monkeypatch.setattr(graphs_over_ranks, "averaging_over", lambda *_: averaging)
+    model = Blip2QFormer(QFormerConfig()).cuda().train()
+    graphed = GraphedRanks(DistributedStage1(model), dtype=torch.bfloat16)
+    captions, images = make_captions([12] * 32, 12), torch.randn(32, 257, 1408, device="cuda")
+    for step in range(6):
+        averaging.kept.clear()
+        graphed(images, *captions)
+        assert sum(len(whole) for whole, _ in averaging.kept) >= sum(p.numel() for p in model.parameters())
+        for number, (whole, kept) in enumerate(averaging.kept):
+            assert bool(whole.any()) and torch.equal(whole, kept), (step, number)
+        if step % 2:
+            model.zero_grad(set_to_none=True)
