@@ -26,7 +26,7 @@ _of_call = threading.local()
 
 
 class Streams:
-    """Streams beside the one that is current when :func:`overlapping` begins.
+    """Two streams beside the one that is current when :func:`overlapping` begins.
 
     Args:
         device (torch.device): a CUDA device.
@@ -36,7 +36,7 @@ class Streams:
 
     def __init__(self, device: torch.device, held_bytes: int = HELD_BYTES):
         self.held_bytes = held_bytes
-        self._aside, self._marks, self._branch = torch.cuda.Stream(device), torch.cuda.Stream(device), Branch(device)
+        self._aside, self._branch = torch.cuda.Stream(device), Branch(device)
         self._held: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
 
     def begin(self) -> None:
@@ -44,7 +44,6 @@ class Streams:
         self._held.clear()
         # what a capture joins must have begun in it
         self._aside.wait_stream(self._home)
-        self._marks.wait_stream(self._home)
 
     def aside(self, work: Callable[[], object], *inputs: Tensor) -> None:
         self._aside.wait_stream(torch.cuda.current_stream())
@@ -68,14 +67,13 @@ class Streams:
         return found
 
     def mark(self, event: torch.cuda.Event) -> None:
-        self._marks.wait_stream(torch.cuda.current_stream())
-        self._marks.wait_stream(self._aside)
-        event.record(self._marks)
+        # what is left aside later waits for the current stream anyway
+        self._aside.wait_stream(torch.cuda.current_stream())
+        event.record(self._aside)
 
     def join(self) -> None:
         here = torch.cuda.current_stream()
         here.wait_stream(self._aside)
-        here.wait_stream(self._marks)
         if here == self._home:
             self._held.clear()
 

@@ -95,7 +95,7 @@ class MatchInputs(NamedTuple):
         text (PackedText): a caption each pair; more than these are encoded alone.
         image_index (Tensor): (pairs,) int64, of the rank's images.
         labels (Tensor): (pairs,) int64, 1 for those that belong together.
-        counts (Tensor): (pairs,) bool, False for what only takes room.
+        counts (Tensor): (pairs,) int64, 0 for what only takes room and 1 for others.
         room (MatchRoom, Optional): what all this is filled up to; `None`, nothing is.
     """
 
@@ -251,7 +251,8 @@ class DistributedStage1(nn.Module):
             index = F.pad(captions, (0, missing), value=len(pairs.captions))
             text = pairs.captions.with_empty().select(index, room.text_rows, fill=room.filler_rows)
         number = torch.arange(len(captions) + missing, device=device)
-        return MatchInputs(text, F.pad(images, (0, missing)), (number < batch).long(), number < len(captions), room)
+        labels, counts = (number < batch).long(), (number < len(captions)).long()
+        return MatchInputs(text, F.pad(images, (0, missing)), labels, counts, room)
 
     def output(
         self,

@@ -83,9 +83,9 @@ def segments(model: Blip2QFormer) -> list[int]:
         for groups in layer.groups.values()
         for group in groups
     }
+    norm = [(p,) for p in model.ln_vision.parameters()]  # done with the last part
     for number, part in enumerate(qformer.kv_parts, len(cuts) + 1):
-        found |= {id(group[0]): number for group in qformer.kv_groups(part)}
-        found |= {id(p): number for p in model.ln_vision.parameters()}
+        found |= {id(group[0]): number for group in (*qformer.kv_groups(part), *norm)}
     return [found.get(id(group[0]), len(cuts)) for group in model.groups]
 
 
@@ -362,8 +362,7 @@ class _RanksCapture(Capture):
         if given.room not in self._second:
             self._second[given.room] = self._record_second(given)
         graph, inputs, events, self.matched = self._second[given.room]
-        for place, x in zip(_tensors(inputs), _tensors(given), strict=True):
-            place.copy_(x)
+        torch._foreach_copy_(_tensors(inputs), _tensors(given))
         graph.replay()
         behind = self._owner()._behind_events
         for segment, event in enumerate(events):

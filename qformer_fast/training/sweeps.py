@@ -165,8 +165,10 @@ def step_in_parts(
     with seeds_ahead(seeds):
         loss_itm, logits = model.second_sweep(first.again(), pairs, layout)
     totals.backward([loss_itm * inputs.scale])
-    kv_options = dict(norm=model.ln_vision, weights=kv_weights, gradients=gradients, add=add)
-    for _ in model.qformer.image_kv_backward(inputs.images, image_kv.gradient, **kv_options):
+    parts = model.qformer.image_kv_backward(
+        inputs.images, image_kv.gradient, norm=model.ln_vision, weights=kv_weights, gradients=gradients, add=add
+    )
+    for _ in parts:
         pass
     yield Stage1Output(
         loss=(contrast.loss_itc + loss_itm + loss_itg).detach(),
