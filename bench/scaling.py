@@ -15,7 +15,7 @@ from typing import Any
 
 HOST = 8  # GPUs
 NVLINK, NIC = 450e9, 50e9  # bytes a second and GPU, one way: NVLink 4, and 400 Gb/s between hosts
-USED = 0.8  # part of a link's bandwidth that NCCL reaches
+USED = 0.8  # part of a link's bandwidth that is reached
 SWEEP_2 = 0.45  # of the step: forward and backward of the pairs
 BESIDE = 0.23  # of the step, from the first gradients that are done to the last: what a reduction may hide behind
 DISK = 10e9  # bytes a second and host
@@ -137,8 +137,8 @@ Written by `bench/scaling.py`. Measured on {gpu}: a step of {sizes.batch} pairs 
 takes {1e3 * t1:.1f} ms on one and {1e3 * t2:.1f} ms on two, ITC with {itc};
 on {encoders_gpu}: ViT-L/14 {1e3 * encoder:.1f} ms a batch.
 
-Assumed: hosts of {HOST} GPUs, {speeds["nvlink"]} a GPU within and {speeds["nic"]} between them, of which NCCL
-reaches {shares["used"]}; a reduction hides behind {shares["beside"]} of the step; sweep 2 is {shares["sweep"]} of it
+Assumed: hosts of {HOST} GPUs, {speeds["nvlink"]} a GPU within and {speeds["nic"]} between them, of which
+{shares["used"]} is reached; a reduction hides behind {shares["beside"]} of the step; sweep 2 is {shares["sweep"]} of it
 and all wait for the rank with the most pairs; {speeds["disk"]} from a host's disks; pictures of {PICTURE / 1e3:.0f} KB
 that take a core {1e3 * DECODE:.0f} ms.
 
